@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Makes .venv beside this checkout and installs trajdist with the extras named in $1. Sourced by the other scripts.
+# A second call is quick: the installation is skipped while setup.cfg and the extras stay as they are.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+make_environment() {
+  local extras=$1 stamp
+  stamp=".venv/.installed-$extras-$(cksum setup.cfg pyproject.toml | cksum | cut -d' ' -f1)"
+  [ -e "$stamp" ] && return
+  local python=${PYTHON:-python3}
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "trajdist needs Python 3.10 or newer; $python is $("$python" --version). Set PYTHON=/path/to/python3." >&2
+    exit 2
+  fi
+  if [ ! -x .venv/bin/pip ]; then
+    echo "+ $python -m venv .venv"
+    "$python" -m venv .venv
+  fi
+  echo "+ .venv/bin/pip install -e '.[$extras]'"
+  .venv/bin/pip install --quiet --disable-pip-version-check -e ".[$extras]"
+  rm -f .venv/.installed-"$extras"-*
+  touch "$stamp"
+}

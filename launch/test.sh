@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Makes .venv, installs with the test extras, and runs the tests: bash launch/test.sh [pytest options]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+make_environment dev
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy trajdist
+echo "+ pytest $*"
+.venv/bin/python -m pytest -m "not slow" "$@"

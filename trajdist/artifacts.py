@@ -1,0 +1,144 @@
+"""Files that outlive a run: safetensors and JSON, never pickle; written whole or not at all.
+
+Every safetensors file of trajdist carries one JSON document under the metadata key ``trajdist``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from trajdist.errors import ArtifactError
+
+METADATA_KEY = "trajdist"
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | None = None) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, and over JSON facts."""
+    digest = hashlib.sha256(json.dumps(facts or {}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or, whatever happens, as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"{str(path)!r} cannot be written ({error.strerror}): free some space or make the folder writable; "
+            "what was there before is untouched."
+        ) from None
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut, where the file system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # Some network file systems cannot sync folders; the files themselves are synced.
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document atomically."""
+    write_bytes(path, json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document.
+
+    Raises:
+        ArtifactError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{str(path)!r} cannot be read ({error.strerror}).") from None
+    except (ValueError, RecursionError):
+        raise ArtifactError(f"{str(path)!r} is damaged: it is not JSON.") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], document: Any = None) -> None:
+    """Write tensors, and a JSON document in their metadata, atomically."""
+    metadata = None if document is None else {METADATA_KEY: json.dumps(document, sort_keys=True)}
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(on_cpu, metadata=metadata))
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of a safetensors file.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise _damaged(path, error) from None
+
+
+def read_document(path: Path) -> Any:
+    """The JSON document in a safetensors file's metadata, or None.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            text = (handle.metadata() or {}).get(METADATA_KEY)
+        return None if text is None else json.loads(text)
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ArtifactError:
+    if not path.is_file():
+        return ArtifactError(f"{str(path)!r} does not exist.")
+    reason = " ".join(str(error).split())[:200]
+    return ArtifactError(f"{str(path)!r} is not a sound safetensors file ({reason}): restore it or make it again.")
+
+
+def load_state(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Load a state dict, checking names, shapes and types against the module first.
+
+    Raises:
+        ArtifactError: the first tensor that is missing, unknown or of another shape or type.
+    """
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors or name not in expected:
+            state = "lacks" if name not in tensors else "has an unknown"
+            raise ArtifactError(f"{str(path)!r} {state} tensor {name!r}: it belongs to another model.")
+        mine, theirs = expected[name], tensors[name]
+        if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+            raise ArtifactError(
+                f"{str(path)!r} has {name!r} as {theirs.dtype} {list(theirs.shape)}, "
+                f"the model needs {mine.dtype} {list(mine.shape)}."
+            )
+    # assign: the module may be on the meta device, without memory of its own.
+    module.load_state_dict(dict(tensors), assign=True)

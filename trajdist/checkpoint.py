@@ -1,0 +1,176 @@
+"""Checkpoints: written beside, hashed, renamed; the newest one whose hashes hold is the one to resume from.
+
+``checkpoints/step-NNNNNNNN/`` holds ``model.safetensors`` (the trained weights), ``optimizer.safetensors``,
+``state.json`` (cursor, counters, config) and ``manifest.json`` with the size and SHA-256 of the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from trajdist.artifacts import read_json, read_tensors, sync_folder, write_bytes
+from trajdist.errors import ArtifactError
+
+Tensors = dict[str, torch.Tensor]
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is needed to go on: trained weights, optimizer tensors, and the JSON state."""
+
+    model: Tensors
+    optimizer: Tensors
+    state: dict[str, Any]
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread while training goes on; keeps the newest ``keep``."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, number: int, checkpoint: Checkpoint) -> None:
+        """Take a copy of the tensors now, write it soon. Waits for the write before this one.
+
+        Raises:
+            ArtifactError: the write before this one failed.
+        """
+        self.finish()
+        copy = Checkpoint(_copied(checkpoint.model), _copied(checkpoint.optimizer), checkpoint.state)
+        self._pending = self._thread.submit(self._write, number, copy)
+
+    def failed(self) -> bool:
+        """Whether a write has failed by now; :meth:`finish` says how."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def finish(self) -> None:
+        """Wait until all is on disk.
+
+        Raises:
+            ArtifactError: it could not be written; the last good checkpoint is still there.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, number: int, checkpoint: Checkpoint) -> None:
+        final = self._folder / f"step-{number:08d}"
+        temporary = self._folder / f".{final.name}.tmp"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            contents = {
+                "model.safetensors": save(checkpoint.model),
+                "optimizer.safetensors": save(checkpoint.optimizer),
+                "state.json": json.dumps(checkpoint.state, indent=2).encode(),
+            }
+            for name, data in contents.items():
+                write_bytes(temporary / name, data)
+            write_bytes(temporary / "manifest.json", json.dumps(_manifest(contents), indent=2).encode())
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            sync_folder(self._folder)
+        except (OSError, ArtifactError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ArtifactError(
+                f"the checkpoint {str(final)!r} could not be written ({reason}): free some space or make the folder "
+                "writable and run the same command again; it continues from the last good checkpoint."
+            ) from None
+        for old in sorted(_numbered(self._folder))[: -self._keep]:
+            shutil.rmtree(old[1], ignore_errors=True)
+
+
+def _copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _manifest(contents: Mapping[str, bytes]) -> dict[str, Any]:
+    entries = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()
+    }
+    return {"format": 1, "files": entries}
+
+
+def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        match = _NAME.fullmatch(path.name)
+        if match:
+            yield int(match[1]), path
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose manifest holds, and a sentence for each newer one that is damaged."""
+    problems: list[str] = []
+    for _, path in sorted(_numbered(folder), reverse=True):
+        problem = verify(path)
+        if problem is None:
+            return path, problems
+        problems.append(f"the checkpoint {str(path)!r} is damaged ({problem}): using the one before it.")
+    return None, problems
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. File names come from here, never from the manifest."""
+    try:
+        manifest = read_json(path / "manifest.json")
+        for name in FILES:
+            entry = manifest["files"][name]
+            if (path / name).stat().st_size != entry["bytes"]:
+                return f"{name} has the wrong size"
+            if _sha256(path / name) != entry["sha256"]:
+                return f"{name} has the wrong SHA-256"
+    except ArtifactError as error:
+        return str(error)
+    except (KeyError, TypeError):
+        return "manifest.json is not a manifest"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a verified checkpoint."""
+    state = read_json(path / "state.json")
+    return Checkpoint(read_tensors(path / "model.safetensors"), read_tensors(path / "optimizer.safetensors"), state)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """AdamW's state as flat tensors, ``"{parameter}.{name}"``, numbered as the optimizer numbers its parameters."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": value for number, entry in state.items() for name, value in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Undo :func:`optimizer_tensors`; the learning rate is set by the schedule."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

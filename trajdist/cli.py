@@ -1,0 +1,127 @@
+"""The command line: argparse in, rich out. torch is imported when a command needs it, after the config is checked."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from trajdist import __version__
+from trajdist.errors import StopRequested, UserError
+
+EPILOG = """\
+Several processes: accelerate launch --config_file accelerate_config.yaml -m trajdist run CONFIG [key=value ...]
+Exit codes: 0 done; 2 wrong usage or config; 3 wrong data; 4 wrong or damaged artifact; 75 stopped on request with a
+checkpoint saved (0 under a launcher; status.json tells)."""
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    command: Command = arguments.command
+    try:
+        return command(arguments)
+    except UserError as error:
+        if arguments.debug:
+            raise
+        _complain(str(error))
+        return error.exit_code
+    except StopRequested as stop:
+        # A launcher takes any code but 0 for a crash, and would start the job again.
+        return 0 if _under_launcher() else stop.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trajdist",
+        description="Learn how clean images move through a frozen backbone; find the places that do not belong.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"trajdist {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_training(commands, "run", "Phase 1, then Phase 2; resumes by itself", [1, 2])
+    _add_training(commands, "train", "Phase 1 only", [1])
+    _add_training(commands, "adapt", "Phase 2 only, on an existing Phase 1 (phase1=DIR)", [2])
+    inspect = _add(commands, "inspect", "what is in a run, an adapter, a checkpoint or a safetensors file", _inspect)
+    inspect.add_argument("path", metavar="PATH")
+    config = _add(commands, "config", "the resolved config", _config)
+    config.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="a path, or the name of a shipped config")
+    config.add_argument("overrides", metavar="key=value", nargs="*")
+    config.add_argument("--schema", action="store_true", help="print JSON Schema instead, for editors")
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, command: Command
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_training(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, phases: list[int]
+) -> None:
+    parser = _add(commands, name, text, _train)
+    parser.add_argument("config", metavar="CONFIG.yaml", help="a path, or the name of a shipped config")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
+    parser.add_argument("--fresh", action="store_true", help="start over; an old run directory is moved aside")
+    parser.set_defaults(phases=phases)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from trajdist.config import load_config
+    from trajdist.data.sources import open_sets
+
+    config = load_config(arguments.config, arguments.overrides)
+    phases = list(arguments.phases)
+    adaptation = config.domain_adaptation.enabled
+    if 1 in phases and 2 in phases and (adaptation is False or (adaptation is None and not config.data.domain.path)):
+        phases.remove(2)
+    wanted = {1: ("imagenet", config.data.imagenet.path), 2: ("domain", config.data.domain.path)}
+    sources = open_sets(dict(wanted[phase] for phase in phases), config.data.read_retries)
+    # From here on torch is needed, which takes seconds to import.
+    from trajdist.phases import run
+
+    run(config, sources, phases, arguments.fresh)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from trajdist.inspection import inspect
+
+    for item in inspect(Path(arguments.path)):
+        Console(highlight=False).print(item)
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from trajdist.config import dump_yaml, json_schema, load_config
+
+    overrides = list(arguments.overrides)
+    source = arguments.config
+    if source is not None and "=" in source:
+        source, overrides = None, [source, *overrides]
+    print(json_schema() if arguments.schema else dump_yaml(load_config(source, overrides)), end="")
+    return 0
+
+
+def _under_launcher() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
+
+
+def _complain(sentence: str) -> None:
+    """An error on stderr. Every process of a job may have found it; those beside the main one say who they are."""
+    rank = int(os.environ.get("RANK", "0"))
+    print(f"trajdist: {f'[process {rank}] ' if rank else ''}{sentence}", file=sys.stderr)

@@ -1,0 +1,362 @@
+"""The configuration: every key, its default and its bounds, in one place.
+
+A YAML file holds any part of it, ``key=value`` overrides go on top, pydantic types and checks the sum.
+Config objects stop at the builders: classes elsewhere take plain keyword arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from trajdist.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+# A key marked FREE may change when a run is resumed: it does not change what is learned from an image.
+FREE: dict[str, Any] = {"resume": "free"}
+
+
+def _yaml_no(value: object) -> object:
+    """YAML 1.1 reads a bare ``no`` as false; here it is the word."""
+    return "no" if value is False else value
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys are errors; the docstring below a key is its description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ImageSet(Section):
+    """A set of images and how training walks through it."""
+
+    path: str | None = Field(None, json_schema_extra=FREE)
+    """A folder of images (searched recursively), or `skimage:NAME`, photographs that scikit-image ships."""
+    batch_size: PositiveInt = 32
+    """Images per process and micro-batch."""
+    num_samples: Annotated[int, Field(ge=-1)] = -1
+    """Images to train on: a seeded random subset; -1 is all."""
+    num_epochs: PositiveInt = Field(1, json_schema_extra=FREE)
+    """Passes over the images."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches per optimizer step."""
+
+
+class Data(Section):
+    """Where the images are and how they are read."""
+
+    imagenet: ImageSet = ImageSet()
+    """Phase 1."""
+    domain: ImageSet = ImageSet()
+    """Phase 2."""
+    image_size: Annotated[int, Field(ge=16)] = 224
+    """Height and width the backbone sees, in pixels."""
+    fit: Literal["squash", "crop"] = "squash"
+    """How an image becomes square: `squash` keeps every place, `crop` keeps the aspect and the centre."""
+    num_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field("auto", json_schema_extra=FREE)
+    """Decoding processes per training process; `auto` divides the processors that the job may use."""
+    read_retries: Annotated[int, Field(ge=0)] = Field(3, json_schema_extra=FREE)
+    """How often a read that fails with a passing I/O error is tried again, with growing pauses."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.01, json_schema_extra=FREE)
+    """Unreadable images are left out and listed; when they are more than this share, the run stops."""
+
+
+class Backbone(Section):
+    """The frozen network whose block activations are observed."""
+
+    name: str = "resnet50"
+    """A torchvision classification model, `timm:NAME`, or `efficientnet_lite0`."""
+    weights: str = "DEFAULT"
+    """`DEFAULT` (pretrained), `none` (random, seeded), or a .safetensors, .pt or .pth file."""
+    blocks: list[str] = []
+    """Glob patterns of module names to observe; empty finds the residual blocks by structure."""
+
+
+class Model(Section):
+    """The trajectories and the sequence model that learns them."""
+
+    type: Literal["autoencoder", "vae", "transformer"] = "autoencoder"
+    """The architecture."""
+    hidden_dim: PositiveInt = 512
+    """Width of the hidden layers."""
+    latent_dim: PositiveInt = 128
+    """Numbers that a whole trajectory is squeezed through."""
+    num_layers: PositiveInt = 2
+    """Hidden layers of the encoder, and as many of the decoder."""
+    num_heads: PositiveInt = 4
+    """Attention heads (transformer); must divide hidden_dim."""
+    dropout: Fraction = 0.0
+    """Dropout inside the hidden layers while training."""
+    spatial_resolution: PositiveInt = 7
+    """Places per side: every block is pooled to this grid."""
+    feature_dim: PositiveInt = 128
+    """Channels that every block is reduced to."""
+
+
+class Trajectory(Section):
+    """How block activations are reduced to `model.feature_dim` channels."""
+
+    projection: Literal["pca", "random"] = "pca"
+    """`pca` whitens along the principal components; `random` is an orthonormal random reduction."""
+    statistics_images: PositiveInt = 10000
+    """Images, at most, of the first pass that measures means and covariances."""
+
+
+class Train(Section):
+    """Optimization in Phase 1; Phase 2 shares all but the learning rate and the weight decay."""
+
+    learning_rate: Rate = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Decoupled weight decay of weight matrices."""
+    warmup_fraction: Fraction = 0.05
+    """Share of the training over which the learning rate rises; then it falls along a cosine."""
+    max_grad_norm: Rate = 1.0
+    """Gradients are clipped to this norm."""
+    kl_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the VAE's Kullback-Leibler term; 1 is the evidence lower bound."""
+    kl_warmup_fraction: Fraction = 0.2
+    """Share of the training over which the weight of that term rises from 0."""
+
+
+class Lora(Section):
+    """The low-rank adapter of Phase 2 (PEFT)."""
+
+    rank: PositiveInt = 8
+    """Rank of the update of each adapted matrix."""
+    alpha: Rate = 16
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: list[str] | str = "all-linear"
+    """`all-linear`, a list of module names (suffixes), or a regular expression."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) (rank-stabilized LoRA)."""
+    use_dora: bool = False
+    """Adapt direction and magnitude apart (DoRA)."""
+    learning_rate: Rate = 1e-3
+    """Peak learning rate of AdamW in Phase 2."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay in Phase 2."""
+
+
+class DomainAdaptation(Section):
+    """Phase 2."""
+
+    enabled: bool | None = Field(None, json_schema_extra=FREE)
+    """Whether `run` goes on to Phase 2; null means wherever data.domain.path is set."""
+    lora: Lora = Lora()
+    """The adapter."""
+
+
+class Checkpoint(Section):
+    """When the state of the training is saved."""
+
+    every_steps: PositiveInt = Field(1000, json_schema_extra=FREE)
+    """Optimizer steps between checkpoints."""
+    every_minutes: Rate = Field(15.0, json_schema_extra=FREE)
+    """Minutes between checkpoints; whichever comes first."""
+    keep: PositiveInt = Field(2, json_schema_extra=FREE)
+    """Checkpoints to keep, the newest ones."""
+
+
+class Logging(Section):
+    """What is written while training."""
+
+    every_steps: PositiveInt = Field(20, json_schema_extra=FREE)
+    """Optimizer steps between lines of metrics.jsonl; losses stay on the device in between."""
+
+
+class Memory(Section):
+    """Memory options."""
+
+    empty_cache_every: Annotated[int, Field(ge=0)] = Field(0, json_schema_extra=FREE)
+    """Steps between calls of the allocator's empty_cache; 0 never (references are dropped either way)."""
+
+
+class Runtime(Section):
+    """The machine."""
+
+    mixed_precision: Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(_yaml_no)] = "auto"
+    """`auto` takes Accelerate's setting, and without one bf16 on CUDA devices that have it."""
+    deterministic: bool = Field(False, json_schema_extra=FREE)
+    """Deterministic algorithms only (slower on CUDA)."""
+    timeout_s: Rate = Field(1800.0, json_schema_extra=FREE)
+    """Seconds after which a process that waits for a lost or hung peer gives up."""
+
+
+class Config(Section):
+    """Everything a run needs to know."""
+
+    run_dir: str = Field("runs/default", json_schema_extra=FREE)
+    """Where the run writes all it makes."""
+    phase1: str | None = Field(None, json_schema_extra=FREE)
+    """An older run directory (or its phase1 folder) whose Phase 1 `adapt` builds on; null is run_dir's own."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides the order of the images, the initial weights and all noise."""
+    data: Data = Data()
+    """Images."""
+    backbone: Backbone = Backbone()
+    """Frozen backbone."""
+    trajectory: Trajectory = Trajectory()
+    """Projection."""
+    model: Model = Model()
+    """Sequence model."""
+    train: Train = Train()
+    """Optimization."""
+    domain_adaptation: DomainAdaptation = DomainAdaptation()
+    """Phase 2."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Checkpoints."""
+    logging: Logging = Logging()
+    """Logs."""
+    memory: Memory = Memory()
+    """Memory."""
+    runtime: Runtime = Runtime()
+    """Machine."""
+
+
+def load_config(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file (or a shipped config by name), lay ``key=value`` overrides over it, and check the sum.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key, a value of the wrong type or out of bounds.
+    """
+    tree: dict[str, Any] = read_yaml(find_config(str(source))) if source is not None else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Check a nested mapping against the schema, and the rules that tie two keys together."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+    model = config.model
+    if model.type == "transformer" and model.hidden_dim % model.num_heads:
+        raise ConfigError(
+            f"model.num_heads={model.num_heads} does not divide model.hidden_dim={model.hidden_dim}: "
+            "choose a number of heads that does."
+        )
+    return config
+
+
+def find_config(name: str) -> Path:
+    """Return the path of a config file; a bare name such as ``quickstart`` finds a shipped one."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ConfigError(f"the config {name!r} is a folder: name a YAML file in it.")
+    shipped = {file.stem: file for folder in _config_folders() for file in sorted(folder.glob("*.yaml"))}
+    if path.stem in shipped and path.suffix in ("", ".yaml") and len(path.parts) == 1:
+        return shipped[path.stem]
+    raise ConfigError(
+        f"there is no config file {name!r}: name a YAML file, or one of the shipped configs {', '.join(shipped)}."
+    )
+
+
+def _config_folders() -> Iterator[Path]:
+    """The wheel carries configs/ inside the package; a checkout has it beside the package."""
+    package = Path(str(resources.files("trajdist")))
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            yield folder
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that must hold a mapping."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the config {str(path)!r} cannot be read as YAML: {reason}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"the config {str(path)!r} holds no 'key: value' lines: it is not a trajdist config.")
+    return tree
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved config as YAML, every key written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> str:
+    """JSON Schema of the config file, for editors."""
+    schema = Config.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return json.dumps(schema, indent=2)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> ``{"a.b": value}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str, bool]]:
+    """Walk the schema: (dotted key, default, description, may change on resume) for every leaf."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.default, Section):
+            yield from fields(type(field.default), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.default, field.description or "", field.json_schema_extra == FREE
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"the override {override!r} is not of the form key=value, such as model.hidden_dim=64.")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = tree.get(parent)
+        if not isinstance(node, dict):
+            node = tree[parent] = {}
+        tree = node
+    tree[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake as one sentence."""
+    problem = error.errors(include_url=False)[0]
+    # A union's own branches appear in the location; they are no part of the key.
+    known = [key for key, *_ in fields()]
+    sections = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
+    parts = [str(part) for part in problem["loc"]]
+    key = parts[0] if parts else "the config"
+    for part in parts[1:]:
+        if key not in sections:
+            break
+        key = f"{key}.{part}"
+    value = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        return f"unknown config key {key} (= {value!r}): did you mean {close[0]}?"
+    if key in sections:
+        return f"{key} = {value!r} is not a group of keys: write {key}.KEY=VALUE (see trajdist config)."
+    message = problem["msg"]
+    message = message[0].lower() + message[1:]
+    return f"{key} = {value!r} is not possible: {message} (see trajdist config --schema)."

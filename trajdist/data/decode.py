@@ -1,0 +1,63 @@
+"""Image bytes -> upright RGB -> uint8 square. Pillow does the decoding."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+Fit = Literal["squash", "crop"]
+
+
+def decode(raw: bytes, size: int | None = None) -> Image.Image:
+    """Decode JPEG, PNG, BMP, WebP or TIFF to an upright RGB image.
+
+    Args:
+        raw: the file's bytes.
+        size: the size in pixels that the caller will resize to; large JPEGs are then decoded at a reduced scale.
+
+    Raises:
+        Exception: whatever Pillow raises for a damaged, huge or unknown file.
+    """
+    if not raw:
+        raise OSError("the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image: Image.Image = Image.open(io.BytesIO(raw))
+    if size is not None:
+        # Twice the size leaves the antialiasing filter enough to work with.
+        image.draft("RGB", (2 * size, 2 * size))
+    image.load()
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode (grey, 16 bit, float, CMYK, palette, alpha) to RGB; transparency is dropped."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return Image.fromarray(_to_eight_bits(np.asarray(image))).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Deep grey levels to 0..255: by type for 16-bit integers, by range for floats in 0..1."""
+    values = pixels.astype(np.float64)
+    if pixels.dtype.kind == "f":
+        values *= 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
+    elif pixels.dtype.itemsize == 2 or values.max(initial=0.0) > 255:
+        values /= 257.0
+    return np.rint(values.clip(0, 255)).astype(np.uint8)
+
+
+def to_square(image: Image.Image, size: int, fit: Fit) -> npt.NDArray[np.uint8]:
+    """Resize an RGB image to uint8 ``[size, size, 3]``, antialiased; ``fit`` as in ``data.fit``."""
+    if fit == "crop":
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    elif image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image)

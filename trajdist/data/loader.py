@@ -1,0 +1,129 @@
+"""Batches: a map-style data set under a batch sampler whose order is a pure function of the plan.
+
+Accelerate deals the sampler's micro-batches out to the processes, one each in turn; see :mod:`trajdist.sharding`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+
+from trajdist.data.decode import Fit, to_square
+from trajdist.data.sources import ImageSource
+from trajdist.sharding import Int64s, Plan, Slots, digest
+
+IndexAt = Callable[[int, Int64s], Int64s]
+
+
+class ImageBatch(NamedTuple):
+    """What one process gets in one micro-batch. Empty slots are grey images of weight 0.
+
+    Attributes:
+        images: uint8 ``[B, 3, S, S]``, channels last in memory.
+        weights: float32 ``[B]``, 1 for an image, 0 for an empty slot.
+        digest: int64, :func:`trajdist.sharding.digest` of the numbers of the images in it.
+        failures: ``(index, reason)`` of each image that could not be used; its slot is empty.
+    """
+
+    images: torch.Tensor
+    weights: torch.Tensor
+    digest: torch.Tensor
+    failures: list[tuple[int, str]]
+
+
+class SlotDataset(Dataset[ImageBatch]):
+    """Reads whole micro-batches: :class:`Slots` in, :class:`ImageBatch` out."""
+
+    def __init__(self, source: ImageSource, index_at: IndexAt, size: int, fit: Fit) -> None:
+        self._source, self._index_at, self._size, self._fit = source, index_at, size, fit
+
+    def __getitems__(self, slots: Slots) -> ImageBatch:
+        # The DataLoader hands a whole batch of the sampler to this method when it exists.
+        indices = self._index_at(slots.epoch, np.arange(slots.start, slots.stop))
+        pixels = np.full((slots.size, self._size, self._size, 3), 128, np.uint8)
+        weights = torch.zeros(slots.size)
+        read: list[int] = []
+        failures: list[tuple[int, str]] = []
+        for slot, index in enumerate(indices.tolist()):
+            try:
+                image = self._source.load(index, self._size)
+                pixels[slot] = to_square(image, self._size, self._fit)
+            except Exception as error:  # Hostile bytes make decoders raise anything; the image is named and left out.
+                failures.append((index, _reason(error)))
+                continue
+            weights[slot] = 1.0
+            read.append(index)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return ImageBatch(images, weights, torch.tensor(digest(np.array(read, np.int64))), failures)
+
+    def __getitem__(self, slots: Slots) -> ImageBatch:
+        return self.__getitems__(slots)
+
+
+def _reason(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    # Pillow puts the address of its buffer into the message of an unknown format.
+    text = text.split(" <_io")[0]
+    return f"{type(error).__name__}: {text}"
+
+
+class SlotSampler(BatchSampler):
+    """Yields the micro-batches of all processes in turn, from the cursor on, through all epochs without a break."""
+
+    def __init__(self, plan: Plan, cursor: int = 0) -> None:
+        self._plan, self._cursor = plan, cursor
+        self.batch_size, self.drop_last = plan.slots, True
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._plan.shares(self._cursor)
+
+    def __len__(self) -> int:
+        steps = self._plan.total_steps - self._plan.step_index_at(self._cursor)
+        return steps * self._plan.micro_batches * self._plan.world
+
+
+def build_loader(
+    source: ImageSource,
+    index_at: IndexAt,
+    plan: Plan,
+    *,
+    cursor: int = 0,
+    size: int,
+    fit: Fit,
+    num_workers: int,
+    pin_memory: bool,
+) -> DataLoader[ImageBatch]:
+    """The loader over all processes' micro-batches, for ``accelerator.prepare`` to shard."""
+    return DataLoader(
+        SlotDataset(source, index_at, size, fit),
+        batch_sampler=SlotSampler(plan, cursor),
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals if num_workers else None,
+    )
+
+
+def _as_is(batch: object) -> ImageBatch:
+    return cast(ImageBatch, batch)
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the process group is the training process's to answer; it ends its workers itself."""
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def resolve_workers(setting: int | str, local_world: int) -> int:
+    """``auto``: the processors this job may use, shared out, one left for training; at most 16 per process."""
+    if isinstance(setting, int):
+        return setting
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, max(0, available // local_world - 1))

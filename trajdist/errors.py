@@ -1,0 +1,40 @@
+"""The errors that a user can cause, each with the exit code of the command line.
+
+Every message is one sentence that names the field or the file, its value, and the mend.
+"""
+
+
+class UserError(ValueError):
+    """Base of all errors that are shown as one sentence, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """Wrong usage or configuration."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Images that are missing, unreadable or not the ones the run began with."""
+
+    exit_code = 3
+
+
+class ArtifactError(UserError):
+    """A model, adapter, projection or checkpoint that is damaged or belongs to another run."""
+
+    exit_code = 4
+
+
+class TrainingError(UserError):
+    """Training that cannot go on, such as a loss that is no longer finite."""
+
+    exit_code = 1
+
+
+class StopRequested(Exception):
+    """A signal or the STOP file asked the run to stop; a checkpoint has been saved."""
+
+    exit_code = 75

@@ -1,0 +1,303 @@
+"""THE training loop: one, for both phases.
+
+The gradient of a step is that of one process over the whole global batch: every process sums its losses, the sum of
+gradients is divided by the number of images that all processes really had. Nothing in a step waits for the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import nn
+
+from trajdist.checkpoint import Checkpoint, CheckpointWriter, Tensors, optimizer_tensors, restore_optimizer
+from trajdist.data.loader import ImageBatch
+from trajdist.errors import StopRequested
+from trajdist.journal import Journal
+from trajdist.losses import Losses, trajectory_losses
+from trajdist.progress import Progress
+from trajdist.rundir import RunDir
+from trajdist.runtime import Clock, Processes, StopFlag, empty_cache, memory_bytes, peak_memory_bytes
+from trajdist.schedules import linear_warmup, warmup_cosine
+from trajdist.sharding import Plan, Step, key64
+from trajdist.trajectory import TrajectoryExtractor
+
+# On CUDA, reading a flag waits for the device, so processes agree only every so many steps.
+AGREE_EVERY_ON_CUDA = 10
+
+
+@dataclass
+class Position:
+    """How far the run is, for status.json."""
+
+    phase: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to optimise."""
+
+    learning_rate: float
+    warmup_fraction: float
+    max_grad_norm: float
+    kl_weight: float
+    kl_warmup_fraction: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """When to log, to save, and to empty the allocator's cache."""
+
+    log_every_steps: int
+    save_every_steps: int
+    save_every_s: float
+    empty_cache_every: int
+
+
+@dataclass
+class Job:
+    """Everything that :func:`fit` works with."""
+
+    phase: int
+    accelerator: Accelerator
+    processes: Processes
+    plan: Plan
+    loader: Iterable[ImageBatch]
+    extract: TrajectoryExtractor
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    recipe: Recipe
+    rhythm: Rhythm
+    journal: Journal
+    rundir: RunDir
+    writer: CheckpointWriter
+    stop: StopFlag
+    progress: Progress
+    clock: Clock
+    at: Position
+    base: str
+    first_checkpoint_number: int
+    seconds_before: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    last_saved: float = field(default_factory=time.monotonic)
+
+
+def fit(job: Job, cursor: int = 0) -> None:
+    """Train from ``cursor`` to the end of the last epoch.
+
+    Raises:
+        StopRequested: somebody asked for it; a checkpoint is saved.
+        TrainingError, DataError: see :meth:`Journal.flush`.
+        ArtifactError: a checkpoint could not be written.
+    """
+    job.model.train()
+    batches = iter(job.loader)
+    for step in job.plan.steps(cursor):
+        begin_step(job, step)
+        images = torch.zeros((), device=job.processes.device)
+        for _ in range(job.plan.micro_batches):
+            batch = next_batch(job, batches)
+            add_gradients(job, step, batch)
+            images += batch.weights.sum()
+        with job.clock("sync"):
+            job.processes.sum(images)
+        with job.clock("optimizer"):
+            update(job, step, images)
+        finish_step(job, step)
+
+
+def begin_step(job: Job, step: Step) -> None:
+    """Key the random numbers and set the learning rate: pure functions of the step, nothing to save."""
+    torch.manual_seed(key64(job.recipe.seed, job.phase, step.index, job.processes.rank) >> 1)
+    factor = warmup_cosine(progress_at(job, step), job.recipe.warmup_fraction)
+    for group in job.optimizer.param_groups:
+        group["lr"] = job.recipe.learning_rate * factor
+    job.journal.begin(step)
+
+
+def progress_at(job: Job, step: Step) -> float:
+    """Share of the training that is done in the middle of ``step``."""
+    return (job.plan.cursor_after(step) - 0.5 * step.num_images) / job.plan.total_images
+
+
+def next_batch(job: Job, batches: Iterator[ImageBatch]) -> ImageBatch:
+    with job.clock("data"):
+        batch = next(batches)
+    return move(batch, job.processes.device, job.clock)
+
+
+def move(batch: ImageBatch, device: torch.device, clock: Clock) -> ImageBatch:
+    """A batch on the device, where it becomes float: a quarter of the bytes travel."""
+    with clock("transfer"):
+        on_device: ImageBatch = send_to_device(batch, device, non_blocking=True)
+    return on_device
+
+
+def add_gradients(job: Job, step: Step, batch: ImageBatch) -> None:
+    """Forward and backward of one micro-batch; the last one of a step sums the gradients over the processes."""
+    with job.accelerator.accumulate(job.model):
+        with job.clock("backbone"), job.accelerator.autocast():
+            trajectories = job.extract(batch.images)
+        with job.clock("model"):
+            losses = compute_losses(job, step, trajectories, batch)
+            job.accelerator.backward(losses.loss @ batch.weights / step.num_images * gradient_share(job))
+    job.journal.add(step, batch, losses)
+
+
+def compute_losses(job: Job, step: Step, trajectories_BHWLD: torch.Tensor, batch: ImageBatch) -> Losses:
+    target_NLD = trajectories_BHWLD.flatten(0, 2)
+    kl_weight = job.recipe.kl_weight * linear_warmup(progress_at(job, step), job.recipe.kl_warmup_fraction)
+    valid_LD = job.extract.projection.valid_LD
+    return trajectory_losses(job.model(target_NLD), target_NLD, valid_LD, len(batch.weights), kl_weight)
+
+
+def gradient_share(job: Job) -> int:
+    """Undoes two means: Accelerate divides by the micro-batches, DistributedDataParallel by the processes."""
+    return job.plan.micro_batches * job.processes.world
+
+
+def update(job: Job, step: Step, images: torch.Tensor) -> None:
+    """One optimizer step. Images that could not be read leave a smaller count to divide by."""
+    correction = step.num_images / images.clamp(min=1)
+    for parameter in job.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(correction)
+    job.accelerator.clip_grad_norm_(job.model.parameters(), job.recipe.max_grad_norm)
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+
+
+def finish_step(job: Job, step: Step) -> None:
+    """Whatever is due between two steps. All processes decide alike."""
+    rhythm, done = job.rhythm, step.index + 1
+    job.at.step = done
+    stop, overdue = agree(job, step)
+    save = stop or overdue or done % rhythm.save_every_steps == 0 or done == job.plan.total_steps
+    log = done == 1 or done % rhythm.log_every_steps == 0 or step.ends_epoch
+    if rhythm.empty_cache_every and done % rhythm.empty_cache_every == 0:
+        empty_cache(job.processes.device)
+    if log or save:
+        job.journal.flush(step)
+    if log:
+        write_line(job, step)
+    if step.ends_epoch:
+        write_epoch(job, step)
+    if save:
+        save_checkpoint(job, step)
+    if stop:
+        job.writer.finish()
+        raise StopRequested(job.stop.why or "another process was asked to stop")
+
+
+def agree(job: Job, step: Step) -> tuple[bool, bool]:
+    """Whether any process was asked to stop, and whether the main process finds a checkpoint overdue."""
+    every = AGREE_EVERY_ON_CUDA if job.processes.device.type == "cuda" else 1
+    if (step.index + 1) % every:
+        return False, False
+    stop = bool(job.stop)
+    failed = job.writer.failed()
+    overdue = job.processes.is_main and time.monotonic() - job.last_saved > job.rhythm.save_every_s
+    votes = torch.tensor([stop, overdue, failed], dtype=torch.int32, device=job.processes.device)
+    asked, due, broken = job.processes.sum(votes).tolist()
+    if broken:
+        job.writer.finish()
+        raise StopRequested("the main process could not write a checkpoint")
+    return asked > 0, due > 0
+
+
+def write_line(job: Job, step: Step) -> None:
+    """A line of metrics.jsonl, and the same on the screen."""
+    line = job.journal.take_line()
+    memory = memory_bytes(job.processes.device)
+    job.journal.read_memory(memory)
+    record = {
+        "event": "step",
+        "phase": job.phase,
+        "epoch": step.epoch + 1,
+        "step": step.index + 1,
+        "images": job.plan.cursor_after(step),
+        **line.means(),
+        "lr": job.optimizer.param_groups[0]["lr"],
+        "images_per_s": job.progress.rate(job.plan.cursor_after(step)),
+        "memory_bytes": memory,
+        "peak_memory_bytes": peak_memory_bytes(job.processes.device),
+    }
+    if job.processes.is_main:
+        job.rundir.append(job.rundir.metrics, record)
+        job.progress.show(record)
+
+
+def write_epoch(job: Job, step: Step) -> None:
+    """The epoch's line of metrics.jsonl."""
+    sums = job.journal.end_epoch()
+    record = {
+        "event": "epoch",
+        "phase": job.phase,
+        "epoch": step.epoch + 1,
+        "step": step.index + 1,
+        "images": sums.images,
+        **sums.means(),
+        "lr": job.optimizer.param_groups[0]["lr"],
+        "images_per_s": job.progress.mean_rate(),
+        "memory_bytes": int(job.journal.epoch_memory[-1]),
+        "peak_memory_bytes": peak_memory_bytes(job.processes.device),
+        "failures": sums.failures,
+    }
+    if job.processes.is_main:
+        job.rundir.append(job.rundir.metrics, record)
+
+
+def seconds(job: Job) -> float:
+    """Training time of this phase over all restarts."""
+    return job.seconds_before + time.monotonic() - job.started
+
+
+def trainable(job: Job) -> Tensors:
+    """The weights that are trained, by name."""
+    model = job.accelerator.unwrap_model(job.model)
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def save_checkpoint(job: Job, step: Step) -> None:
+    """Hand the state to the writer. The books have been flushed."""
+    job.last_saved = time.monotonic()
+    if not job.processes.is_main:
+        return
+    scaler = job.accelerator.scaler
+    state = {
+        "base": job.base,
+        "phase": job.phase,
+        "cursor": job.plan.cursor_after(step),
+        "step": step.index + 1,
+        "global_batch": job.plan.global_batch,
+        "num_processes": job.processes.world,
+        "seconds": seconds(job),
+        "stages": job.clock.seconds(),
+        "journal": job.journal.state(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "file_sizes": job.rundir.sync_records(),
+    }
+    number = job.first_checkpoint_number + step.index + 1
+    job.writer.save(number, Checkpoint(trainable(job), optimizer_tensors(job.optimizer), state))
+    job.rundir.write_status("running", job.phase, step.index + 1)
+
+
+def restore(job: Job, checkpoint: Checkpoint) -> int:
+    """Put a checkpoint into the job; returns the cursor to go on from."""
+    with torch.no_grad():
+        for name, weight in trainable(job).items():
+            weight.copy_(checkpoint.model[name])
+    restore_optimizer(job.optimizer, checkpoint.optimizer)
+    if job.accelerator.scaler is not None and checkpoint.state["scaler"]:
+        job.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+    job.journal.restore(checkpoint.state["journal"])
+    job.seconds_before = checkpoint.state["seconds"]
+    job.clock.restore(checkpoint.state["stages"])
+    return int(checkpoint.state["cursor"])

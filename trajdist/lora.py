@@ -1,0 +1,107 @@
+"""LoRA adapters: PEFT's own, attached, saved, loaded and proven alive (Hu et al. 2022)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import nn
+
+from trajdist.artifacts import read_json, read_tensors
+from trajdist.errors import ArtifactError, ConfigError
+
+# The adapter's config names its base by this prefix and the base's fingerprint.
+BASE_PREFIX = "trajdist:"
+
+
+def attach(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: list[str] | str,
+    use_rslora: bool,
+    use_dora: bool,
+    base_fingerprint: str,
+) -> PeftModel:
+    """Wrap ``model`` in a fresh adapter: only ``lora_`` weights train, and the output does not change yet.
+
+    Raises:
+        ConfigError: ``target_modules`` matches no linear layer.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with floats although it declares an int.
+        lora_dropout=dropout,
+        target_modules=linear if target_modules == "all-linear" else target_modules,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        base_model_name_or_path=BASE_PREFIX + base_fingerprint,
+    )
+    # PEFT takes the name of the base from the model itself.
+    model.name_or_path = BASE_PREFIX + base_fingerprint  # type: ignore[assignment]
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        if "arget module" not in str(error):
+            raise
+        raise ConfigError(
+            f"domain_adaptation.lora.target_modules={target_modules!r} matches no linear layer: "
+            f"there are {', '.join(linear)}."
+        ) from None
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def base_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """The weights of the base model under an adapter, by the names that PEFT gives them."""
+    return {name: value for name, value in adapted.state_dict().items() if "lora_" not in name}
+
+
+def adapter_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's own weights, by the names of its file."""
+    return dict(get_peft_model_state_dict(adapted))
+
+
+def is_alive(adapted: PeftModel) -> bool:
+    """Whether the adapter changes anything: every B begins as zero and must have moved."""
+    up = [value for name, value in adapter_state(adapted).items() if "lora_B" in name]
+    return any(bool(value.any()) for value in up)
+
+
+def save_adapter(adapted: PeftModel, folder: Path) -> None:
+    """Save in PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    # There are no embeddings; asked to find out by itself, PEFT looks for the base on the hub.
+    adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+
+def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on its base model.
+
+    Raises:
+        ArtifactError: no adapter there, a damaged one, or one that was trained on another base.
+    """
+    check_base(folder, base_fingerprint)
+    read_tensors(folder / "adapter_model.safetensors")  # Damage is named before PEFT sees it.
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"the adapter {str(folder)!r} does not fit the model: {reason}") from None
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def check_base(folder: Path, base_fingerprint: str) -> None:
+    """Refuse an adapter that was trained on another base model, projection or backbone."""
+    document = read_json(folder / "adapter_config.json")
+    base = str(document.get("base_model_name_or_path")) if isinstance(document, dict) else json.dumps(document)
+    if base != BASE_PREFIX + base_fingerprint:
+        raise ArtifactError(
+            f"the adapter {str(folder)!r} was trained on another base ({base[:28]}..., this one is "
+            f"{BASE_PREFIX}{base_fingerprint[:19]}...): use it with the Phase 1 it was trained on."
+        )

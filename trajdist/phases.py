@@ -1,0 +1,371 @@
+"""Phase 1: statistics, model, loop, save. Phase 2: load, attach LoRA, loop, prove, save."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+
+from trajdist import bundle, lora
+from trajdist.artifacts import fingerprint, sync_folder
+from trajdist.checkpoint import Checkpoint, CheckpointWriter
+from trajdist.config import Config
+from trajdist.data.sources import ImageSource
+from trajdist.errors import ArtifactError, ConfigError, StopRequested, TrainingError, UserError
+from trajdist.journal import Journal
+from trajdist.loop import Job, Position, Recipe, Rhythm, fit, restore, seconds, trainable
+from trajdist.progress import Progress, summary_table
+from trajdist.rundir import RunDir
+from trajdist.runtime import Clock, peak_memory_bytes, reset_peak_memory
+from trajdist.session import Session, open_session
+from trajdist.sharding import Plan, Selection, key64
+from trajdist.statistics import load_extractor, prepare_extractor
+from trajdist.trajectory import TrajectoryExtractor
+
+SETS = {1: "imagenet", 2: "domain"}
+
+
+def run(config: Config, sources: dict[str, ImageSource], phases: Sequence[int], fresh: bool = False) -> dict[str, Any]:
+    """Run the phases that are not done yet; returns the summary. Every process of the job calls it.
+
+    Raises:
+        UserError: its kind tells the exit code.
+        StopRequested: a signal or the STOP file; the same call goes on from the checkpoint.
+    """
+    session = open_session(config, sources, fresh)
+    at = Position()
+    with session.stop.listening():
+        try:
+            if 1 in phases:
+                phase1(session, at)
+            if 2 in phases:
+                phase2(session, at)
+        except BaseException as error:
+            _record_end(session, at, error)
+            raise
+    summary = session.rundir.read_summary()
+    if session.processes.is_main:
+        session.rundir.write_status("done", at.phase, at.step)
+        session.console.print(summary_table(summary))
+        session.say(f"all files are in {session.rundir.path}")
+    session.processes.wait()
+    return summary
+
+
+def _record_end(session: Session, at: Position, error: BaseException) -> None:
+    if not session.processes.is_main:
+        return
+    if isinstance(error, StopRequested):
+        session.rundir.stop_file.unlink(missing_ok=True)
+        session.rundir.write_status("stopped", at.phase, at.step, str(error))
+        session.say(f"stopped ({error}): run the same command again to go on")
+    else:
+        why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        session.rundir.write_status("failed", at.phase, at.step, why)
+
+
+def phase1(session: Session, at: Position) -> None:
+    """Learn the trajectories of the ImageNet set."""
+    at.phase = 1
+    if _is_done(session, 1):
+        return
+    selection = session.selection("imagenet", 1)
+    extractor = prepare_extractor(session, selection)
+    document = bundle.model_document(session.config, extractor)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key64(session.config.seed, 1) >> 1)
+        model = bundle.new_model(document)
+    settings = session.config.train
+    trainee = Trainee(model, settings.learning_rate, settings.weight_decay, document.trajectory_fingerprint)
+    job = train(session, at, selection, extractor, trainee)
+    if session.processes.is_main:
+        trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
+        bundle.save_model(session.rundir.model, trained, document)
+    _finish(session, job)
+
+
+def phase2(session: Session, at: Position) -> None:
+    """Adapt a trained Phase 1 to the domain set with LoRA."""
+    at.phase = 2
+    if _is_done(session, 2):
+        return
+    if session.processes.is_main:
+        adopt_phase1(session)
+    session.processes.wait()
+    selection = session.selection("domain", 2)
+    extractor = load_extractor(session)
+    base, document = bundle.load_model(session.rundir.model)
+    if document.trajectory_fingerprint != bundle.trajectory_fingerprint(extractor):
+        raise ArtifactError(
+            f"{str(session.rundir.model)!r} was trained on other trajectories than {str(session.rundir.trajectory)!r} "
+            "describes: restore both from the same run."
+        )
+    base_id = bundle.base_fingerprint(base, document)
+    settings = session.config.domain_adaptation.lora
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key64(session.config.seed, 2) >> 1)
+        adapted = lora.attach(
+            base, **settings.model_dump(exclude={"learning_rate", "weight_decay"}), base_fingerprint=base_id
+        )
+    before = fingerprint(lora.base_state(adapted))
+    trainee = Trainee(adapted, settings.learning_rate, settings.weight_decay, base_id)
+    job = train(session, at, selection, extractor, trainee)
+    if session.processes.is_main:
+        trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
+        save_proven_adapter(session.rundir, trained, before, base_id)
+    _finish(session, job)
+
+
+def adopt_phase1(session: Session) -> None:
+    """With ``phase1=DIR``, copy that run's Phase 1 into this run directory, so that it stands alone.
+
+    Raises:
+        ArtifactError: there is no finished Phase 1.
+        ConfigError: this config describes another model than that Phase 1 is.
+    """
+    rundir, chosen = session.rundir, session.config.phase1
+    if chosen is not None and not rundir.model.exists():
+        folder = Path(chosen).expanduser()
+        folder = folder / "phase1" if (folder / "phase1").is_dir() else folder
+        for target in (rundir.trajectory, rundir.model):
+            if not (folder / target.name).is_file():
+                raise ArtifactError(f"phase1={chosen!r} has no {target.name}: name a run whose Phase 1 is done.")
+            shutil.copyfile(folder / target.name, target.with_suffix(".tmp"))
+            target.with_suffix(".tmp").rename(target)
+    if not rundir.model.exists():
+        raise ArtifactError(
+            f"there is no Phase 1 in {str(rundir.path)!r}: train it first, or name an older run with phase1=DIR."
+        )
+    _check_same_model(session.config, rundir.trajectory, rundir.model)
+
+
+def _check_same_model(config: Config, trajectory: Path, model: Path) -> None:
+    """The config of Phase 2 must describe the Phase 1 it adapts."""
+    made = bundle.read(trajectory, bundle.TrajectoryDocument)
+    learned = bundle.read(model, bundle.ModelDocument)
+    pairs = {
+        "backbone.name": (config.backbone.name, made.backbone),
+        "data.image_size": (config.data.image_size, made.image_size),
+        "data.fit": (config.data.fit, made.fit),
+        "model.spatial_resolution": (config.model.spatial_resolution, made.spatial_resolution),
+        "model.feature_dim": (config.model.feature_dim, made.feature_dim),
+        "model.type": (config.model.type, learned.type),
+        "model.hidden_dim": (config.model.hidden_dim, learned.hidden_dim),
+        "model.latent_dim": (config.model.latent_dim, learned.latent_dim),
+        "model.num_layers": (config.model.num_layers, learned.num_layers),
+    }
+    for key, (mine, theirs) in pairs.items():
+        if mine != theirs:
+            raise ConfigError(f"{key}={mine!r}, but the Phase 1 in {str(model.parent)!r} has {theirs!r}: use that.")
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model to train, how fast, and the fingerprint of what it stands on."""
+
+    model: nn.Module
+    learning_rate: float
+    weight_decay: float
+    base: str
+
+
+def train(
+    session: Session, at: Position, selection: Selection, extractor: TrajectoryExtractor, trainee: Trainee
+) -> Job:
+    """Build the job of a phase, resume it if a checkpoint is there, and run the loop to its end."""
+    config, processes, set_name = session.config, session.processes, SETS[at.phase]
+    plan = session.plan(set_name, selection.num_train, getattr(config.data, set_name).num_epochs)
+    checkpoint = _checkpoint_of(session, at.phase, trainee.base)
+    cursor = int(checkpoint.state["cursor"]) if checkpoint else 0
+    session.accelerator.gradient_accumulation_steps = plan.micro_batches
+    session.accelerator.step = 0
+    model = trainee.model.to(processes.device)
+    optimizer = make_optimizer(model, trainee.learning_rate, trainee.weight_decay, processes.device)
+    prepared_model, prepared_optimizer = session.accelerator.prepare(model, optimizer)
+    reset_peak_memory(processes.device)
+    session.say(_announcement(at.phase, plan, cursor, model, processes.world))
+    with Progress(session.console, f"phase {at.phase}", plan.total_images, cursor) as progress:
+        job = Job(
+            phase=at.phase,
+            accelerator=session.accelerator,
+            processes=processes,
+            plan=plan,
+            loader=session.loader(set_name, selection, plan, cursor),
+            extract=extractor,
+            model=prepared_model,
+            optimizer=prepared_optimizer,
+            recipe=_recipe(config, trainee.learning_rate),
+            rhythm=_rhythm(config),
+            journal=_journal(session, at.phase, plan, selection),
+            rundir=session.rundir,
+            writer=CheckpointWriter(session.rundir.checkpoints, config.checkpoint.keep),
+            stop=session.stop,
+            progress=progress,
+            clock=Clock(processes.device),
+            at=at,
+            base=trainee.base,
+            first_checkpoint_number=_steps_before(session, at.phase),
+        )
+        if checkpoint:
+            restore(job, checkpoint)
+        fit(job, cursor)
+        job.writer.finish()
+    return job
+
+
+def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None:
+    """The checkpoint to resume this phase from, and the records cut back to it.
+
+    Raises:
+        ArtifactError: the checkpoint belongs to another model.
+    """
+    checkpoint = session.newest_checkpoint()
+    if checkpoint and checkpoint.state["phase"] != phase:
+        checkpoint = None
+    if checkpoint and checkpoint.state["base"] != base:
+        raise ArtifactError(
+            f"the checkpoints in {str(session.rundir.checkpoints)!r} belong to other weights than this run's: "
+            "restore the phase1 folder, or start over with --fresh."
+        )
+    if session.processes.is_main:
+        before = session.rundir.recall("records_after_phase1") if phase == 2 else None
+        session.rundir.rewind_records(checkpoint.state["file_sizes"] if checkpoint else before or {})
+    session.processes.wait()
+    return checkpoint
+
+
+def _announcement(phase: int, plan: Plan, cursor: int, model: nn.Module, world: int) -> str:
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    text = (
+        f"phase {phase}: {plan.num_images:,} images x {plan.num_epochs} epochs, {trained:,} weights, "
+        f"{plan.global_batch} images per step ({world} processes x {plan.slots} x {plan.micro_batches} micro-batches)"
+    )
+    return text + (f"; going on after {cursor:,} images" if cursor else "")
+
+
+def _journal(session: Session, phase: int, plan: Plan, selection: Selection) -> Journal:
+    source = session.sources[SETS[phase]]
+
+    def files_of(step_index: int) -> list[str]:
+        step = plan.step(step_index)
+        return [source.name(index) for index in selection.train(step.epoch, np.arange(step.start, step.stop)).tolist()]
+
+    return Journal(
+        phase,
+        session.rundir,
+        session.processes,
+        source.name,
+        files_of,
+        SETS[phase],
+        plan.num_images,
+        session.config.data.max_bad_fraction,
+    )
+
+
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019); biases, gains and embeddings of depth are not decayed."""
+    weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    decayed = [weight for name, weight in weights if weight.ndim >= 2 and "depth_" not in name]
+    others = [weight for name, weight in weights if weight.ndim < 2 or "depth_" in name]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=learning_rate, fused=device.type == "cuda"
+    )
+
+
+def _recipe(config: Config, learning_rate: float) -> Recipe:
+    return Recipe(
+        learning_rate=learning_rate,
+        warmup_fraction=config.train.warmup_fraction,
+        max_grad_norm=config.train.max_grad_norm,
+        kl_weight=config.train.kl_weight,
+        kl_warmup_fraction=config.train.kl_warmup_fraction,
+        seed=config.seed,
+    )
+
+
+def _rhythm(config: Config) -> Rhythm:
+    return Rhythm(
+        log_every_steps=config.logging.every_steps,
+        save_every_steps=config.checkpoint.every_steps,
+        save_every_s=config.checkpoint.every_minutes * 60.0,
+        empty_cache_every=config.memory.empty_cache_every,
+    )
+
+
+def _steps_before(session: Session, phase: int) -> int:
+    """Checkpoints of Phase 2 are numbered after those of Phase 1."""
+    return int(session.rundir.read_summary().get("phase1", {}).get("steps", 0)) if phase == 2 else 0
+
+
+def _is_done(session: Session, phase: int) -> bool:
+    done = session.rundir.read_summary().get(f"phase{phase}")
+    if done:
+        session.say(f"phase {phase} is done ({done['epochs']} epochs): nothing to repeat")
+    return bool(done)
+
+
+def _finish(session: Session, job: Job) -> None:
+    """Write the phase's summary: from now on it is done."""
+    journal, taken = job.journal, seconds(job)
+    memory = journal.epoch_memory
+    summary = {
+        "images": journal.total.images,
+        "failures": journal.total.failures,
+        "epochs": job.plan.num_epochs,
+        "steps": job.plan.total_steps,
+        "seconds": taken,
+        "images_per_s": journal.total.images / max(taken, 1e-9),
+        "first_loss": journal.first_loss,
+        "final_loss": journal.final_loss,
+        "peak_memory_bytes": peak_memory_bytes(session.processes.device),
+        "memory_growth_bytes": int(memory[-1] - memory[0]) if memory else 0,
+        "num_processes": session.processes.world,
+        "trained_parameters": sum(weight.numel() for weight in trainable(job).values()),
+        "time": job.clock.seconds(),
+    }
+    if session.processes.is_main:
+        session.rundir.remember(f"records_after_phase{job.phase}", session.rundir.sync_records())
+        session.rundir.write_summary(f"phase{job.phase}", summary)
+    session.processes.wait()
+
+
+def save_proven_adapter(rundir: RunDir, adapted: nn.Module, base_before: str, base_id: str) -> None:
+    """Save the adapter and prove it: the base did not move, the adapter does something, and it loads to the same.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        TrainingError: one of the three does not hold.
+    """
+    assert isinstance(adapted, PeftModel)
+    adapted.eval()
+    if fingerprint(lora.base_state(adapted)) != base_before:
+        raise TrainingError("the base model moved during Phase 2: this is a defect of trajdist, please report it.")
+    if not lora.is_alive(adapted):
+        raise TrainingError(
+            "the adapter learned nothing (every B is zero): train longer or raise domain_adaptation.lora.learning_rate."
+        )
+    temporary = rundir.adapter.with_name(".adapter.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    rundir.adapter.parent.mkdir(exist_ok=True)
+    lora.save_adapter(adapted, temporary)
+    base, document = bundle.load_model(rundir.model)
+    again = lora.load_adapter(base, temporary, base_id).eval()
+    probe_NLD = torch.randn(64, document.length, document.width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = [model.to("cpu")(probe_NLD).output_NLD for model in (adapted, again)]
+    if not torch.equal(*outputs):
+        raise TrainingError("the saved adapter gives other outputs than the trained one: the file system is not sound.")
+    shutil.rmtree(rundir.adapter, ignore_errors=True)
+    temporary.rename(rundir.adapter)
+    sync_folder(rundir.adapter.parent)

@@ -1,0 +1,105 @@
+"""What the user sees while the job runs: a progress bar on a terminal, plain lines elsewhere. Main process only."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+GIB = 2**30
+
+
+def make_console(is_main: bool) -> Console:
+    """Where the job talks to the user; other processes are silent."""
+    return Console(quiet=not is_main, highlight=False, soft_wrap=True)
+
+
+class Progress:
+    """One stage of the job: a bar or lines, and the rate at which images go by.
+
+    Args:
+        console: where to write.
+        title: what the stage is called.
+        total_images: images to go through.
+        done_images: images that an earlier process went through.
+    """
+
+    def __init__(self, console: Console, title: str, total_images: int, done_images: int = 0) -> None:
+        self._console, self._title, self._total = console, title, total_images
+        self._first = self._last = (time.monotonic(), done_images)
+        self._bar: Bar | None = None
+        if console.is_terminal and not console.quiet:
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self._bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=console)
+            self._task = self._bar.add_task(title, total=total_images, completed=done_images, note="")
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def rate(self, images: int) -> float:
+        """Images per second since the last call."""
+        now, (then, before) = time.monotonic(), self._last
+        self._last = (now, images)
+        return (images - before) / max(now - then, 1e-9)
+
+    def mean_rate(self) -> float:
+        """Images per second since the stage began, as of the last call of :meth:`rate`."""
+        return (self._last[1] - self._first[1]) / max(self._last[0] - self._first[0], 1e-9)
+
+    def advance(self, images: int) -> None:
+        """Move the bar; writes no line."""
+        if self._bar:
+            self._bar.update(self._task, completed=images)
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Show a line of metrics.jsonl."""
+        images, rate = record["images"], record["images_per_s"]
+        note = f"loss {record['loss']:.4f}  {rate:.1f} images/s  {record['memory_bytes'] / GIB:.2f} GiB"
+        if self._bar:
+            self._bar.update(self._task, completed=images, note=note)
+        else:
+            left = format_seconds((self._total - images) / max(self.mean_rate(), 1e-9))
+            step = f"epoch {record['epoch']} step {record['step']} images {images}/{self._total}"
+            self._console.print(f"{self._title}: {step}  {note}  {left} left")
+
+
+def format_seconds(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def summary_table(summary: dict[str, dict[str, Any]]) -> Table:
+    """The table at the end of a run, one column per phase."""
+    table = Table(title="trajdist", title_justify="left")
+    table.add_column("")
+    for phase in summary:
+        table.add_column(phase, justify="right")
+    rows = {
+        "images": lambda s: f"{s['images']:,}",
+        "unusable images": lambda s: f"{s['failures']:,}",
+        "epochs": lambda s: f"{s['epochs']:,}",
+        "steps": lambda s: f"{s['steps']:,}",
+        "processes": lambda s: f"{s['num_processes']}",
+        "trained weights": lambda s: f"{s['trained_parameters']:,}",
+        "first loss": lambda s: f"{s['first_loss']:.4f}",
+        "final loss": lambda s: f"{s['final_loss']:.4f}",
+        "images/s": lambda s: f"{s['images_per_s']:.1f}",
+        "time": lambda s: format_seconds(s["seconds"]),
+        "peak memory": lambda s: f"{s['peak_memory_bytes'] / GIB:.2f} GiB",
+        "memory growth": lambda s: f"{s['memory_growth_bytes'] / 2**20:+.1f} MiB",
+    }
+    for title, cell in rows.items():
+        table.add_row(title, *(cell(phase) for phase in summary.values()))
+    return table

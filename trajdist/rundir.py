@@ -1,0 +1,154 @@
+"""The run directory: where a run writes, and how. Only the main process writes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from trajdist.artifacts import read_json, write_bytes, write_json
+from trajdist.errors import ArtifactError
+
+
+class RunDir:
+    """Paths and records of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def bad_images(self) -> Path:
+        return self.path / "bad_images.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / "STOP"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "phase1" / "model.safetensors"
+
+    @property
+    def trajectory(self) -> Path:
+        return self.path / "phase1" / "trajectory.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "phase2" / "adapter"
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            ArtifactError: the path cannot be made or written to.
+        """
+        try:
+            for folder in (self.path, self.path / "phase1"):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(
+                f"run_dir={str(self.path)!r} cannot be made ({error.strerror}): name a folder that can be written."
+            ) from None
+
+    def write_config(self, text: str) -> None:
+        write_bytes(self.config, text.encode())
+
+    def append(self, file: Path, *records: dict[str, Any]) -> None:
+        """Append JSON lines."""
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        try:
+            with open(file, "a", encoding="utf-8") as handle:
+                handle.write(text)
+        except OSError as error:
+            raise ArtifactError(f"{str(file)!r} cannot be written ({error.strerror}): free some space.") from None
+
+    def sync_records(self) -> dict[str, int]:
+        """Make the records survive a crash; returns their sizes, which a checkpoint remembers."""
+        sizes = {}
+        for file in (self.metrics, self.ledger):
+            with open(file, "ab") as handle:
+                os.fsync(handle.fileno())
+                sizes[file.name] = handle.tell()
+        return sizes
+
+    def rewind_records(self, sizes: dict[str, int]) -> None:
+        """Cut off what was recorded after a checkpoint: those steps are taken again."""
+        for file in (self.metrics, self.ledger):
+            if file.exists() and file.stat().st_size > sizes.get(file.name, 0):
+                os.truncate(file, sizes.get(file.name, 0))
+
+    def recall(self, key: str) -> Any:
+        """What run.json has under ``key``, or None."""
+        path = self.path / "run.json"
+        facts = read_json(path) if path.exists() else {}
+        if not isinstance(facts, dict):
+            raise ArtifactError(f"{str(path)!r} is damaged: it is not a JSON object.")
+        return facts.get(key)
+
+    def remember(self, key: str, value: Any) -> None:
+        """Write ``value`` under ``key`` of run.json, unless the key is there."""
+        if self.recall(key) is None:
+            path = self.path / "run.json"
+            facts = read_json(path) if path.exists() else {}
+            write_json(path, {**facts, key: value})
+
+    def lock(self) -> None:
+        """Hold the folder until the process ends, where the file system can lock.
+
+        Raises:
+            ArtifactError: another run holds it.
+        """
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held open on purpose)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(
+                f"run_dir={str(self.path)!r} is in use by another run: wait for it, or name another run_dir."
+            ) from None
+        except OSError:
+            pass  # Some network file systems have no locks.
+
+    def move_away(self) -> Path | None:
+        """Rename an old run directory so that a fresh one can take its place; returns where it went."""
+        if not self.path.exists():
+            return None
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        self.path.rename(aside)
+        return aside
+
+    def write_status(self, status: str, phase: int, step: int, why: str = "") -> None:
+        """``status`` is running, stopped, done or failed."""
+        document = {"status": status, "phase": phase, "step": step, "why": why, "time": time.time()}
+        write_json(self.path / "status.json", document)
+
+    def read_summary(self) -> dict[str, Any]:
+        """Summaries of the finished phases; empty when none is."""
+        path = self.path / "summary.json"
+        summary = read_json(path) if path.exists() else {}
+        if not isinstance(summary, dict):
+            raise ArtifactError(f"{str(path)!r} is damaged: it is not a JSON object.")
+        return summary
+
+    def write_summary(self, phase: str, summary: dict[str, Any]) -> None:
+        write_json(self.path / "summary.json", {**self.read_summary(), phase: summary})

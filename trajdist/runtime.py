@@ -1,0 +1,233 @@
+"""The machine: Accelerate set-up, the group of processes, signals, clocks and memory readings."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+
+from trajdist.errors import ConfigError
+
+STAGES = ("data", "transfer", "backbone", "model", "optimizer", "sync")
+
+
+def start_accelerator(mixed_precision: str, timeout_s: float, deterministic: bool) -> Accelerator:
+    """Set Accelerate up for this job: precision, process group with a timeout, no random state of its own.
+
+    Raises:
+        ConfigError: a precision that this machine does not have.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        return Accelerator(
+            mixed_precision=_precision(mixed_precision),
+            # The last micro-batch of a step is told by counting, never by the end of the loader.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
+            # Random numbers are keyed by seed, phase, step and rank (see loop.py); nothing is to be synchronised.
+            rng_types=[],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
+        )
+    except ValueError as error:
+        if "mixed precision" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"runtime.mixed_precision={mixed_precision!r} does not work here ({reason}): use no or bf16."
+        ) from None
+
+
+def _precision(setting: str) -> str | None:
+    if setting != "auto":
+        return setting
+    if os.environ.get("ACCELERATE_MIXED_PRECISION"):
+        return None  # The launcher has decided.
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+class Processes:
+    """The processes of the job, as the rest of trajdist sees them: who I am, sums, gathering, waiting."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.rank: int = accelerator.process_index
+        self.world: int = accelerator.num_processes
+        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.is_main: bool = accelerator.is_main_process
+        self.device: torch.device = accelerator.device
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over processes, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def minimum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Minimum over processes, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MIN)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process. Waits for the device."""
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The concatenated lists of all processes, on every process. Rare and small: it is not for the step."""
+        if self.world == 1:
+            return items
+        lists: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(lists, items)
+        return [item for part in lists for item in part]
+
+    def broadcast(self, item: Any) -> Any:
+        """The main process's object, on every process."""
+        if self.world == 1:
+            return item
+        box = [item]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process runs the block before the others, which then find what it downloaded."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+
+class StopFlag:
+    """Remembers that somebody wants the run to stop: SIGTERM, SIGINT, SIGUSR1, or the STOP file.
+
+    Handlers only set a flag; the loop asks for it between steps. A second SIGINT ends the process at once.
+    """
+
+    def __init__(self, stop_file: Path, watches_file: bool) -> None:
+        self._file, self._watches_file = stop_file, watches_file
+        self.why = ""
+
+    def __bool__(self) -> bool:
+        if not self.why and self._watches_file and self._file.exists():
+            self.why = f"the file {self._file.name} was created"
+        return bool(self.why)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopFlag]:
+        """Answer signals while the block runs."""
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGINT" and self.why == "received SIGINT":
+            raise KeyboardInterrupt
+        self.why = self.why or f"received {name}"
+
+
+class Clock:
+    """Splits the time of a run into stages. On CUDA it reads events later instead of waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        if self._cuda and stage != "data":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._pending.append((stage, begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds[stage] += time.perf_counter() - started
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage so far. Waits for the device, so it is called where a log line is due."""
+        if self._pending:
+            torch.cuda.synchronize()
+        for stage, begin, end in self._pending:
+            self._seconds[stage] += begin.elapsed_time(end) / 1000.0
+        self._pending.clear()
+        return {stage: self._seconds[stage] for stage in STAGES}
+
+    def restore(self, seconds: dict[str, float]) -> None:
+        """Go on from the figures of an earlier process."""
+        for stage, value in seconds.items():
+            self._seconds[stage] += value
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory in use now: allocated on a CUDA or MPS device, else the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return int(psutil.Process().memory_info().rss)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new measurement of :func:`peak_memory_bytes`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use since the reset: allocated on CUDA, else resident (whole process life without /proc)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def empty_cache(device: torch.device) -> None:
+    """Hand the allocator's free blocks back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

@@ -1,0 +1,128 @@
+"""One invocation of a training command: the processes, the run directory, the image sets, and where to report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from trajdist.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from trajdist.config import Config, dump_yaml, fields, flatten, read_yaml
+from trajdist.data.loader import ImageBatch, build_loader, resolve_workers
+from trajdist.data.sources import ImageSource
+from trajdist.errors import ConfigError, DataError
+from trajdist.progress import make_console
+from trajdist.rundir import RunDir
+from trajdist.runtime import Processes, StopFlag, start_accelerator
+from trajdist.sharding import Plan, Selection
+
+
+@dataclass
+class Session:
+    """What the phases share."""
+
+    config: Config
+    sources: dict[str, ImageSource]
+    accelerator: Accelerator
+    processes: Processes
+    rundir: RunDir
+    stop: StopFlag
+    console: Console
+    reference_world: int
+
+    def say(self, text: str) -> None:
+        """A line for the user, from the main process."""
+        self.console.print(text)
+
+    def selection(self, set_name: str, phase: int) -> Selection:
+        """Which images of a set to train on; refuses a set that changed since the run began.
+
+        Raises:
+            DataError: other files than before, or nothing left to train on.
+        """
+        source, settings = self.sources[set_name], getattr(self.config.data, set_name)
+        facts = {"num_images": len(source), "fingerprint": source.fingerprint}
+        before = self.rundir.recall(set_name) or facts
+        if before != facts:
+            raise DataError(
+                f"data.{set_name}.path={settings.path!r} holds {len(source)} images, the run began with "
+                f"{before['num_images']} (or their names changed): restore them, or start over with --fresh."
+            )
+        if self.processes.is_main:
+            self.rundir.remember(set_name, facts)
+        if settings.num_samples == 0:
+            raise DataError(f"data.{set_name}.num_samples=0 leaves nothing to train on: use -1 for all images.")
+        return Selection.draw(len(source), settings.num_samples, 0.0, self.config.seed, phase)
+
+    def plan(self, set_name: str, num_images: int, num_epochs: int) -> Plan:
+        """The walk through a set. The global batch is that of the world size the run began with."""
+        settings = getattr(self.config.data, set_name)
+        global_batch = self.reference_world * settings.batch_size * settings.gradient_accumulation_steps
+        return Plan(num_images, num_epochs, global_batch, self.processes.world, settings.batch_size)
+
+    def loader(self, set_name: str, selection: Selection, plan: Plan, cursor: int = 0) -> DataLoader[ImageBatch]:
+        """The loader of a plan, sharded by Accelerate; batches stay on the host until the loop moves them."""
+        data = self.config.data
+        loader = build_loader(
+            self.sources[set_name],
+            selection.train,
+            plan,
+            cursor=cursor,
+            size=data.image_size,
+            fit=data.fit,
+            num_workers=resolve_workers(data.num_workers, self.processes.local_world),
+            pin_memory=self.processes.device.type == "cuda",
+        )
+        prepared: DataLoader[ImageBatch] = self.accelerator.prepare_data_loader(loader, device_placement=False)
+        return prepared
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest sound checkpoint, chosen by the main process; damaged ones are named."""
+        path = None
+        if self.processes.is_main:
+            path, problems = newest_checkpoint(self.rundir.checkpoints)
+            for problem in problems:
+                self.say(problem)
+        path = self.processes.broadcast(path)
+        return None if path is None else load_checkpoint(path)
+
+
+def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool) -> Session:
+    """Start the processes, take the run directory, and check that its config is the one it began with.
+
+    Raises:
+        ConfigError: a changed key that would change the result.
+        ArtifactError: the directory cannot be written, or another run holds it.
+    """
+    runtime = config.runtime
+    accelerator = start_accelerator(runtime.mixed_precision, runtime.timeout_s, runtime.deterministic)
+    processes = Processes(accelerator)
+    rundir, console = RunDir(config.run_dir), make_console(processes.is_main)
+    if processes.is_main:
+        if fresh and (aside := rundir.move_away()):
+            console.print(f"starting over: the old run is now {str(aside)!r}")
+        rundir.create()
+        rundir.lock()
+        _check_same_config(rundir, config)
+        rundir.write_config(dump_yaml(config))
+        rundir.stop_file.unlink(missing_ok=True)
+        rundir.remember("num_processes", processes.world)
+    processes.wait()
+    stop = StopFlag(rundir.stop_file, watches_file=processes.is_main)
+    reference_world = int(rundir.recall("num_processes"))
+    return Session(config, sources, accelerator, processes, rundir, stop, console, reference_world)
+
+
+def _check_same_config(rundir: RunDir, config: Config) -> None:
+    """A run may be resumed with other workers, logs or more epochs, but not with another model."""
+    if not rundir.config.exists():
+        return
+    before, now = flatten(read_yaml(rundir.config)), flatten(config.model_dump(mode="json"))
+    for key, _, _, may_change in fields():
+        if not may_change and key in before and before[key] != now[key]:
+            raise ConfigError(
+                f"{key}={now[key]!r}, but the run in {str(rundir.path)!r} began with {before[key]!r}: "
+                "keep the old value, name another run_dir, or start over with --fresh."
+            )

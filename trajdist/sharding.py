@@ -1,0 +1,200 @@
+"""Who gets which image when: pure integer arithmetic, the same on every process and at every world size.
+
+A run walks through ``num_epochs`` epochs of ``num_images`` positions. The *cursor* is the number of images
+consumed so far, ``epoch * num_images + position``. One optimizer step takes the next ``global_batch`` positions of
+its epoch (fewer at the epoch's end), cut into micro-batches of ``world * slots`` slots; a process gets
+``slots`` consecutive ones. Slots without a position are empty (weight 0), so that every process takes the same number
+of equally large micro-batches. The global batch belongs to the run, not to the world size: another number of
+processes takes the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int64s = npt.NDArray[np.int64]
+UInt64s = npt.NDArray[np.uint64]
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: positions ``[start, stop)`` of an epoch. ``index`` counts from 0 over all epochs."""
+
+    index: int
+    epoch: int
+    start: int
+    stop: int
+    ends_epoch: bool
+
+    @property
+    def num_images(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A micro-batch of one process: positions ``[start, stop)`` of ``epoch`` in ``size`` slots, the rest empty."""
+
+    epoch: int
+    start: int
+    stop: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The walk through the images, for ``world`` processes that hold at most ``batch_size`` images each."""
+
+    num_images: int
+    num_epochs: int
+    global_batch: int
+    world: int
+    batch_size: int
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per optimizer step."""
+        return -(-self.global_batch // (self.world * self.batch_size))
+
+    @property
+    def slots(self) -> int:
+        """Slots per process and micro-batch."""
+        return -(-self.global_batch // (self.world * self.micro_batches))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_images // self.global_batch)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.num_epochs
+
+    @property
+    def total_images(self) -> int:
+        return self.num_images * self.num_epochs
+
+    def step(self, index: int) -> Step:
+        """The step with this index."""
+        epoch, within = divmod(index, self.steps_per_epoch)
+        start = within * self.global_batch
+        stop = min(start + self.global_batch, self.num_images)
+        return Step(index, epoch, start, stop, ends_epoch=stop == self.num_images)
+
+    def cursor_after(self, step: Step) -> int:
+        """Images consumed when ``step`` is done."""
+        return step.epoch * self.num_images + step.stop
+
+    def step_index_at(self, cursor: int) -> int:
+        """Index of the step that begins at ``cursor``, which must lie between two steps."""
+        epoch, position = divmod(cursor, self.num_images)
+        within, inside = divmod(position, self.global_batch)
+        if inside:
+            raise ValueError(f"cursor {cursor} lies inside a step of {self.global_batch} images")
+        return epoch * self.steps_per_epoch + within
+
+    def steps(self, cursor: int = 0) -> Iterator[Step]:
+        """All steps from ``cursor`` to the end of the last epoch."""
+        for index in range(self.step_index_at(cursor), self.total_steps):
+            yield self.step(index)
+
+    def micro_batch(self, step: Step, micro: int, process: int) -> Slots:
+        """What ``process`` gets in micro-batch ``micro`` of ``step``."""
+        first = step.start + (micro * self.world + process) * self.slots
+        start = min(first, step.stop)
+        return Slots(step.epoch, start, min(first + self.slots, step.stop), self.slots)
+
+    def shares(self, cursor: int = 0) -> Iterator[Slots]:
+        """All micro-batches of all processes from ``cursor`` on, in the order in which Accelerate deals them out."""
+        for step in self.steps(cursor):
+            for micro in range(self.micro_batches):
+                for process in range(self.world):
+                    yield self.micro_batch(step, micro, process)
+
+
+def mix64(values: UInt64s) -> UInt64s:
+    """Scramble 64-bit integers one by one: a bijection (the finalizer of SplitMix64, Steele et al. 2014)."""
+    z = values + np.uint64(_GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def key64(*parts: int) -> int:
+    """One well-mixed 64-bit number out of several small ones (seed, phase, epoch, ...)."""
+    key = np.zeros(1, np.uint64)
+    for part in parts:
+        key = mix64(key ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
+    return int(key[0])
+
+
+def permute(positions: Int64s, size: int, key: int) -> Int64s:
+    """The images of a shuffled ``range(size)`` at ``positions``: a permutation in constant memory.
+
+    A Feistel network on the smallest even number of bits that holds ``size``, walked until it falls below ``size``
+    (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). No list of length ``size`` exists anywhere, any
+    position is as cheap as the first, and the order depends on no library's random generator.
+    """
+    positions = np.asarray(positions, np.int64)
+    assert positions.size == 0 or (positions.min() >= 0 and positions.max() < size), "position outside the epoch"
+    half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    round_keys = [np.uint64(key64(key, turn)) for turn in range(_ROUNDS)]
+    result = positions.astype(np.uint64)
+    outside = np.ones(result.shape, bool)
+    while outside.any():
+        value = result[outside]
+        left, right = value >> half, value & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (mix64(right ^ round_key) & mask)
+        result[outside] = (left << half) | right
+        outside = result >= size
+    return result.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of ``total`` images are trained on, which are held out for calibration, and the order of each epoch."""
+
+    total: int
+    num_train: int
+    num_holdout: int
+    seed: int
+    phase: int
+
+    @classmethod
+    def draw(cls, total: int, num_samples: int, holdout_fraction: float, seed: int, phase: int) -> Selection:
+        """Hold out a seeded share of all images, then train on ``num_samples`` of the others (-1: all of them)."""
+        num_holdout = min(round(total * holdout_fraction), total - 1) if total else 0
+        available = total - num_holdout
+        num_train = available if num_samples < 0 else min(num_samples, available)
+        return cls(total, num_train, num_holdout, seed, phase)
+
+    def train(self, epoch: int, positions: Int64s) -> Int64s:
+        """Image indices at ``positions`` of an epoch."""
+        order = permute(positions, self.num_train, key64(self.seed, self.phase, 1, epoch))
+        return self._split(order)
+
+    def holdout(self, positions: Int64s) -> Int64s:
+        """Image indices at ``positions`` of the held-out images."""
+        return self._split(self.total - 1 - np.asarray(positions, np.int64))
+
+    def _split(self, ranks: Int64s) -> Int64s:
+        return permute(ranks, self.total, key64(self.seed, self.phase, 0))
+
+
+def digest(indices: Int64s) -> int:
+    """Order-free digest of a set of images: the sum of their scrambled indices, 32 bits each.
+
+    Sums of digests are digests of unions; 2**31 images fit into a signed 64-bit integer.
+    """
+    return int((mix64(np.asarray(indices, np.int64).astype(np.uint64)) >> np.uint64(32)).sum())

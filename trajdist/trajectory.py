@@ -1,0 +1,177 @@
+"""Block activations -> trajectories, and the streaming statistics that the projection is made from.
+
+Shape suffixes: B images, P places (H x W cells, row by row), C a block's channels, L blocks, D channels of a
+trajectory, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trajdist.backbones import Backbone
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+# Eigenvalues below this share of a block's mean variance are noise: they are not blown up to unit variance.
+EIGENVALUE_FLOOR = 1e-4
+
+
+def pool(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
+    """Pool an activation to ``[B, resolution**2, C]``: means of larger maps, bilinear samples of smaller ones."""
+    height, width = map_BCHW.shape[-2:]
+    if (height, width) == (resolution, resolution):
+        pooled = map_BCHW
+    elif height >= resolution and width >= resolution:
+        pooled = F.adaptive_avg_pool2d(map_BCHW, resolution)
+    else:
+        pooled = F.interpolate(map_BCHW, (resolution, resolution), mode="bilinear", align_corners=False)
+    return pooled.flatten(2).transpose(1, 2).float()
+
+
+class Projection(nn.Module):
+    """One affine map per block, from its channels to ``feature_dim`` numbers. Blocks with fewer channels are padded.
+
+    Attributes:
+        valid_LD: bool, which numbers of a trajectory are real and not padding.
+    """
+
+    valid_LD: torch.Tensor
+
+    def __init__(self, channels: list[int], feature_dim: int) -> None:
+        super().__init__()
+        self.channels, self.feature_dim = list(channels), feature_dim
+        widths = [min(count, feature_dim) for count in channels]
+        for block, (count, width) in enumerate(zip(channels, widths, strict=True)):
+            self.register_buffer(f"mean_{block}", torch.zeros(count))
+            self.register_buffer(f"matrix_{block}", torch.zeros(count, width))
+        # On the CPU whatever the default device: nothing fills it in later.
+        valid_LD = torch.arange(feature_dim, device="cpu")[None, :] < torch.tensor(widths, device="cpu")[:, None]
+        self.register_buffer("valid_LD", valid_LD, persistent=False)
+
+    def forward(self, block: int, pooled_BPC: torch.Tensor) -> torch.Tensor:
+        """Project one block's pooled activation, float32 ``[B, P, C]``, to ``[B, P, min(C, D)]``."""
+        # Subtracting first keeps the digits that a large mean would swallow.
+        centred = pooled_BPC - self.get_buffer(f"mean_{block}")
+        return centred @ self.get_buffer(f"matrix_{block}")
+
+    def set_block(self, block: int, mean_C: torch.Tensor, matrix_CD: torch.Tensor) -> None:
+        self.get_buffer(f"mean_{block}").copy_(mean_C)
+        self.get_buffer(f"matrix_{block}").copy_(matrix_CD)
+
+
+class TrajectoryExtractor:
+    """Images -> trajectories through a frozen backbone. One block's activation exists at a time."""
+
+    def __init__(self, backbone: Backbone, projection: Projection, resolution: int) -> None:
+        self.backbone, self.projection, self.resolution = backbone, projection, resolution
+
+    def to(self, device: torch.device) -> TrajectoryExtractor:
+        """Move to a device."""
+        self.backbone.to(device)
+        self.projection.to(device)
+        return self
+
+    def __call__(self, images_BCSS: torch.Tensor) -> torch.Tensor:
+        """uint8 images ``[B, 3, S, S]`` -> float32 trajectories ``[B, H, W, L, D]``, H = W = resolution."""
+        batch, side = images_BCSS.shape[0], self.resolution
+        length, width = self.projection.valid_LD.shape
+        # Made outside inference mode: a tensor made inside could not take part in training.
+        out_BPLD = torch.zeros(batch, side * side, length, width, device=images_BCSS.device)
+
+        def project(block: int, pooled_BPC: torch.Tensor) -> None:
+            projected = self.projection(block, pooled_BPC)
+            out_BPLD[:, :, block, : projected.shape[-1]] = projected
+
+        self.observe(images_BCSS, project)
+        return out_BPLD.unflatten(1, (side, side))
+
+    @torch.inference_mode()
+    def observe(self, images_BCSS: torch.Tensor, visit: Callable[[int, torch.Tensor], None]) -> None:
+        """Call ``visit(block, pooled)`` with float32 ``[B, P, C]`` for each block as it finishes."""
+        device = images_BCSS.device.type
+
+        def reduce_at_once(block: int, map_BCHW: torch.Tensor) -> None:
+            with torch.autocast(device, enabled=False):
+                visit(block, pool(map_BCHW, self.resolution))
+
+        self.backbone(images_BCSS, reduce_at_once)
+
+
+class BlockMoments:
+    """Streaming count, mean and scatter matrix of one block's channels (Chan, Golub & LeVeque 1983).
+
+    Each batch is centred on its own mean before it is multiplied, so float32 products lose nothing to a large mean;
+    sums are kept in float64 where the device has it.
+    """
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        self.count = torch.zeros((), dtype=kind, device=device)
+        self.mean_C = torch.zeros(channels, dtype=kind, device=device)
+        self.scatter_CC = torch.zeros(channels, channels, dtype=kind, device=device)
+
+    def update(self, rows_NC: torch.Tensor, weights_N: torch.Tensor) -> None:
+        """Add rows; a row of weight 0 does not count."""
+        count = weights_N.sum()
+        mean_C = (weights_N @ rows_NC) / count.clamp(min=1)
+        centred_NC = (rows_NC - mean_C) * weights_N[:, None]
+        kind = self.count.dtype
+        self._merge(count.to(kind), mean_C.to(kind), (centred_NC.T @ centred_NC).to(kind))
+
+    def _merge(self, count: torch.Tensor, mean_C: torch.Tensor, scatter_CC: torch.Tensor) -> None:
+        total = (self.count + count).clamp(min=1)
+        delta_C = mean_C - self.mean_C
+        self.scatter_CC += scatter_CC + torch.outer(delta_C, delta_C) * (self.count * count / total)
+        self.mean_C += delta_C * (count / total)
+        self.count += count
+
+    def all_reduce(self, sum_over_processes: Reduce) -> None:
+        """Merge the moments of all processes, each about the mean of all."""
+        count = sum_over_processes(self.count.clone())
+        mean_C = sum_over_processes(self.mean_C * self.count) / count.clamp(min=1)
+        delta_C = self.mean_C - mean_C
+        scatter_CC = self.scatter_CC + torch.outer(delta_C, delta_C) * self.count
+        self.count, self.mean_C, self.scatter_CC = count, mean_C, sum_over_processes(scatter_CC)
+
+    @property
+    def covariance_CC(self) -> torch.Tensor:
+        """Covariance with divisor N."""
+        return self.scatter_CC / self.count.clamp(min=1)
+
+
+def pca_whitening(covariance_CC: torch.Tensor, width: int) -> torch.Tensor:
+    """``[C, width]``: the leading principal directions, each scaled to unit variance. Signs are fixed."""
+    values, vectors = torch.linalg.eigh(covariance_CC.cpu().double())
+    values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
+    floor = EIGENVALUE_FLOOR * covariance_CC.diagonal().mean().cpu().double()
+    strongest = vectors.abs().argmax(0)
+    signs = torch.sign(vectors[strongest, torch.arange(vectors.shape[1])])
+    scale = torch.rsqrt(torch.maximum(values, floor).clamp(min=1e-12))
+    return vectors * signs * scale
+
+
+def random_projection(covariance_CC: torch.Tensor, width: int, seed: int) -> torch.Tensor:
+    """``[C, width]``: orthonormal random directions of the standardised channels, each scaled to unit variance."""
+    generator = torch.Generator().manual_seed(seed)
+    covariance = covariance_CC.cpu().double()
+    deviation = covariance.diagonal().clamp(min=1e-12).sqrt()
+    gaussian = torch.randn(len(deviation), width, generator=generator, dtype=torch.float64)
+    directions = torch.linalg.qr(gaussian).Q / deviation[:, None]
+    variance = torch.einsum("cd,ce,ed->d", directions, covariance, directions)
+    return directions * torch.rsqrt(variance.clamp(min=1e-12))
+
+
+def fit_projection(projection: Projection, moments: list[BlockMoments], kind: str, seed: int) -> None:
+    """Set every block's map from its moments; ``kind`` as in ``trajectory.projection``."""
+    for block, moment in enumerate(moments):
+        width = min(projection.channels[block], projection.feature_dim)
+        covariance = moment.covariance_CC
+        if kind == "pca":
+            matrix = pca_whitening(covariance, width)
+        else:
+            matrix = random_projection(covariance, width, seed + block)
+        projection.set_block(block, moment.mean_C.float().cpu(), matrix.float())
