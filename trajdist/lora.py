@@ -64,7 +64,8 @@ def base_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
 
 def adapter_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
     """The adapter's own weights, by the names of its file."""
-    return dict(get_peft_model_state_dict(adapted))
+    # There are no embeddings; asked to find out by itself, PEFT looks for the base on the hub.
+    return dict(get_peft_model_state_dict(adapted, save_embedding_layers=False))
 
 
 def is_alive(adapted: PeftModel) -> bool:
@@ -75,7 +76,6 @@ def is_alive(adapted: PeftModel) -> bool:
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
     """Save in PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
-    # There are no embeddings; asked to find out by itself, PEFT looks for the base on the hub.
     adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
 

@@ -47,22 +47,24 @@ def run(config: Config, sources: dict[str, ImageSource], phases: Sequence[int], 
                 phase1(session, at)
             if 2 in phases:
                 phase2(session, at)
+            _record_end(session, at, None)
         except BaseException as error:
             _record_end(session, at, error)
             raise
-    summary = session.rundir.read_summary()
-    if session.processes.is_main:
-        session.rundir.write_status("done", at.phase, at.step)
-        session.console.print(summary_table(summary))
-        session.say(f"all files are in {session.rundir.path}")
+        finally:
+            session.rundir.unlock()
     session.processes.wait()
-    return summary
+    return session.rundir.read_summary()
 
 
-def _record_end(session: Session, at: Position, error: BaseException) -> None:
+def _record_end(session: Session, at: Position, error: BaseException | None) -> None:
     if not session.processes.is_main:
         return
-    if isinstance(error, StopRequested):
+    if error is None:
+        session.rundir.write_status("done", at.phase, at.step)
+        session.console.print(summary_table(session.rundir.read_summary()))
+        session.say(f"all files are in {session.rundir.path}")
+    elif isinstance(error, StopRequested):
         session.rundir.stop_file.unlink(missing_ok=True)
         session.rundir.write_status("stopped", at.phase, at.step, str(error))
         session.say(f"stopped ({error}): run the same command again to go on")

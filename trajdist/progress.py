@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -86,7 +87,7 @@ def summary_table(summary: dict[str, dict[str, Any]]) -> Table:
     table.add_column("")
     for phase in summary:
         table.add_column(phase, justify="right")
-    rows = {
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "images": lambda s: f"{s['images']:,}",
         "unusable images": lambda s: f"{s['failures']:,}",
         "epochs": lambda s: f"{s['epochs']:,}",

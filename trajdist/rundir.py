@@ -18,6 +18,7 @@ class RunDir:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
+        self._lock: int | None = None
 
     @property
     def config(self) -> Path:
@@ -112,20 +113,26 @@ class RunDir:
             write_json(path, {**facts, key: value})
 
     def lock(self) -> None:
-        """Hold the folder until the process ends, where the file system can lock.
+        """Hold the folder until :meth:`unlock` or the end of the process, where the file system can lock.
 
         Raises:
             ArtifactError: another run holds it.
         """
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held open on purpose)
+        self._lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.unlock()
             raise ArtifactError(
                 f"run_dir={str(self.path)!r} is in use by another run: wait for it, or name another run_dir."
             ) from None
         except OSError:
             pass  # Some network file systems have no locks.
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def move_away(self) -> Path | None:
         """Rename an old run directory so that a fresh one can take its place; returns where it went."""

@@ -49,7 +49,7 @@ def start_accelerator(mixed_precision: str, timeout_s: float, deterministic: boo
             rng_types=[],
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
     except ValueError as error:
