@@ -245,7 +245,8 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
     model = config.model
-    if model.type == "transformer" and model.hidden_dim % model.num_heads:
+    heads_matter = model.type == "transformer" or "num_heads" in model.model_fields_set
+    if heads_matter and model.hidden_dim % model.num_heads:
         raise ConfigError(
             f"model.num_heads={model.num_heads} does not divide model.hidden_dim={model.hidden_dim}: "
             "choose a number of heads that does."

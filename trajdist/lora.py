@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from trajdist.artifacts import read_json, read_tensors
-from trajdist.errors import ArtifactError, ConfigError
+from trajdist.artifacts import fingerprint, read_json, read_tensors, sync_folder
+from trajdist.bundle import load_model
+from trajdist.errors import ArtifactError, ConfigError, TrainingError
+from trajdist.rundir import RunDir
 
 # The adapter's config names its base by this prefix and the base's fingerprint.
 BASE_PREFIX = "trajdist:"
@@ -105,3 +108,35 @@ def check_base(folder: Path, base_fingerprint: str) -> None:
             f"the adapter {str(folder)!r} was trained on another base ({base[:28]}..., this one is "
             f"{BASE_PREFIX}{base_fingerprint[:19]}...): use it with the Phase 1 it was trained on."
         )
+
+
+def save_proven(rundir: RunDir, adapted: nn.Module, base_before: str, base_id: str) -> None:
+    """Save the adapter and prove it: the base did not move, the adapter does something, and it loads to the same.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        TrainingError: one of the three does not hold.
+    """
+    assert isinstance(adapted, PeftModel)
+    adapted.eval()
+    if fingerprint(base_state(adapted)) != base_before:
+        raise TrainingError("the base model moved during Phase 2: this is a defect of trajdist, please report it.")
+    if not is_alive(adapted):
+        raise TrainingError(
+            "the adapter learned nothing (every B is zero): train longer or raise domain_adaptation.lora.learning_rate."
+        )
+    temporary = rundir.adapter.with_name(".adapter.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    rundir.adapter.parent.mkdir(exist_ok=True)
+    save_adapter(adapted, temporary)
+    base, document = load_model(rundir.model)
+    again = load_adapter(base, temporary, base_id).eval()
+    probe_NLD = torch.randn(64, document.length, document.width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = [model.to("cpu")(probe_NLD).output_NLD for model in (adapted, again)]
+    if not torch.equal(*outputs):
+        raise TrainingError("the saved adapter gives other outputs than the trained one: the file system is not sound.")
+    shutil.rmtree(rundir.adapter, ignore_errors=True)
+    temporary.rename(rundir.adapter)
+    sync_folder(rundir.adapter.parent)

@@ -10,19 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 
-from trajdist import bundle, lora
-from trajdist.artifacts import fingerprint, sync_folder
+from trajdist import bundle
+from trajdist.artifacts import fingerprint
 from trajdist.checkpoint import Checkpoint, CheckpointWriter
 from trajdist.config import Config
 from trajdist.data.sources import ImageSource
-from trajdist.errors import ArtifactError, ConfigError, StopRequested, TrainingError, UserError
+from trajdist.errors import ArtifactError, ConfigError, StopRequested, UserError
 from trajdist.journal import Journal
 from trajdist.loop import Job, Position, Recipe, Rhythm, fit, restore, seconds, trainable
 from trajdist.progress import Progress, summary_table
-from trajdist.rundir import RunDir
 from trajdist.runtime import Clock, peak_memory_bytes, reset_peak_memory
 from trajdist.session import Session, open_session
 from trajdist.sharding import Plan, Selection, key64
@@ -95,6 +93,9 @@ def phase1(session: Session, at: Position) -> None:
 
 def phase2(session: Session, at: Position) -> None:
     """Adapt a trained Phase 1 to the domain set with LoRA."""
+    # PEFT takes longer to import than torch; Phase 1 does without.
+    from trajdist import lora
+
     at.phase = 2
     if _is_done(session, 2):
         return
@@ -121,7 +122,7 @@ def phase2(session: Session, at: Position) -> None:
     job = train(session, at, selection, extractor, trainee)
     if session.processes.is_main:
         trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
-        save_proven_adapter(session.rundir, trained, before, base_id)
+        lora.save_proven(session.rundir, trained, before, base_id)
     _finish(session, job)
 
 
@@ -339,35 +340,3 @@ def _finish(session: Session, job: Job) -> None:
         session.rundir.remember(f"records_after_phase{job.phase}", session.rundir.sync_records())
         session.rundir.write_summary(f"phase{job.phase}", summary)
     session.processes.wait()
-
-
-def save_proven_adapter(rundir: RunDir, adapted: nn.Module, base_before: str, base_id: str) -> None:
-    """Save the adapter and prove it: the base did not move, the adapter does something, and it loads to the same.
-
-    The folder appears whole or not at all.
-
-    Raises:
-        TrainingError: one of the three does not hold.
-    """
-    assert isinstance(adapted, PeftModel)
-    adapted.eval()
-    if fingerprint(lora.base_state(adapted)) != base_before:
-        raise TrainingError("the base model moved during Phase 2: this is a defect of trajdist, please report it.")
-    if not lora.is_alive(adapted):
-        raise TrainingError(
-            "the adapter learned nothing (every B is zero): train longer or raise domain_adaptation.lora.learning_rate."
-        )
-    temporary = rundir.adapter.with_name(".adapter.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    rundir.adapter.parent.mkdir(exist_ok=True)
-    lora.save_adapter(adapted, temporary)
-    base, document = bundle.load_model(rundir.model)
-    again = lora.load_adapter(base, temporary, base_id).eval()
-    probe_NLD = torch.randn(64, document.length, document.width, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        outputs = [model.to("cpu")(probe_NLD).output_NLD for model in (adapted, again)]
-    if not torch.equal(*outputs):
-        raise TrainingError("the saved adapter gives other outputs than the trained one: the file system is not sound.")
-    shutil.rmtree(rundir.adapter, ignore_errors=True)
-    temporary.rename(rundir.adapter)
-    sync_folder(rundir.adapter.parent)
