@@ -17,6 +17,7 @@ from trajdist.backbones import build_backbone
 from trajdist.config import Config
 from trajdist.errors import ArtifactError
 from trajdist.models.registry import build_model
+from trajdist.rundir import RunDir
 from trajdist.trajectory import Projection, TrajectoryExtractor
 
 
@@ -164,6 +165,19 @@ def load_model(path: Path) -> tuple[nn.Module, ModelDocument]:
         model = new_model(document)
     load_state(model, read_tensors(path), path)
     return model, document
+
+
+def check_trajectories(rundir: RunDir, document: ModelDocument, extractor: TrajectoryExtractor) -> None:
+    """Refuse a model that was trained on other trajectories than the ones at hand.
+
+    Raises:
+        ArtifactError: they are not of the same run.
+    """
+    if document.trajectory_fingerprint != trajectory_fingerprint(extractor):
+        raise ArtifactError(
+            f"{str(rundir.model)!r} was trained on other trajectories than {str(rundir.trajectory)!r} describes: "
+            "restore both from the same run."
+        )
 
 
 def base_fingerprint(model: nn.Module, document: ModelDocument) -> str:

@@ -109,7 +109,7 @@ class Trajectory(Section):
     projection: Literal["pca", "random"] = "pca"
     """`pca` whitens along the principal components; `random` is an orthonormal random reduction."""
     statistics_images: PositiveInt = 10000
-    """Images, at most, of the first pass that measures means and covariances."""
+    """Images, at most, of each pass that measures statistics."""
 
 
 class Train(Section):
@@ -157,6 +157,13 @@ class DomainAdaptation(Section):
     """Whether `run` goes on to Phase 2; null means wherever data.domain.path is set."""
     lora: Lora = Lora()
     """The adapter."""
+
+
+class Calibration(Section):
+    """What is learned about clean images at the end of each phase."""
+
+    holdout_fraction: Fraction = 0.1
+    """Share of the images that is kept out of training, for p-values and thresholds."""
 
 
 class Checkpoint(Section):
@@ -216,6 +223,8 @@ class Config(Section):
     """Optimization."""
     domain_adaptation: DomainAdaptation = DomainAdaptation()
     """Phase 2."""
+    calibration: Calibration = Calibration()
+    """Calibration."""
     checkpoint: Checkpoint = Checkpoint()
     """Checkpoints."""
     logging: Logging = Logging()

@@ -33,7 +33,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 def bins_of(scores: torch.Tensor) -> torch.Tensor:
-    """int64 bin of each score, any shape, in 0..NUM_BINS - 1; infinities and NaN (as +inf) count as the largest float."""
+    """int64, the bin of each score, in any shape; infinities and NaN (as +inf) count as the largest float."""
     # Adding 0 turns -0.0 into 0.0: equal scores, equal bins.
     finite = torch.nan_to_num(scores.float(), nan=LARGEST, posinf=LARGEST, neginf=-LARGEST) + 0.0
     return (_flip(finite.view(torch.int32)) >> SHIFT).long() + NUM_BINS // 2

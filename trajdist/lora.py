@@ -71,6 +71,11 @@ def adapter_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
     return dict(get_peft_model_state_dict(adapted, save_embedding_layers=False))
 
 
+def adapter_fingerprint(adapted: PeftModel, base_fingerprint: str) -> str:
+    """Identifies an adapter with the base model it stands on."""
+    return fingerprint(adapter_state(adapted), {"base": base_fingerprint})
+
+
 def is_alive(adapted: PeftModel) -> bool:
     """Whether the adapter changes anything: every B begins as zero and must have moved."""
     up = [value for name, value in adapter_state(adapted).items() if "lora_B" in name]

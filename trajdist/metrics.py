@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trajdist.histogram import Doubles, ScoreHistogram
+from trajdist.histogram import Doubles, ScoreHistogram, lower_edges
 from trajdist.trajectory import Reduce
 
 Mask = npt.NDArray[np.bool_]
@@ -51,8 +51,10 @@ class Curve:
 
     @property
     def precision_T(self) -> Doubles:
-        true_positives_T = self.anomalous_T.cumsum()
-        return true_positives_T / (true_positives_T + self.clean_T.cumsum())
+        """The share of what is called anomalous that is; 0 where nothing is."""
+        found_T = self.anomalous_T.cumsum()
+        called_T = found_T + self.clean_T.cumsum()
+        return np.divide(found_T, called_T, out=np.zeros_like(found_T), where=called_T > 0)
 
     @property
     def tied_share(self) -> float:
@@ -90,7 +92,7 @@ class Curve:
         return float(f1_T[best]), float(self.thresholds_T[best])
 
     def roc_points(self, count: int = 200) -> Points:
-        """At most ``count`` points (false positive rate, recall) for a plot, (0, 0) first; none without both classes."""
+        """At most ``count`` points (false positive rate, recall) from (0, 0) to (1, 1); none without both classes."""
         if not self.anomalous_T.any() or not self.clean_T.any():
             return []
         return [(0.0, 0.0), *_thin(self.false_positive_rate_T, self.recall_T, count - 1)]
@@ -102,9 +104,9 @@ class Curve:
 
 def curve(anomalous: ScoreHistogram, clean: ScoreHistogram) -> Curve:
     """The curve of two histograms; they may be on any device."""
-    both = (anomalous + clean).counts_K.nonzero().flatten().flip(0).cpu()
-    edges_T, anomalous_T = anomalous.at(both)
-    return Curve(edges_T, anomalous_T, clean.at(both)[1])
+    bins_T = (anomalous + clean).counts_K.nonzero().flatten().flip(0).cpu()
+    anomalous_T, clean_T = (histogram.counts_K[bins_T].cpu().numpy() for histogram in (anomalous, clean))
+    return Curve(lower_edges(bins_T).double().numpy(), anomalous_T, clean_T)
 
 
 def _running_share(weights_T: Doubles) -> Doubles:

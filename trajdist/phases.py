@@ -24,7 +24,7 @@ from trajdist.progress import Progress, summary_table
 from trajdist.runtime import Clock, peak_memory_bytes, reset_peak_memory
 from trajdist.session import Session, open_session
 from trajdist.sharding import Plan, Selection, key64
-from trajdist.statistics import load_extractor, prepare_extractor
+from trajdist.statistics import calibrate, load_extractor, prepare_extractor
 from trajdist.trajectory import TrajectoryExtractor
 
 SETS = {1: "imagenet", 2: "domain"}
@@ -85,9 +85,11 @@ def phase1(session: Session, at: Position) -> None:
     settings = session.config.train
     trainee = Trainee(model, settings.learning_rate, settings.weight_decay, document.trajectory_fingerprint)
     job = train(session, at, selection, extractor, trainee)
+    trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False).eval()
     if session.processes.is_main:
-        trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
         bundle.save_model(session.rundir.model, trained, document)
+    base = bundle.base_fingerprint(trained, document)
+    calibrate(session, "imagenet", selection, extractor, trained, session.rundir.calibration(1), base)
     _finish(session, job)
 
 
@@ -105,11 +107,7 @@ def phase2(session: Session, at: Position) -> None:
     selection = session.selection("domain", 2)
     extractor = load_extractor(session)
     base, document = bundle.load_model(session.rundir.model)
-    if document.trajectory_fingerprint != bundle.trajectory_fingerprint(extractor):
-        raise ArtifactError(
-            f"{str(session.rundir.model)!r} was trained on other trajectories than {str(session.rundir.trajectory)!r} "
-            "describes: restore both from the same run."
-        )
+    bundle.check_trajectories(session.rundir, document, extractor)
     base_id = bundle.base_fingerprint(base, document)
     settings = session.config.domain_adaptation.lora
     with torch.random.fork_rng(devices=[]):
@@ -120,9 +118,11 @@ def phase2(session: Session, at: Position) -> None:
     before = fingerprint(lora.base_state(adapted))
     trainee = Trainee(adapted, settings.learning_rate, settings.weight_decay, base_id)
     job = train(session, at, selection, extractor, trainee)
+    trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False).eval()
     if session.processes.is_main:
-        trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
         lora.save_proven(session.rundir, trained, before, base_id)
+    adapter_id = lora.adapter_fingerprint(trained, base_id)
+    calibrate(session, "domain", selection, extractor, trained, session.rundir.calibration(2), adapter_id)
     _finish(session, job)
 
 
@@ -137,7 +137,7 @@ def adopt_phase1(session: Session) -> None:
     if chosen is not None and not rundir.model.exists():
         folder = Path(chosen).expanduser()
         folder = folder / "phase1" if (folder / "phase1").is_dir() else folder
-        for target in (rundir.trajectory, rundir.model):
+        for target in (rundir.trajectory, rundir.calibration(1), rundir.model):
             if not (folder / target.name).is_file():
                 raise ArtifactError(f"phase1={chosen!r} has no {target.name}: name a run whose Phase 1 is done.")
             shutil.copyfile(folder / target.name, target.with_suffix(".tmp"))
@@ -200,7 +200,7 @@ def train(
             accelerator=session.accelerator,
             processes=processes,
             plan=plan,
-            loader=session.loader(set_name, selection, plan, cursor),
+            loader=session.loader(set_name, selection.train, plan, cursor),
             extract=extractor,
             model=prepared_model,
             optimizer=prepared_optimizer,

@@ -56,6 +56,9 @@ class RunDir:
     def adapter(self) -> Path:
         return self.path / "phase2" / "adapter"
 
+    def calibration(self, phase: int) -> Path:
+        return self.path / f"phase{phase}" / "calibration.safetensors"
+
     def create(self) -> None:
         """Make the folder.
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from trajdist.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from trajdist.config import Config, dump_yaml, fields, flatten, read_yaml
-from trajdist.data.loader import ImageBatch, build_loader, resolve_workers
+from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_workers
 from trajdist.data.sources import ImageSource
 from trajdist.errors import ConfigError, DataError
 from trajdist.progress import make_console
@@ -54,7 +54,9 @@ class Session:
             self.rundir.remember(set_name, facts)
         if settings.num_samples == 0:
             raise DataError(f"data.{set_name}.num_samples=0 leaves nothing to train on: use -1 for all images.")
-        return Selection.draw(len(source), settings.num_samples, 0.0, self.config.seed, phase)
+        return Selection.draw(
+            len(source), settings.num_samples, self.config.calibration.holdout_fraction, self.config.seed, phase
+        )
 
     def plan(self, set_name: str, num_images: int, num_epochs: int) -> Plan:
         """The walk through a set. The global batch is that of the world size the run began with."""
@@ -62,12 +64,12 @@ class Session:
         global_batch = self.reference_world * settings.batch_size * settings.gradient_accumulation_steps
         return Plan(num_images, num_epochs, global_batch, self.processes.world, settings.batch_size)
 
-    def loader(self, set_name: str, selection: Selection, plan: Plan, cursor: int = 0) -> DataLoader[ImageBatch]:
+    def loader(self, set_name: str, index_at: IndexAt, plan: Plan, cursor: int = 0) -> DataLoader[ImageBatch]:
         """The loader of a plan, sharded by Accelerate; batches stay on the host until the loop moves them."""
         data = self.config.data
         loader = build_loader(
             self.sources[set_name],
-            selection.train,
+            index_at,
             plan,
             cursor=cursor,
             size=data.image_size,

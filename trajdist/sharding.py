@@ -184,8 +184,8 @@ class Selection:
         order = permute(positions, self.num_train, key64(self.seed, self.phase, 1, epoch))
         return self._split(order)
 
-    def holdout(self, positions: Int64s) -> Int64s:
-        """Image indices at ``positions`` of the held-out images."""
+    def holdout(self, epoch: int, positions: Int64s) -> Int64s:
+        """Image indices at ``positions`` of the held-out images, the same in every epoch."""
         return self._split(self.total - 1 - np.asarray(positions, np.int64))
 
     def _split(self, ranks: Int64s) -> Int64s:

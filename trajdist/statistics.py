@@ -1,15 +1,22 @@
-"""The first pass of Phase 1: means and covariances of all blocks, and the projection made from them."""
+"""Passes over clean images that train nothing: the projection before Phase 1, the calibration after each phase."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
+from torch import nn
 
 from trajdist import bundle
+from trajdist.data.loader import ImageBatch, IndexAt
 from trajdist.errors import StopRequested
 from trajdist.journal import BadImages
 from trajdist.loop import move
 from trajdist.progress import Progress
+from trajdist.residuals import ResidualModel
 from trajdist.runtime import Clock
+from trajdist.scorer import Detector
 from trajdist.session import Session
 from trajdist.sharding import Plan, Selection
 from trajdist.trajectory import BlockMoments, TrajectoryExtractor, fit_projection
@@ -45,29 +52,14 @@ def measure(session: Session, selection: Selection, extractor: TrajectoryExtract
 
     Raises:
         StopRequested: the pass is short and bounded; it starts over next time.
-        DataError: none of the images could be read.
     """
-    processes, config = session.processes, session.config
-    num_images = min(selection.num_train, config.trajectory.statistics_images)
-    batch_size = config.data.imagenet.batch_size
-    plan = Plan(num_images, 1, processes.world * batch_size, processes.world, batch_size)
-    moments = [BlockMoments(block.channels, processes.device) for block in extractor.backbone.blocks]
-    bad_images = BadImages(session.rundir, processes)
-    title = f"statistics of {num_images} images"
-    clock = Clock(processes.device)
-    with Progress(session.console, title, num_images) as progress:
-        session.say(title)
-        for step, batch in zip(plan.steps(), session.loader("imagenet", selection, plan), strict=True):
-            batch = move(batch, processes.device, clock)
-            bad_images.note(batch.failures)
-            with session.accelerator.autocast():
-                update_moments(moments, extractor, batch.images, batch.weights)
-            progress.advance(step.stop)
-            if processes.any(bool(session.stop)):
-                raise StopRequested(session.stop.why or "another process was asked to stop")
-    bad_images.write("imagenet", session.sources["imagenet"].name)
+    num_images = min(selection.num_train, session.config.trajectory.statistics_images)
+    moments = [BlockMoments(block.channels, session.processes.device) for block in extractor.backbone.blocks]
+    for batch in clean_batches(session, "imagenet", selection.train, num_images, "statistics"):
+        with session.accelerator.autocast():
+            update_moments(moments, extractor, batch.images, batch.weights)
     for moment in moments:
-        moment.all_reduce(processes.sum)
+        moment.all_reduce(session.processes.sum)
     return moments, num_images
 
 
@@ -77,3 +69,92 @@ def update_moments(
     """Add a batch of images to the statistics; those of weight 0 do not count."""
     cells = weights.repeat_interleave(extractor.resolution**2)
     extractor.observe(images, lambda block, pooled_BPC: moments[block].update(pooled_BPC.flatten(0, 1), cells))
+
+
+def clean_batches(
+    session: Session, set_name: str, index_at: IndexAt, num_images: int, title: str
+) -> Iterator[ImageBatch]:
+    """One pass over ``num_images`` images without training: this process's batches, on the device.
+
+    Raises:
+        StopRequested: somebody asked for it.
+    """
+    processes = session.processes
+    batch_size = getattr(session.config.data, set_name).batch_size
+    plan = Plan(num_images, 1, processes.world * batch_size, processes.world, batch_size)
+    bad_images, clock = BadImages(session.rundir, processes), Clock(processes.device)
+    session.say(f"{title}: {num_images:,} images")
+    with Progress(session.console, title, num_images) as progress:
+        for step, batch in zip(plan.steps(), session.loader(set_name, index_at, plan), strict=True):
+            bad_images.note(batch.failures)
+            yield move(batch, processes.device, clock)
+            progress.advance(step.stop)
+            if processes.any(bool(session.stop)):
+                raise StopRequested(session.stop.why or "another process was asked to stop")
+    bad_images.write(set_name, session.sources[set_name].name)
+
+
+def calibrate(
+    session: Session,
+    set_name: str,
+    selection: Selection,
+    extractor: TrajectoryExtractor,
+    model: nn.Module,
+    path: Path,
+    base: str,
+) -> None:
+    """Learn what residuals and scores of clean images are like, and save it to ``path``.
+
+    Residuals are measured on (a bounded sample of) the images trained on; scores on images held out from training,
+    so that the p-values made from them mean what they say. All in float32, as scoring does it.
+
+    Raises:
+        StopRequested: the passes start over next time.
+    """
+    num_images = min(selection.num_train, session.config.trajectory.statistics_images)
+    detector = Detector(
+        path.parent.name, model, ResidualModel(extractor.projection.valid_LD.cpu(), extractor.resolution)
+    )
+    detector.to(session.processes.device)
+    _fit_residuals(session, set_name, selection, extractor, detector, num_images)
+    if not selection.num_holdout:
+        session.say("no images are held out: p-values rest on images that were trained on, and promise too much")
+    detector.held_out = selection.num_holdout > 0
+    index_at = selection.holdout if detector.held_out else selection.train
+    valid_LD = extractor.projection.valid_LD
+    cells, images = detector.cells.histogram, detector.images.histogram
+    held_out = min(selection.num_holdout, session.config.trajectory.statistics_images) or num_images
+    for batch in clean_batches(session, set_name, index_at, held_out, "calibration"):
+        scores = detector.score(extractor(batch.images), valid_LD)
+        cells.update(scores.cells_BHW.cpu(), batch.weights.cpu()[:, None, None].expand_as(scores.cells_BHW))
+        images.update(scores.images_B.cpu(), batch.weights.cpu())
+    for histogram in (cells, images):
+        histogram.counts_K = session.processes.sum(histogram.counts_K.to(session.processes.device)).cpu()
+    if session.processes.is_main:
+        detector.save(path, base)
+    session.processes.wait()
+
+
+@torch.no_grad()
+def _fit_residuals(
+    session: Session,
+    set_name: str,
+    selection: Selection,
+    extractor: TrajectoryExtractor,
+    detector: Detector,
+    num_images: int,
+) -> None:
+    """Two passes: covariance of the residuals, then what the whitened scores are like at each place."""
+    processes, valid_LD = session.processes, extractor.projection.valid_LD
+    moments = BlockMoments(int(valid_LD.sum()), processes.device)
+    for batch in clean_batches(session, set_name, selection.train, num_images, "residuals"):
+        cells = batch.weights.repeat_interleave(extractor.resolution**2)
+        moments.update(detector.residuals(extractor(batch.images), valid_LD), cells)
+    moments.all_reduce(processes.sum)
+    detector.residual.fit(moments)
+    places = BlockMoments(extractor.resolution**2, processes.device)
+    for batch in clean_batches(session, set_name, selection.train, num_images, "places"):
+        scores = detector.score(extractor(batch.images), valid_LD)
+        places.update(scores.cells_BHW.flatten(1), batch.weights)
+    places.all_reduce(processes.sum)
+    detector.residual.fit_places(places)

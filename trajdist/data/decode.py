@@ -54,10 +54,15 @@ def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.rint(values.clip(0, 255)).astype(np.uint8)
 
 
-def to_square(image: Image.Image, size: int, fit: Fit) -> npt.NDArray[np.uint8]:
-    """Resize an RGB image to uint8 ``[size, size, 3]``, antialiased; ``fit`` as in ``data.fit``."""
+def to_square(
+    image: Image.Image, size: int, fit: Fit, resampling: Image.Resampling = Image.Resampling.BILINEAR
+) -> npt.NDArray[np.uint8]:
+    """Resize an RGB image to uint8 ``[size, size, 3]``, a grey one to ``[size, size]``; ``fit`` as in ``data.fit``.
+
+    Antialiased by default; masks take ``NEAREST``.
+    """
     if fit == "crop":
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+        image = ImageOps.fit(image, (size, size), resampling)
     elif image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
+        image = image.resize((size, size), resampling)
     return np.asarray(image)

@@ -1,0 +1,157 @@
+"""Conformal p-values and thresholds: never too small, as often wrong as asked for, whatever the processes."""
+
+from __future__ import annotations
+
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trajdist.calibration import QuantileSketch, ResidualMoments
+from trajdist.histogram import ScoreHistogram
+
+SCORES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=0, max_size=40)
+
+
+def sketch(scores) -> QuantileSketch:
+    histogram = ScoreHistogram()
+    histogram.update(torch.as_tensor(np.asarray(scores, np.float32)))
+    return QuantileSketch(histogram)
+
+
+def exact_p_values(clean, scores) -> np.ndarray:
+    clean, scores = np.asarray(clean, np.float32), np.asarray(scores, np.float32)
+    return (1 + (clean[None, :] >= scores[:, None]).sum(1)) / (len(clean) + 1)
+
+
+@settings(max_examples=40)
+@given(SCORES, SCORES)
+def test_p_values_are_never_too_small(clean, scores):
+    ours = sketch(clean).p_values(torch.tensor(scores, dtype=torch.float32)).numpy()
+    assert (ours >= exact_p_values(clean, scores)).all()
+    assert (ours <= 1).all()
+
+
+@settings(max_examples=40)
+@given(SCORES, SCORES)
+def test_p_values_fall_as_scores_rise(clean, scores):
+    ours = sketch(clean).p_values(torch.tensor(sorted(scores), dtype=torch.float32))
+    assert (ours.diff() <= 0).all()
+
+
+def test_p_values_are_exact_up_to_the_width_of_a_bin():
+    generator = np.random.default_rng(0)
+    clean, scores = generator.gamma(3.0, size=2000), generator.gamma(3.0, size=2000)
+    ours = sketch(clean).p_values(torch.from_numpy(scores)).numpy()
+    assert (ours <= exact_p_values(clean, scores * (1 - 1.1e-3))).all()
+    assert ours.min() >= 1 / 2001
+
+
+@settings(max_examples=40)
+@given(SCORES, SCORES, st.floats(0.001, 0.999))
+def test_threshold_and_p_value_are_one_decision(clean, scores, rate):
+    ours = sketch(clean)
+    scores_N = torch.tensor([*scores, *clean, 1e30], dtype=torch.float32)
+    assert torch.equal(scores_N >= ours.threshold(rate), ours.p_values(scores_N) <= rate)
+
+
+def test_too_few_images_declare_nothing():
+    clean = np.arange(99)
+    assert math.isinf(sketch(clean).threshold(0.0099))
+    assert 98 < sketch(clean).threshold(0.01) <= 98.1
+    assert math.isinf(sketch([]).threshold(0.5))
+    assert sketch([]).p_values(torch.tensor([1e9])) == 1
+
+
+def test_a_clean_score_that_is_not_finite_leaves_the_largest_scores_undeclared():
+    ours = sketch([1.0, 2.0, np.inf])
+    assert math.isinf(ours.threshold(0.25))
+    assert ours.p_values(torch.tensor([1e30, np.nan])).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
+def test_realised_false_alarms_are_what_was_asked_for(rate):
+    generator = np.random.default_rng(1)
+    num_clean, num_new, alarms = 400, 400, 0
+    repeats = 100
+    for _ in range(repeats):
+        threshold = sketch(generator.lognormal(size=num_clean)).threshold(rate)
+        alarms += (generator.lognormal(size=num_new) >= threshold).sum()
+    # Given one calibration set the rate is itself random: both draws add to the variance of the total.
+    spread = math.sqrt(rate * (1 - rate) * (1 / num_new + 1 / num_clean) / repeats)
+    realised = alarms / (repeats * num_new)
+    assert realised <= rate + 3 * spread
+    assert realised >= rate - 1 / num_clean - 3 * spread - 0.002 * rate
+
+
+def test_p_values_of_clean_scores_are_spread_evenly():
+    generator = np.random.default_rng(2)
+    p_values = sketch(generator.normal(size=3000)).p_values(torch.from_numpy(generator.normal(size=3000))).numpy()
+    for rate in (0.01, 0.1, 0.5, 0.9):
+        assert abs((p_values <= rate).mean() - rate) < 4 * math.sqrt(2 * rate * (1 - rate) / 3000)
+
+
+def test_two_processes_ask_one_sketch():
+    first, second = sketch([1.0, 2.0]), sketch([3.0])
+    first.histogram.all_reduce(lambda tensor: tensor + second.histogram.counts_K)
+    assert first.count == 3
+    assert first.p_values(torch.tensor([2.0])) == 0.75
+
+
+# ------------------------------------------------------------------------------------------------ residuals
+
+
+def moments_of(rows: torch.Tensor, weights: torch.Tensor, widths: list[int]) -> ResidualMoments:
+    moments = ResidualMoments(widths, torch.device("cpu"))
+    for rows_NF, weights_N in zip(rows.split(37), weights.split(37), strict=True):
+        moments.update(rows_NF, weights_N)
+    return moments
+
+
+@pytest.mark.parametrize("widths", [[6], [2, 3, 1]])
+def test_moments_are_those_of_numpy(widths):
+    rows = torch.randn(500, 6) * torch.arange(1, 7) + 100
+    weights = (torch.rand(500) > 0.3).float()
+    kept = rows[weights > 0].double().numpy()
+    moments = moments_of(rows, weights, widths)
+    assert moments.count == len(kept)
+    np.testing.assert_allclose(moments.mean_F, kept.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(moments.variance_F, kept.var(0), rtol=1e-4)
+    covariance = np.cov(kept.T, bias=True)
+    first = widths[0]
+    np.testing.assert_allclose(moments.groups[0].covariance_CC, covariance[:first, :first], rtol=1e-3, atol=1e-2)
+
+
+def in_two_processes(first: ResidualMoments, second: ResidualMoments) -> None:
+    """Reduce both, in threads that wait for each other."""
+    barrier, shared = threading.Barrier(2), {}
+
+    def reduce(rank: int, moments: ResidualMoments) -> None:
+        def add(tensor: torch.Tensor) -> torch.Tensor:
+            shared[rank] = tensor
+            barrier.wait()
+            total = shared[0] + shared[1]
+            barrier.wait()
+            return total
+
+        moments.all_reduce(add)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(reduce, (0, 1), (first, second)))
+
+
+def test_moments_of_two_processes_are_those_of_one():
+    rows, weights = torch.randn(400, 4) + 10, torch.ones(400)
+    whole, left, right = (
+        moments_of(rows[part], weights[part], [2, 2]) for part in (slice(None), slice(150), slice(150, None))
+    )
+    in_two_processes(left, right)
+    for moments in (left, right):
+        assert moments.count == whole.count
+        torch.testing.assert_close(moments.mean_F, whole.mean_F)
+        torch.testing.assert_close(moments.variance_F, whole.variance_F, rtol=1e-5, atol=1e-6)

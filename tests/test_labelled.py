@@ -1,0 +1,158 @@
+"""The MVTec layout: which images, what is wrong with them and where, and what is refused."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from trajdist.data.decode import to_square
+from trajdist.data.labelled import LabelledFolder
+from trajdist.errors import DataError
+
+
+def save(path: Path, pixels: np.ndarray, **how: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **how)
+
+
+def picture(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """A black picture with a white rectangle, and the mask of that."""
+    pixels, mask = np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
+    pixels[height // 4 : height // 2, width // 2 :] = 255
+    mask[height // 4 : height // 2, width // 2 :] = 255
+    return pixels, mask
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Two good images, a crack 60 x 80 with its mask, and a hole with a mask named like the image."""
+    good, _ = picture(40, 40)
+    save(tmp_path / "test/good/001.png", good)
+    save(tmp_path / "test/good/000.png", good)
+    pixels, mask = picture(60, 80)
+    save(tmp_path / "test/crack/000.png", pixels)
+    save(tmp_path / "ground_truth/crack/000_mask.png", mask)
+    save(tmp_path / "test/hole/7.jpg", pixels)
+    save(tmp_path / "ground_truth/hole/7.png", mask)
+    return tmp_path
+
+
+def test_images_kinds_and_names(root):
+    folder = LabelledFolder(root, "DATASET")
+    assert [folder.name(index) for index in range(len(folder))] == [
+        "test/crack/000.png",
+        "test/good/000.png",
+        "test/good/001.png",
+        "test/hole/7.jpg",
+    ]
+    assert [folder.kind(index) for index in range(4)] == ["crack", "good", "good", "hole"]
+    assert folder.kinds == ["good", "crack", "hole"]
+    assert folder.load(0, None).size == (80, 60)
+    assert len(folder.fingerprint) == 64
+    assert pickle.loads(pickle.dumps(folder)).name(3) == "test/hole/7.jpg"  # as worker processes get it
+
+
+@pytest.mark.parametrize("fit", ["squash", "crop"])
+@pytest.mark.parametrize("size", [20, 64, 200])
+def test_a_mask_lies_on_its_image(root, fit, size):
+    folder = LabelledFolder(root, "DATASET")
+    for index in (0, 3):
+        mask = folder.mask(index, size, fit)
+        assert mask.shape == (size, size)
+        assert mask.dtype == np.bool_
+        bright = to_square(folder.load(index, None), size, fit)[..., 0] > 127
+        assert (mask != bright).mean() < 0.03
+        assert mask.any()
+
+
+def test_a_good_image_has_an_empty_mask(root):
+    mask = LabelledFolder(root, "DATASET").mask(1, 32, "squash")
+    assert mask.shape == (32, 32)
+    assert not mask.any()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_masks_of_any_mode(root, mode):
+    _, mask = picture(60, 80)
+    deep = Image.fromarray((mask > 0).astype(np.uint16))  # 1 of 65,535
+    image = deep if mode == "I;16" else Image.fromarray(mask).convert(mode)
+    image.save(root / "ground_truth/crack/000_mask.png")
+    read = LabelledFolder(root, "DATASET").mask(0, 80, "squash")
+    np.testing.assert_array_equal(read, to_square(Image.fromarray(mask), 80, "squash", Image.Resampling.NEAREST) > 0)
+
+
+def test_a_mask_may_be_smaller_or_larger_than_its_image(root):
+    folder = LabelledFolder(root, "DATASET")
+    for height, width in ((30, 40), (15, 20), (600, 800), (31, 41)):
+        save(root / "ground_truth/crack/000_mask.png", picture(height, width)[1])
+        assert folder.mask(0, 64, "crop").any()
+
+
+def test_an_image_on_its_side_has_an_upright_mask(root):
+    pixels, _ = picture(60, 80)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    save(root / "test/hole/7.jpg", np.rot90(pixels), exif=exif)
+    assert LabelledFolder(root, "DATASET").load(3, None).size == (80, 60)
+    assert LabelledFolder(root, "DATASET").mask(3, 64, "squash").any()
+
+
+def test_no_test_folder(tmp_path):
+    with pytest.raises(DataError, match=r"^DATASET=.* has no folder test: .*ground_truth"):
+        LabelledFolder(tmp_path, "DATASET")
+
+
+def test_no_images(tmp_path):
+    (tmp_path / "test").mkdir()
+    with pytest.raises(DataError, match="no images"):
+        LabelledFolder(tmp_path, "DATASET")
+
+
+def test_no_good_images(root):
+    for path in (root / "test/good").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="no images in test/good"):
+        LabelledFolder(root, "DATASET")
+
+
+def test_only_good_images(root):
+    for kind in ("crack", "hole"):
+        for path in (root / "test" / kind).iterdir():
+            path.unlink()
+    assert LabelledFolder(root, "DATASET").kinds == ["good"]
+
+
+@pytest.mark.parametrize("stray", ["test/stray.png", "test/good/deeper/stray.png"])
+def test_an_image_in_no_class_folder(root, stray):
+    save(root / stray, picture(8, 8)[0])
+    with pytest.raises(DataError, match=r"stray\.png' is not directly in a class folder"):
+        LabelledFolder(root, "DATASET")
+
+
+def test_a_defect_without_a_mask(root):
+    (root / "ground_truth/hole/7.png").unlink()
+    with pytest.raises(DataError, match=r"test/hole/7\.jpg' has no mask: add '.*ground_truth/hole/7_mask\.png'"):
+        LabelledFolder(root, "DATASET")
+
+
+def test_a_defect_without_a_folder_of_masks(root):
+    save(root / "test/stain/1.png", picture(8, 8)[0])
+    with pytest.raises(DataError, match=r"stain/1\.png' has no mask"):
+        LabelledFolder(root, "DATASET")
+
+
+def test_a_mask_of_another_shape(root):
+    save(root / "ground_truth/crack/000_mask.png", picture(60, 60)[1])
+    folder = LabelledFolder(root, "DATASET")
+    with pytest.raises(DataError, match=r"000_mask\.png' is 60 x 60 pixels but its image 80 x 60"):
+        folder.mask(0, 64, "squash")
+
+
+def test_a_damaged_mask(root):
+    (root / "ground_truth/crack/000_mask.png").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"000_mask\.png' or its image cannot be read"):
+        LabelledFolder(root, "DATASET").mask(0, 64, "squash")

@@ -1,0 +1,132 @@
+"""Labelled images in the layout of MVTec AD (Bergmann et al. 2019).
+
+``test/good/*``, ``test/<defect>/*``, and ``ground_truth/<defect>/<stem>_mask.png`` or ``<stem>.png``, in which
+everything but 0 is defect.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path, PurePath
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageOps
+
+from trajdist.data.decode import Fit, to_square
+from trajdist.data.sources import ImageFolder, read_bytes
+from trajdist.errors import DataError
+
+GOOD = "good"
+LAYOUT = "test/good/*, test/<defect>/* and ground_truth/<defect>/<name>_mask.png"
+
+
+class LabelledFolder:
+    """An :class:`trajdist.data.sources.ImageSource` of the test images, sorted by path, that knows what is wrong.
+
+    Args:
+        root: the folder with ``test`` and ``ground_truth`` in it.
+        key: the argument it came from, for the errors.
+
+    Attributes:
+        kinds: "good", then the defects in alphabetical order.
+
+    Raises:
+        DataError: no test folder, no good images, an image outside a class folder, a defect image without a mask.
+    """
+
+    def __init__(self, root: Path, key: str, read_retries: int = 0) -> None:
+        if not (root / "test").is_dir():
+            raise DataError(f"{key}={str(root)!r} has no folder test: name the folder that holds {LAYOUT}.")
+        self._root, self._retries = root, read_retries
+        self._images = ImageFolder(root / "test", key, read_retries)
+        self.fingerprint = self._images.fingerprint
+        for index in range(len(self)):
+            if len(PurePath(self.name(index)).parts) != 3:
+                raise DataError(f"{self._shown(index)} is not directly in a class folder: the layout is {LAYOUT}.")
+        present = {self.kind(index) for index in range(len(self))}
+        if GOOD not in present:
+            raise DataError(
+                f"{key}={str(root)!r} has no images in test/{GOOD}: scores need clean ones to compare with."
+            )
+        self.kinds = [GOOD, *sorted(present - {GOOD})]
+        self._masks = {kind: _files_in(root / "ground_truth" / kind) for kind in self.kinds[1:]}
+        for index in range(len(self)):
+            self._mask_path(index)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        """The path below the root, such as ``test/crack/003.png``."""
+        return os.path.join("test", self._images.name(index))
+
+    def load(self, index: int, size: int | None) -> Image.Image:
+        return self._images.load(index, size)
+
+    def kind(self, index: int) -> str:
+        """The class folder: "good" or the name of the defect."""
+        return PurePath(self.name(index)).parts[1]
+
+    def mask(self, index: int, size: int, fit: Fit) -> npt.NDArray[np.bool_]:
+        """Bool ``[size, size]``, where the defect is, resized to lie on the image as the loader resizes that.
+
+        All false for a good image. Nearest neighbour: a thin defect may vanish at a small size.
+
+        Raises:
+            DataError: the mask cannot be read, or has another aspect ratio than its image.
+        """
+        path = self._mask_path(index)
+        if path is None:
+            return np.zeros((size, size), np.bool_)
+        try:
+            mask = _read_mask(read_bytes(path, self._retries))
+            width, height = _upright_size(read_bytes(self._root / self.name(index), self._retries))
+        except Exception as error:  # Hostile bytes make decoders raise anything.
+            raise DataError(f"the mask {str(path)!r} or its image cannot be read ({error}): restore it.") from None
+        # A mask is its image scaled, sides rounded to whole pixels.
+        if 2 * abs(mask.width * height - mask.height * width) > width + height:
+            raise DataError(
+                f"the mask {str(path)!r} is {mask.width} x {mask.height} pixels but its image {width} x {height}: "
+                "give the mask its image's shape."
+            )
+        return to_square(mask, size, fit, Image.Resampling.NEAREST) > 0
+
+    def _mask_path(self, index: int) -> Path | None:
+        kind, stem = self.kind(index), PurePath(self.name(index)).stem
+        if kind == GOOD:
+            return None
+        folder = self._root / "ground_truth" / kind
+        for name in (f"{stem}_mask.png", f"{stem}.png"):
+            if name in self._masks[kind]:
+                return folder / name
+        wanted = str(folder / f"{stem}_mask.png")
+        raise DataError(f"{self._shown(index)} has no mask: add {wanted!r}, or move the image to test/{GOOD}.")
+
+    def _shown(self, index: int) -> str:
+        return repr(str(self._root / self.name(index)))
+
+
+def _files_in(folder: Path) -> frozenset[str]:
+    """Listed once: asking for each file takes long on a network file system."""
+    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+
+
+def _upright_size(raw: bytes) -> tuple[int, int]:
+    """Width and height as :func:`trajdist.data.decode.decode` would give them, from the header alone."""
+    with Image.open(io.BytesIO(raw)) as image:
+        width, height = image.size
+        lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (height, width) if lies_on_its_side else (width, height)
+
+
+def _read_mask(raw: bytes) -> Image.Image:
+    """Grey levels, 255 where any channel is not 0; transparency is dropped."""
+    with Image.open(io.BytesIO(raw)) as image:
+        mask = ImageOps.exif_transpose(image)
+    # Deep greys stay as they are: a conversion to eight bits would round small values to 0.
+    if mask.mode not in ("1", "L", "I", "F") and not mask.mode.startswith("I;16"):
+        mask = mask.convert("RGB")
+    marked = np.asarray(mask) > 0
+    return Image.fromarray((marked.any(-1) if marked.ndim == 3 else marked).astype(np.uint8) * 255)

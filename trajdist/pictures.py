@@ -1,0 +1,80 @@
+"""Pictures of anomaly maps: the image, the map laid over it, and a colour bar, side by side in one PNG.
+
+Shape suffixes: S pixels per side, K colours.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+# Dark to bright through red, as lightness rises evenly: readable without colour vision and in grey print.
+_ANCHORS_K3 = np.array(
+    [[6, 4, 24], [58, 12, 96], [126, 30, 108], [190, 55, 82], [236, 104, 37], [251, 166, 24], [252, 255, 164]],
+    np.float64,
+)
+_GAP, _BAR, _LABEL = 8, 14, 46
+
+
+def colour(values: Floats) -> Pixels:
+    """Values in 0..1, any shape -> RGB."""
+    position = np.clip(np.nan_to_num(values, nan=0.0), 0.0, 1.0) * (len(_ANCHORS_K3) - 1)
+    channels = [np.interp(position, np.arange(len(_ANCHORS_K3)), _ANCHORS_K3[:, channel]) for channel in range(3)]
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+def overlay(image_SS3: Pixels, map_SS: Floats, low: float, high: float) -> Image.Image:
+    """The anomaly map over the greyed image; ``low`` and below is clear, ``high`` and above is opaque and bright."""
+    strength_SS = np.clip((map_SS - low) / max(high - low, 1e-9), 0.0, 1.0).astype(np.float32)
+    grey_SS1 = image_SS3.mean(-1, keepdims=True)
+    opacity_SS1 = (0.25 + 0.6 * strength_SS)[..., None]
+    mixed = grey_SS1 * (1 - opacity_SS1) + colour(strength_SS) * opacity_SS1
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def panel(image_SS3: Pixels, map_SS: Floats, low: float, high: float, threshold: float | None = None) -> Image.Image:
+    """Original, overlay and colour bar with its ends (and the threshold, where one is set) written beside it."""
+    side = image_SS3.shape[0]
+    canvas = Image.new("RGB", (2 * side + 2 * _GAP + _BAR + _LABEL, side), "white")
+    canvas.paste(Image.fromarray(image_SS3), (0, 0))
+    canvas.paste(overlay(image_SS3, map_SS, low, high), (side + _GAP, 0))
+    left = 2 * side + 2 * _GAP
+    ramp = np.linspace(1.0, 0.0, side, dtype=np.float32)[:, None].repeat(_BAR, 1)
+    canvas.paste(Image.fromarray(colour(ramp)), (left, 0))
+    pen = ImageDraw.Draw(canvas)
+    pen.text((left + _BAR + 4, 0), f"{high:.3g}", "black")
+    pen.text((left + _BAR + 4, side - 12), f"{low:.3g}", "black")
+    if threshold is not None and low < threshold < high:
+        y = round((high - threshold) / (high - low) * (side - 1))
+        pen.line((left - 3, y, left + _BAR + 2, y), "#0ea5e9", 2)
+    return canvas
+
+
+def png(image: Image.Image) -> bytes:
+    """PNG bytes, packed fast rather than small."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def profile(errors_L: Floats, names: list[str], height: int = 160) -> Image.Image:
+    """Bars: the error of each block at one place."""
+    width, bottom = max(320, 26 * len(names) + 50), height - 18
+    canvas = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(canvas)
+    top = max(float(errors_L.max(initial=0.0)), 1e-9)
+    step = (width - 50) / max(len(names), 1)
+    for block, error in enumerate(errors_L):
+        x = 44 + block * step
+        shade = tuple(colour(np.array(0.2 + 0.6 * error / top, np.float32)).tolist())
+        pen.rectangle((x, bottom - (bottom - 14) * float(error) / top, x + 0.7 * step, bottom), fill=shade)
+        pen.text((x, bottom + 3), str(block + 1), "black")
+    pen.text((2, 8), f"{top:.3g}", "black")
+    pen.text((2, bottom - 10), "0", "black")
+    return canvas
