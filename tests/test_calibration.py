@@ -78,7 +78,7 @@ def test_a_clean_score_that_is_not_finite_leaves_the_largest_scores_undeclared()
 def test_realised_false_alarms_are_what_was_asked_for(rate):
     generator = np.random.default_rng(1)
     num_clean, num_new, alarms = 400, 400, 0
-    repeats = 100
+    repeats = 40
     for _ in range(repeats):
         threshold = sketch(generator.lognormal(size=num_clean)).threshold(rate)
         alarms += (generator.lognormal(size=num_new) >= threshold).sum()

@@ -6,9 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from trajdist import __version__
 from trajdist.errors import StopRequested, UserError
+
+if TYPE_CHECKING:
+    from trajdist.scoring import Options
 
 EPILOG = """\
 Several processes: accelerate launch --config_file accelerate_config.yaml -m trajdist run CONFIG [key=value ...]
@@ -16,6 +20,7 @@ Exit codes: 0 done; 2 wrong usage or config; 3 wrong data; 4 wrong or damaged ar
 checkpoint saved (0 under a launcher; status.json tells)."""
 
 Command = Callable[[argparse.Namespace], int]
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(commands, "run", "Phase 1, then Phase 2; resumes by itself", [1, 2])
     _add_training(commands, "train", "Phase 1 only", [1])
     _add_training(commands, "adapt", "Phase 2 only, on an existing Phase 1 (phase1=DIR)", [2])
+    score = _add_scoring(commands, "score", "unlabelled images -> scores.jsonl, heat maps", _score)
+    score.add_argument("images", metavar="IMAGES", help="a folder of images, one image, or skimage:NAME/heldout")
+    evaluate = _add_scoring(commands, "evaluate", "labelled images in MVTec layout -> metrics.json as well", _evaluate)
+    evaluate.add_argument("images", metavar="DATASET", help="a folder with test/ and ground_truth/ in it")
     inspect = _add(commands, "inspect", "what is in a run, an adapter, a checkpoint or a safetensors file", _inspect)
     inspect.add_argument("path", metavar="PATH")
     config = _add(commands, "config", "the resolved config", _config)
@@ -57,23 +66,50 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, command: Command
-) -> argparse.ArgumentParser:
+def _add(commands: Commands, name: str, text: str, command: Command) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(command=command)
     return parser
 
 
-def _add_training(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, phases: list[int]
-) -> None:
+def _add_training(commands: Commands, name: str, text: str, phases: list[int]) -> None:
     parser = _add(commands, name, text, _train)
     parser.add_argument("config", metavar="CONFIG.yaml", help="a path, or the name of a shipped config")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
     parser.add_argument("--fresh", action="store_true", help="start over; an old run directory is moved aside")
     parser.set_defaults(phases=phases)
+
+
+def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> argparse.ArgumentParser:
+    parser = _add(commands, name, text, command)
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--out", metavar="DIR", required=True, help="where everything is written")
+    parser.add_argument("--phase", type=int, choices=(1, 2), help="1 for the unadapted model (default: the latest)")
+    parser.add_argument(
+        "--adapter", metavar="DIR", action="append", default=[], help="another adapter; several are compared"
+    )
+    parser.add_argument(
+        "--false-alarm-rate", type=_rate, default=0.01, metavar="RATE", help="clean images called anomalous (0.01)"
+    )
+    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images per process (32)")
+    parser.add_argument("--explain", action="store_true", help="also the blocks' errors at the hottest place")
+    parser.add_argument("--overlays", choices=("all", "anomalous", "none"), default="all", help="pictures to draw")
+    return parser
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -92,6 +128,45 @@ def _train(arguments: argparse.Namespace) -> int:
 
     run(config, sources, phases, arguments.fresh)
     return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from trajdist.data.sources import open_source
+
+    source = open_source(arguments.images, "IMAGES", read_retries=3)
+    from trajdist.scoring import open_scoring, score, score_table
+
+    job = open_scoring(arguments.run_dir, source, arguments.out, _scoring_options(arguments))
+    rows = score(job)
+    job.console.print(score_table(rows, arguments.out))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from trajdist.data.labelled import LabelledFolder
+
+    dataset = LabelledFolder(Path(arguments.images), "DATASET", read_retries=3)
+    from trajdist.evaluation import evaluate, metrics_table
+    from trajdist.scoring import open_scoring
+
+    job = open_scoring(arguments.run_dir, dataset, arguments.out, _scoring_options(arguments))
+    job.console.print(metrics_table(evaluate(job, dataset)))
+    return 0
+
+
+def _scoring_options(arguments: argparse.Namespace) -> Options:
+    from trajdist.scoring import Options
+
+    return Options(
+        adapters=tuple(arguments.adapter),
+        phase=arguments.phase,
+        false_alarm_rate=arguments.false_alarm_rate,
+        batch_size=arguments.batch_size,
+        explain=arguments.explain,
+        overlays=arguments.overlays,
+    )
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -85,12 +85,13 @@ def phase1(session: Session, at: Position) -> None:
     settings = session.config.train
     trainee = Trainee(model, settings.learning_rate, settings.weight_decay, document.trajectory_fingerprint)
     job = train(session, at, selection, extractor, trainee)
+    summary = _summarise(job)
     trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False).eval()
     if session.processes.is_main:
         bundle.save_model(session.rundir.model, trained, document)
     base = bundle.base_fingerprint(trained, document)
     calibrate(session, "imagenet", selection, extractor, trained, session.rundir.calibration(1), base)
-    _finish(session, job)
+    _finish(session, 1, summary)
 
 
 def phase2(session: Session, at: Position) -> None:
@@ -118,12 +119,13 @@ def phase2(session: Session, at: Position) -> None:
     before = fingerprint(lora.base_state(adapted))
     trainee = Trainee(adapted, settings.learning_rate, settings.weight_decay, base_id)
     job = train(session, at, selection, extractor, trainee)
+    summary = _summarise(job)
     trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False).eval()
     if session.processes.is_main:
         lora.save_proven(session.rundir, trained, before, base_id)
     adapter_id = lora.adapter_fingerprint(trained, base_id)
     calibrate(session, "domain", selection, extractor, trained, session.rundir.calibration(2), adapter_id)
-    _finish(session, job)
+    _finish(session, 2, summary)
 
 
 def adopt_phase1(session: Session) -> None:
@@ -317,11 +319,11 @@ def _is_done(session: Session, phase: int) -> bool:
     return bool(done)
 
 
-def _finish(session: Session, job: Job) -> None:
-    """Write the phase's summary: from now on it is done."""
+def _summarise(job: Job) -> dict[str, Any]:
+    """The figures of a phase that has just been trained."""
     journal, taken = job.journal, seconds(job)
     memory = journal.epoch_memory
-    summary = {
+    return {
         "images": journal.total.images,
         "failures": journal.total.failures,
         "epochs": job.plan.num_epochs,
@@ -330,13 +332,17 @@ def _finish(session: Session, job: Job) -> None:
         "images_per_s": journal.total.images / max(taken, 1e-9),
         "first_loss": journal.first_loss,
         "final_loss": journal.final_loss,
-        "peak_memory_bytes": peak_memory_bytes(session.processes.device),
+        "peak_memory_bytes": peak_memory_bytes(job.processes.device),
         "memory_growth_bytes": int(memory[-1] - memory[0]) if memory else 0,
-        "num_processes": session.processes.world,
+        "num_processes": job.processes.world,
         "trained_parameters": sum(weight.numel() for weight in trainable(job).values()),
         "time": job.clock.seconds(),
     }
+
+
+def _finish(session: Session, phase: int, summary: dict[str, Any]) -> None:
+    """Write the phase's summary: from now on it is done."""
     if session.processes.is_main:
-        session.rundir.remember(f"records_after_phase{job.phase}", session.rundir.sync_records())
-        session.rundir.write_summary(f"phase{job.phase}", summary)
+        session.rundir.remember(f"records_after_phase{phase}", session.rundir.sync_records())
+        session.rundir.write_summary(f"phase{phase}", summary)
     session.processes.wait()

@@ -1,0 +1,120 @@
+"""``trajdist evaluate``: labelled images in MVTec layout -> the numbers that papers report.
+
+Pixel scores go into histograms as they come; memory does not grow with the images.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from trajdist import residuals
+from trajdist.artifacts import write_json
+from trajdist.data.labelled import GOOD, LabelledFolder
+from trajdist.errors import DataError
+from trajdist.histogram import ScoreHistogram
+from trajdist.metrics import Curve, PixelScores, bootstrap_interval, curve
+from trajdist.runtime import Processes
+from trajdist.scoring import Row, Scored, Scoring, score
+
+
+def evaluate(job: Scoring, dataset: LabelledFolder) -> dict[str, Any]:
+    """Score the labelled set of the job and measure; every process calls it.
+
+    Returns:
+        The metrics, also written to ``metrics.json`` (on the main process, elsewhere nothing).
+
+    Raises:
+        DataError: a mask that cannot be read, or no good image that could be scored.
+    """
+    size, fit = job.scorer.size, job.scorer.fit
+    pixels = {kind: PixelScores() for kind in dataset.kinds}
+
+    def count_pixels(image: Scored) -> None:
+        map_1SS = residuals.upsample(torch.from_numpy(image.cells_HW)[None], size)
+        mask_SS = dataset.mask(image.position, size, fit)
+        pixels[dataset.kind(image.position)].update(map_1SS, mask_SS[None])
+
+    rows = score(job, visit=count_pixels)
+    for scores in pixels.values():
+        _all_reduce(scores, job.processes)
+    if not job.processes.is_main:
+        return {}
+    metrics = measure(rows, dataset, pixels) | {"threshold": _finite(job.thresholds[0])}
+    write_json(job.out / "metrics.json", metrics)
+    return metrics
+
+
+def _all_reduce(scores: PixelScores, processes: Processes) -> None:
+    """Histograms are kept on the CPU; the processes may only be able to talk on their devices."""
+    scores.all_reduce(lambda counts: processes.sum(counts.to(processes.device)).cpu())
+
+
+def measure(rows: list[Row], dataset: LabelledFolder, pixels: dict[str, PixelScores]) -> dict[str, Any]:
+    """All metrics of the contract, over all images and for every kind of defect against the good images."""
+    images = {kind: ScoreHistogram() for kind in dataset.kinds}
+    alarms = dict.fromkeys(dataset.kinds, 0)
+    for position, row in enumerate(rows):
+        if row["score"] is not None:
+            images[dataset.kind(position)].update(torch.tensor(row["score"]))
+            alarms[dataset.kind(position)] += row["is_anomalous"]
+    counts = {kind: int(images[kind].counts_K.sum()) for kind in dataset.kinds}
+    if not counts[GOOD]:
+        raise DataError("none of the good images could be scored: see the errors in scores.jsonl.")
+    defects = dataset.kinds[1:]
+    per_defect = {
+        kind: _measure_kind(curve(images[kind], images[GOOD]), pixels[kind] + pixels[GOOD])
+        | {"num_images": counts[kind], "detected": alarms[kind]}
+        for kind in defects
+    }
+    all_defects = reduce(add, (images[kind] for kind in defects), ScoreHistogram())
+    overall = curve(all_defects, images[GOOD])
+    interval = bootstrap_interval(overall, Curve.area, seed=0)
+    return {
+        **_measure_kind(overall, reduce(add, pixels.values())),
+        "image_auroc_interval": interval,
+        "num_images": sum(counts.values()),
+        "num_good": counts[GOOD],
+        "num_unreadable": sum(row["score"] is None for row in rows),
+        "false_alarm_rate": alarms[GOOD] / counts[GOOD],
+        "detection_rate": _share(sum(alarms[kind] for kind in defects), sum(counts[kind] for kind in defects)),
+        "defects": per_defect,
+    }
+
+
+def _measure_kind(images: Curve, pixels: PixelScores) -> dict[str, Any]:
+    pixel_curve, image_f1, pixel_f1 = pixels.curve(), images.best_f1(), pixels.curve().best_f1()
+    return {
+        "image_auroc": images.area(),
+        "image_ap": images.average_precision(),
+        "image_f1_max": image_f1 and image_f1[0],
+        "pixel_auroc": pixel_curve.area(),
+        "pixel_ap": pixel_curve.average_precision(),
+        "pixel_f1_max": pixel_f1 and pixel_f1[0],
+        "aupro": pixels.aupro(),
+    }
+
+
+def metrics_table(metrics: dict[str, Any]) -> Table:
+    """Overall and per kind of defect."""
+    table = Table(title="metrics", title_justify="left")
+    keys = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
+    for column in ("", "images", *(key.replace("_", " ") for key in keys)):
+        table.add_column(column, justify="right")
+    for name, values in {"all": metrics, **metrics.get("defects", {})}.items():
+        cells = ("-" if values.get(key) is None else f"{values[key]:.3f}" for key in keys)
+        table.add_row(name, str(values.get("num_images", "")), *cells)
+    return table
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if value < float("inf") else None

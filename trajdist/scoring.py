@@ -1,0 +1,373 @@
+"""``trajdist score``: unlabelled images -> scores.jsonl, anomaly maps, pictures; streamed, sharded, resumable.
+
+Shape suffixes: B images, H W grid, L blocks, S pixels per side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from trajdist import pictures, residuals
+from trajdist.artifacts import fingerprint, read_json, write_json
+from trajdist.data.loader import ImageBatch, build_loader, resolve_workers
+from trajdist.data.sources import ImageSource
+from trajdist.errors import ArtifactError, ConfigError
+from trajdist.progress import Progress, make_console
+from trajdist.runtime import Processes, start_accelerator
+from trajdist.scorer import CellScores, Scorer, load
+from trajdist.sharding import Int64s, Plan
+
+# Overlays show clean places dark: this many standard deviations of clean scores are black, and bright.
+MAP_RANGE = (0.0, 6.0)
+
+Row = dict[str, Any]
+Visit = Callable[["Scored"], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for on the command line.
+
+    Attributes:
+        adapters: adapter folders instead of the run's own; several are compared.
+        phase: 1 for the unadapted model, None for the latest.
+        false_alarm_rate: share of clean images that may be called anomalous.
+        explain: write the blocks' errors at the hottest place, and draw them.
+        overlays: ``all``, ``anomalous`` or ``none``.
+    """
+
+    adapters: tuple[str, ...] = ()
+    phase: int | None = None
+    false_alarm_rate: float = 0.01
+    batch_size: int = 32
+    explain: bool = False
+    overlays: str = "all"
+    timeout_s: float = 1800.0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One scored image, on the process that scored it.
+
+    Attributes:
+        position: its place in the input order.
+        pixels_SS3: uint8, as the backbone saw it.
+        cells_HW: float32 scores of the first detector, standardised.
+        energies_L: the blocks' energies at the hottest place.
+    """
+
+    position: int
+    row: Row
+    pixels_SS3: pictures.Pixels
+    cells_HW: pictures.Floats
+    energies_L: pictures.Floats
+
+
+@dataclass
+class Scoring:
+    """One invocation: who scores what, and where it goes."""
+
+    scorer: Scorer
+    source: ImageSource
+    out: Path
+    options: Options
+    processes: Processes
+    loader_of: Callable[[Plan, int], Any]
+    console: Console
+    thresholds: list[float] = field(default_factory=list)
+
+    @property
+    def block_names(self) -> list[str]:
+        return [block.name for block in self.scorer.extractor.backbone.blocks]
+
+
+def open_scoring(run_dir: str, source: ImageSource, out: str, options: Options) -> Scoring:
+    """Start the processes, load the run, and make the output folder.
+
+    Raises:
+        ArtifactError: a run that is not finished or damaged, an output folder that cannot be written.
+    """
+    accelerator = start_accelerator("no", options.timeout_s, False)
+    processes = Processes(accelerator)
+    console = make_console(processes.is_main)
+    with processes.main_first():
+        scorer = load(run_dir, list(options.adapters) or None, options.phase, str(processes.device))
+
+    def loader_of(plan: Plan, cursor: int) -> Any:
+        loader = build_loader(
+            source,
+            in_order,
+            plan,
+            cursor=cursor,
+            size=scorer.size,
+            fit=scorer.fit,
+            num_workers=resolve_workers("auto", processes.local_world),
+            pin_memory=processes.device.type == "cuda",
+        )
+        return accelerator.prepare_data_loader(loader, device_placement=False)
+
+    thresholds = [detector.images.threshold(options.false_alarm_rate) for detector in scorer.detectors]
+    job = Scoring(scorer, source, Path(out), options, processes, loader_of, console, thresholds)
+    _announce(job)
+    return job
+
+
+def in_order(epoch: int, positions: Int64s) -> Int64s:
+    """The order of the source itself."""
+    return positions
+
+
+def _announce(job: Scoring) -> None:
+    for detector, threshold in zip(job.scorer.detectors, job.thresholds, strict=True):
+        job.console.print(
+            f"{detector.name}: threshold {threshold:.4g} for a false-alarm rate of {job.options.false_alarm_rate:g}, "
+            f"from {detector.images.count} clean images"
+        )
+        if threshold == float("inf"):
+            job.console.print(
+                f"{detector.images.count} clean images are too few for this rate: no image can be called anomalous; "
+                f"use --false-alarm-rate {1 / (detector.images.count + 1):.2g} or more"
+            )
+
+
+def score(job: Scoring, visit: Visit | None = None) -> list[Row]:
+    """Score all images of the source; every process of the job calls it. Returns the rows on the main process.
+
+    Args:
+        visit: called with each image on the process that scored it; the scoring then starts over instead of going on.
+
+    Raises:
+        ConfigError: the output folder holds the scores of something else.
+    """
+    num_images, batch_size = len(job.source), job.options.batch_size
+    done = _prepare_out(job, _identity(job), resumable=visit is None)
+    plan = Plan(num_images, 1, job.processes.world * batch_size, job.processes.world, batch_size)
+    done -= done % plan.global_batch if done < num_images else 0
+    _truncate_rows(job, done)
+    maps = MapsFile(job.out / "maps.safetensors", num_images, job.scorer.extractor.resolution, job.processes.is_main)
+    if done < num_images:
+        _walk(job, plan, done, maps, visit)
+    maps.close()
+    job.processes.wait()
+    return _read_rows(job.out / "scores.jsonl") if job.processes.is_main else []
+
+
+def _walk(job: Scoring, plan: Plan, cursor: int, maps: MapsFile, visit: Visit | None) -> None:
+    """Score batch after batch; rows are written in input order by the main process."""
+    with Progress(job.console, "scoring", plan.num_images, cursor) as progress:
+        for step, batch in zip(plan.steps(cursor), job.loader_of(plan, cursor), strict=True):
+            slots = plan.micro_batch(step, 0, job.processes.rank)
+            scored = list(score_batch(job, batch, slots.start, slots.stop))
+            _show(job, scored, visit)
+            _write(job, maps, scored, batch, slots.start)
+            progress.advance(step.stop)
+
+
+def _show(job: Scoring, scored: list[Scored], visit: Visit | None) -> None:
+    for image in scored:
+        _draw(job, image)
+        if visit is not None:
+            visit(image)
+
+
+def score_batch(job: Scoring, batch: ImageBatch, start: int, stop: int) -> Iterator[Scored]:
+    """The scored images of a batch that holds positions ``start`` to ``stop``; unreadable ones are left out."""
+    results = job.scorer.score_batch(batch.images.to(job.processes.device, non_blocking=True))
+    on_cpu = [CellScores(*(part.cpu() for part in vars(result).values())) for result in results]
+    p_values = [d.images.p_values(r.images_B) for d, r in zip(job.scorer.detectors, on_cpu, strict=True)]
+    for slot, position in enumerate(range(start, stop)):
+        if not batch.weights[slot]:
+            continue
+        first = on_cpu[0]
+        hottest = int(first.cells_BHW[slot].argmax())
+        energies_L = first.energies_BHWL[slot].flatten(0, 1)[hottest].numpy()
+        yield Scored(
+            position,
+            _row(job, position, [r.images_B[slot].item() for r in on_cpu], [p[slot].item() for p in p_values])
+            | (_explanation(job, energies_L, hottest) if job.options.explain else {}),
+            batch.images[slot].permute(1, 2, 0).numpy(),
+            first.cells_BHW[slot].numpy(),
+            energies_L,
+        )
+
+
+def _row(job: Scoring, position: int, scores: list[float], p_values: list[float]) -> Row:
+    """A line of scores.jsonl. With several adapters the best-fitting domain is the one that finds it least odd."""
+    row: Row = {
+        "image": job.source.name(position),
+        "score": scores[0],
+        "p_value": p_values[0],
+        "is_anomalous": scores[0] >= job.thresholds[0],
+    }
+    if len(scores) > 1:
+        names = [detector.name for detector in job.scorer.detectors]
+        row["adapters"] = {
+            name: {"score": score, "p_value": p_value}
+            for name, score, p_value in zip(names, scores, p_values, strict=True)
+        }
+        row["best_adapter"] = min(zip(p_values, scores, names, strict=True), key=lambda item: (-item[0], item[1]))[2]
+    return row
+
+
+def _explanation(job: Scoring, energies_L: pictures.Floats, hottest: int) -> Row:
+    side = job.scorer.extractor.resolution
+    blocks = dict(zip(job.block_names, np.round(energies_L.astype(float), 5).tolist(), strict=True))
+    return {"hottest": [hottest // side, hottest % side], "blocks": blocks}
+
+
+def _draw(job: Scoring, image: Scored) -> None:
+    """Overlay and, where asked for, depth profile as PNG, named after the image."""
+    wanted = job.options.overlays
+    if wanted == "none" or (wanted == "anomalous" and not image.row["is_anomalous"]):
+        return
+    stem = picture_name(image.row["image"])
+    map_SS = residuals.upsample(torch.from_numpy(image.cells_HW)[None], job.scorer.size)[0].numpy()
+    low, high = MAP_RANGE
+    panel = pictures.panel(image.pixels_SS3, map_SS, low, high)
+    (job.out / "maps" / f"{stem}.png").write_bytes(pictures.png(panel))
+    if job.options.explain:
+        profile = pictures.profile(image.energies_L, job.block_names)
+        (job.out / "maps" / f"{stem}.depth.png").write_bytes(pictures.png(profile))
+
+
+def picture_name(image: str) -> str:
+    """A flat file name that is unique for the image's path: ``a/b.jpg`` -> ``a__b.jpg``."""
+    flat = image.replace("_", "_u").replace("/", "__").replace("\\", "__")
+    # Most file systems allow 255 bytes; the hash keeps shortened names apart.
+    return flat if len(flat.encode()) <= 200 else f"{flat.encode()[:150].decode(errors='ignore')}-{hash_of(image)[:16]}"
+
+
+def hash_of(text: str) -> str:
+    return fingerprint({}, {"text": text})
+
+
+def _write(job: Scoring, maps: MapsFile, scored: list[Scored], batch: ImageBatch, start: int) -> None:
+    """Gather a step's rows and maps and append them in input order."""
+    found: list[tuple[int, Row, pictures.Floats | None]] = []
+    found += [(image.position, image.row, image.cells_HW) for image in scored]
+    slots = [slot for slot, weight in enumerate(batch.weights.tolist()) if not weight]
+    reasons = dict(batch.failures)
+    for slot in slots:
+        if start + slot in reasons:
+            found.append((start + slot, _failed_row(job, start + slot, reasons[start + slot]), None))
+    rows = sorted(job.processes.gather(found), key=lambda item: item[0])
+    if not job.processes.is_main:
+        return
+    maps.write([(position, cells_HW) for position, _, cells_HW in rows])
+    with open(job.out / "scores.jsonl", "a", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(row) + "\n" for _, row, _ in rows)
+
+
+def _failed_row(job: Scoring, position: int, reason: str) -> Row:
+    return {
+        "image": job.source.name(position),
+        "score": None,
+        "p_value": None,
+        "is_anomalous": None,
+        "error": reason,
+    }
+
+
+class MapsFile:
+    """``maps.safetensors``: one float32 tensor ``maps`` ``[N, H, W]``, filled in place, NaN where an image failed."""
+
+    def __init__(self, path: Path, count: int, side: int, writes: bool) -> None:
+        self._maps: np.memmap[Any, np.dtype[np.float32]] | None = None
+        if not writes:
+            return
+        shape = (count, side, side)
+        entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, count * side * side * 4]}
+        header = json.dumps({"maps": entry}).encode()
+        header += b" " * (-len(header) % 8)
+        prefix = len(header).to_bytes(8, "little") + header
+        total = len(prefix) + count * side * side * 4
+        if not path.exists() or path.stat().st_size != total:
+            with open(path, "wb") as handle:
+                handle.write(prefix)
+                handle.truncate(total)
+        self._maps = np.memmap(path, np.float32, "r+", offset=len(prefix), shape=shape)
+
+    def write(self, maps: list[tuple[int, pictures.Floats | None]]) -> None:
+        assert self._maps is not None
+        for position, cells_HW in maps:
+            self._maps[position] = np.nan if cells_HW is None else cells_HW
+
+    def close(self) -> None:
+        if self._maps is not None:
+            self._maps.flush()
+        self._maps = None
+
+
+def _identity(job: Scoring) -> dict[str, Any]:
+    """What must be the same for an interrupted scoring to go on."""
+    return {
+        "images": job.source.fingerprint,
+        "num_images": len(job.source),
+        "detectors": [fingerprint(d.residual.state_dict(), {"name": d.name}) for d in job.scorer.detectors],
+        "false_alarm_rate": job.options.false_alarm_rate,
+        "thresholds": [str(threshold) for threshold in job.thresholds],
+        "explain": job.options.explain,
+    }
+
+
+def _prepare_out(job: Scoring, identity: dict[str, Any], resumable: bool) -> int:
+    """Make the output folder; returns the number of images that an interrupted scoring has done.
+
+    Raises:
+        ConfigError: the folder holds the scores of something else.
+    """
+    done = 0
+    if job.processes.is_main:
+        try:
+            (job.out / "maps").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(f"--out {str(job.out)!r} cannot be made ({error.strerror}).") from None
+        marker = job.out / "scoring.json"
+        if marker.exists() and read_json(marker) != identity:
+            raise ConfigError(f"--out {str(job.out)!r} holds the scores of other images or another run: name another.")
+        write_json(marker, identity)
+        rows = job.out / "scores.jsonl"
+        done = rows.read_bytes().count(b"\n") if rows.exists() and resumable else 0
+    return int(job.processes.broadcast(done))
+
+
+def _truncate_rows(job: Scoring, count: int) -> None:
+    """Keep the first ``count`` rows: those of whole steps."""
+    rows = job.out / "scores.jsonl"
+    if not job.processes.is_main or not rows.exists():
+        return
+    kept = 0
+    with open(rows, "rb") as handle:
+        for _ in range(count):
+            kept += len(handle.readline())
+    with open(rows, "r+b") as handle:
+        handle.truncate(kept)
+    if count:
+        job.console.print(f"{count} images are scored already: going on")
+
+
+def score_table(rows: list[Row], out: str) -> Table:
+    """What the main process prints at the end."""
+    scored = [row for row in rows if row["score"] is not None]
+    table = Table(title=f"{len(scored)} images scored, in {out}", title_justify="left")
+    for column in ("most anomalous", "score", "p-value", ""):
+        table.add_column(column, overflow="fold")
+    for row in sorted(scored, key=lambda row: -row["score"])[:10]:
+        alarm = "anomalous" if row["is_anomalous"] else ""
+        table.add_row(row["image"], f"{row['score']:.3f}", f"{row['p_value']:.4f}", alarm)
+    table.caption = f"{sum(row['is_anomalous'] for row in scored)} anomalous, {len(rows) - len(scored)} unreadable"
+    return table
+
+
+def _read_rows(path: Path) -> list[Row]:
+    with open(path, encoding="utf-8") as handle:
+        return [json.loads(line) for line in handle]
