@@ -90,7 +90,10 @@ def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> 
         "--adapter", metavar="DIR", action="append", default=[], help="another adapter; several are compared"
     )
     parser.add_argument(
-        "--false-alarm-rate", type=_rate, default=0.01, metavar="RATE", help="clean images called anomalous (0.01)"
+        "--false-alarm-rate",
+        type=_rate,
+        metavar="RATE",
+        help="share of clean images called anomalous (0.01 if possible)",
     )
     parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images per process (32)")
     parser.add_argument("--explain", action="store_true", help="also the blocks' errors at the hottest place")

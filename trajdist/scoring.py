@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from trajdist.data.sources import ImageSource
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.progress import Progress, make_console
 from trajdist.runtime import Processes, start_accelerator
-from trajdist.scorer import CellScores, Scorer, load
+from trajdist.scorer import CellScores, Detector, Scorer, load
 from trajdist.sharding import Int64s, Plan
 
 # Overlays show clean places dark: this many standard deviations of clean scores are black, and bright.
@@ -40,14 +40,15 @@ class Options:
     Attributes:
         adapters: adapter folders instead of the run's own; several are compared.
         phase: 1 for the unadapted model, None for the latest.
-        false_alarm_rate: share of clean images that may be called anomalous.
+        false_alarm_rate: share of clean images that may be called anomalous; None for 1 %, or the smallest share that
+            the clean images of the calibration can answer for.
         explain: write the blocks' errors at the hottest place, and draw them.
         overlays: ``all``, ``anomalous`` or ``none``.
     """
 
     adapters: tuple[str, ...] = ()
     phase: int | None = None
-    false_alarm_rate: float = 0.01
+    false_alarm_rate: float | None = None
     batch_size: int = 32
     explain: bool = False
     overlays: str = "all"
@@ -83,7 +84,8 @@ class Scoring:
     processes: Processes
     loader_of: Callable[[Plan, int], Any]
     console: Console
-    thresholds: list[float] = field(default_factory=list)
+    rates: list[float]
+    thresholds: list[float]
 
     @property
     def block_names(self) -> list[str]:
@@ -115,8 +117,9 @@ def open_scoring(run_dir: str, source: ImageSource, out: str, options: Options) 
         )
         return accelerator.prepare_data_loader(loader, device_placement=False)
 
-    thresholds = [detector.images.threshold(options.false_alarm_rate) for detector in scorer.detectors]
-    job = Scoring(scorer, source, Path(out), options, processes, loader_of, console, thresholds)
+    rates = [options.false_alarm_rate or supported_rate(detector) for detector in scorer.detectors]
+    thresholds = [detector.images.threshold(rate) for detector, rate in zip(scorer.detectors, rates, strict=True)]
+    job = Scoring(scorer, source, Path(out), options, processes, loader_of, console, rates, thresholds)
     _announce(job)
     return job
 
@@ -126,10 +129,15 @@ def in_order(epoch: int, positions: Int64s) -> Int64s:
     return positions
 
 
+def supported_rate(detector: Detector) -> float:
+    """The default false-alarm rate: n clean images cannot answer for less than 1 / (n + 1)."""
+    return max(0.01, 1 / (detector.images.count + 1))
+
+
 def _announce(job: Scoring) -> None:
-    for detector, threshold in zip(job.scorer.detectors, job.thresholds, strict=True):
+    for detector, rate, threshold in zip(job.scorer.detectors, job.rates, job.thresholds, strict=True):
         job.console.print(
-            f"{detector.name}: threshold {threshold:.4g} for a false-alarm rate of {job.options.false_alarm_rate:g}, "
+            f"{detector.name}: threshold {threshold:.4g} for a false-alarm rate of {rate:.3g}, "
             f"from {detector.images.count} clean images"
         )
         if threshold == float("inf"):
@@ -313,7 +321,7 @@ def _identity(job: Scoring) -> dict[str, Any]:
         "images": job.source.fingerprint,
         "num_images": len(job.source),
         "detectors": [fingerprint(d.residual.state_dict(), {"name": d.name}) for d in job.scorer.detectors],
-        "false_alarm_rate": job.options.false_alarm_rate,
+        "false_alarm_rates": job.rates,
         "thresholds": [str(threshold) for threshold in job.thresholds],
         "explain": job.options.explain,
     }

@@ -1,0 +1,166 @@
+"""How well does it detect? Trains the quality config, evaluates it on two labelled sets, and compares with two
+memory-hungry baselines on the same backbone, images and grid.
+
+    python benchmarks/quality.py --imagenet DIR --patch DIR --road DIR --out DIR [--seeds 0 1]
+
+``--imagenet`` is a folder of clean photographs for Phase 1; ``--patch`` a labelled set (MVTec layout) of such
+photographs; ``--road`` a labelled set of a domain with ``train/good`` to adapt on. Nothing is tuned on the labels,
+and images that are trained on are never scored. Prints a table; writes ``quality.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from trajdist.bundle import load_extractor
+from trajdist.data.decode import to_square
+from trajdist.data.labelled import GOOD, LabelledFolder
+from trajdist.data.sources import ImageFolder, ImageSource
+from trajdist.histogram import ScoreHistogram
+from trajdist.metrics import PixelScores, curve
+from trajdist.trajectory import BlockMoments, TrajectoryExtractor
+
+SIZE, BATCH = 224, 32
+BANK_CELLS, BANK_BLOCKS = 20_000, (4, 10)  # Blocks 5 and 11, counted from one.
+Cells = Callable[[torch.Tensor], torch.Tensor]
+
+
+def trajdist(*arguments: str) -> float:
+    """Run the command line; returns its seconds."""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-m", "trajdist", *arguments], check=True)
+    return time.monotonic() - started
+
+
+def batches(source: ImageSource) -> Iterator[torch.Tensor]:
+    for start in range(0, len(source), BATCH):
+        numbers = range(start, min(start + BATCH, len(source)))
+        squares = [to_square(source.load(number, SIZE), SIZE, "squash") for number in numbers]
+        yield torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+
+
+def pooled(extractor: TrajectoryExtractor, images: torch.Tensor) -> list[torch.Tensor]:
+    """All blocks of a batch, float32 ``[B, P, C]`` each. (The baselines hold what trajdist lets go.)"""
+    found: dict[int, torch.Tensor] = {}
+    extractor.observe(images, lambda block, pooled_BPC: found.__setitem__(block, pooled_BPC))
+    return [found[block] for block in sorted(found)]
+
+
+def gaussians(extractor: TrajectoryExtractor, clean: ImageSource) -> Cells:
+    """One Gaussian per block (the idea of PaDiM, Defard et al. 2021, without places); squared distances summed."""
+    moments = [BlockMoments(block.channels, torch.device("cpu")) for block in extractor.backbone.blocks]
+    for images in batches(clean):
+        for moment, rows in zip(moments, pooled(extractor, images), strict=True):
+            moment.update(rows.flatten(0, 1), torch.ones(rows.shape[0] * rows.shape[1]))
+    maps = []
+    for moment in moments:
+        covariance = moment.covariance_CC
+        covariance += 0.01 * covariance.diagonal().mean() * torch.eye(len(covariance))
+        maps.append((moment.mean_C.float(), torch.linalg.cholesky(torch.linalg.inv(covariance)).float()))
+
+    def cells(images: torch.Tensor) -> torch.Tensor:
+        parts = zip(pooled(extractor, images), maps, strict=True)
+        return torch.stack([((rows - mean) @ root).square().sum(-1) for rows, (mean, root) in parts]).sum(0)
+
+    return cells
+
+
+def nearest_neighbour(extractor: TrajectoryExtractor, clean: ImageSource) -> Cells:
+    """Distance to the nearest of many clean cells kept in memory (the idea of PatchCore, Roth et al. 2022)."""
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        blocks = pooled(extractor, images)
+        side = extractor.resolution
+        maps = torch.cat([blocks[block] for block in BANK_BLOCKS], -1).transpose(1, 2).unflatten(2, (side, side))
+        return F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False).flatten(2).transpose(1, 2)
+
+    rows = torch.cat([features(images).flatten(0, 1) for images in batches(clean)])
+    bank = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:BANK_CELLS]]
+    return lambda images: torch.stack([torch.cdist(each, bank).amin(1) for each in features(images)])
+
+
+def auroc_of(cells: Cells, dataset: LabelledFolder, side: int) -> dict[str, float | None]:
+    """Image AUROC of the hottest cell and pixel AUROC of the interpolated map."""
+    images = {True: ScoreHistogram(), False: ScoreHistogram()}
+    pixels, position = PixelScores(), 0
+    for batch in batches(dataset):
+        maps = cells(batch).unflatten(1, (side, side))
+        full = F.interpolate(maps[:, None], (SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0]
+        masks = np.stack([dataset.mask(position + slot, SIZE, "squash") for slot in range(len(batch))])
+        pixels.update(full, masks)
+        for slot in range(len(batch)):
+            images[dataset.kind(position + slot) != GOOD].update(maps[slot].amax())
+        position += len(batch)
+    return {"image_auroc": curve(images[True], images[False]).area(), "pixel_auroc": pixels.curve().area()}
+
+
+def measure_seed(arguments: argparse.Namespace, seed: int, out: Path) -> dict[str, object]:
+    """Train and evaluate one seed."""
+    run_dir = str(out / f"seed{seed}")
+    road = Path(arguments.road) / "train" / GOOD
+    settings = [f"data.imagenet.path={arguments.imagenet}", f"data.domain.path={road}", f"run_dir={run_dir}"]
+    seconds = {
+        "phase1": trajdist("train", arguments.config, *settings, f"seed={seed}", *arguments.override),
+        "phase2": trajdist("adapt", arguments.config, *settings, f"seed={seed}", *arguments.override),
+    }
+    results: dict[str, object] = {"training_s": seconds}
+    for name, dataset, phase in (
+        ("patch", arguments.patch, "1"),
+        ("road", arguments.road, "2"),
+        ("road unadapted", arguments.road, "1"),
+    ):
+        target = out / f"seed{seed}-{name.replace(' ', '-')}"
+        trajdist("evaluate", run_dir, dataset, "--out", str(target), "--phase", phase, "--overlays", "none")
+        results[name] = json.loads((target / "metrics.json").read_text())
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("imagenet", "patch", "road", "out"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--config", default="quality")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--override", nargs="*", default=[], help="key=value for the config")
+    arguments = parser.parse_args()
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, object] = {f"seed {seed}": measure_seed(arguments, seed, out) for seed in arguments.seeds}
+    extractor = load_extractor(out / f"seed{arguments.seeds[0]}" / "phase1" / "trajectory.safetensors")
+    sets = {
+        "patch": (
+            ImageFolder(Path(arguments.imagenet), "--imagenet"),
+            LabelledFolder(Path(arguments.patch), "--patch"),
+        ),
+        "road": (
+            ImageFolder(Path(arguments.road) / "train" / GOOD, "--road"),
+            LabelledFolder(Path(arguments.road), "--road"),
+        ),
+    }
+    for method in (gaussians, nearest_neighbour):
+        with torch.no_grad():
+            results[method.__name__] = {
+                name: auroc_of(method(extractor, clean), test, extractor.resolution)
+                for name, (clean, test) in sets.items()
+            }
+    (out / "quality.json").write_text(json.dumps(results, indent=2))
+    print(f"{'':24s}{'set':>16s}{'image AUROC':>14s}{'pixel AUROC':>14s}")
+    for method_name, by_set in results.items():
+        assert isinstance(by_set, dict)
+        for name, metrics in by_set.items():
+            if name != "training_s":
+                print(f"{method_name:24s}{name:>16s}{metrics['image_auroc']:14.3f}{metrics['pixel_auroc']:14.3f}")
+
+
+if __name__ == "__main__":
+    main()
