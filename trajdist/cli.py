@@ -137,11 +137,15 @@ def _score(arguments: argparse.Namespace) -> int:
     from trajdist.data.sources import open_source
 
     source = open_source(arguments.images, "IMAGES", read_retries=3)
+    from trajdist.reporting import report
     from trajdist.scoring import open_scoring, score, score_table
 
-    job = open_scoring(arguments.run_dir, source, arguments.out, _scoring_options(arguments))
-    rows = score(job)
-    job.console.print(score_table(rows, arguments.out))
+    job = open_scoring(arguments.run_dir, source, arguments.images, arguments.out, _scoring_options(arguments))
+    score(job)
+    if job.processes.is_main:
+        report(job)
+        job.console.print(score_table(job))
+        job.console.print(f"the report is {job.out / 'report.html'}")
     return 0
 
 
@@ -154,8 +158,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from trajdist.evaluation import evaluate, metrics_table
     from trajdist.scoring import open_scoring
 
-    job = open_scoring(arguments.run_dir, dataset, arguments.out, _scoring_options(arguments))
-    job.console.print(metrics_table(evaluate(job, dataset)))
+    job = open_scoring(arguments.run_dir, dataset, arguments.images, arguments.out, _scoring_options(arguments))
+    metrics = evaluate(job, dataset)
+    if job.processes.is_main:
+        job.console.print(metrics_table(metrics))
+        job.console.print(f"the report is {job.out / 'report.html'}")
     return 0
 
 

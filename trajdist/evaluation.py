@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from trajdist import residuals
 from trajdist.artifacts import write_json
 from trajdist.data.labelled import GOOD, LabelledFolder
 from trajdist.errors import DataError
 from trajdist.histogram import ScoreHistogram
 from trajdist.metrics import Curve, PixelScores, bootstrap_interval, curve
+from trajdist.reporting import Labels, defect_scores, report
 from trajdist.runtime import Processes
-from trajdist.scoring import Row, Scored, Scoring, score
+from trajdist.scoring import Scored, Scoring, map_of, read_rows, score
 
 
 def evaluate(job: Scoring, dataset: LabelledFolder) -> dict[str, Any]:
@@ -35,17 +35,22 @@ def evaluate(job: Scoring, dataset: LabelledFolder) -> dict[str, Any]:
     pixels = {kind: PixelScores() for kind in dataset.kinds}
 
     def count_pixels(image: Scored) -> None:
-        map_1SS = residuals.upsample(torch.from_numpy(image.cells_HW)[None], size)
         mask_SS = dataset.mask(image.position, size, fit)
-        pixels[dataset.kind(image.position)].update(map_1SS, mask_SS[None])
+        pixels[dataset.kind(image.position)].update(torch.from_numpy(map_of(job, image))[None], mask_SS[None])
 
-    rows = score(job, visit=count_pixels)
+    score(job, visit=count_pixels)
     for scores in pixels.values():
         _all_reduce(scores, job.processes)
     if not job.processes.is_main:
         return {}
-    metrics = measure(rows, dataset, pixels) | {"threshold": _finite(job.thresholds[0])}
+    images, alarms, unreadable = count_images(job, dataset)
+    metrics = measure(images, alarms, pixels) | {
+        "num_unreadable": unreadable,
+        "threshold": _finite(job.thresholds[0]),
+        "requested_false_alarm_rate": job.rates[0],
+    }
     write_json(job.out / "metrics.json", metrics)
+    report(job, Labels(dataset, metrics, images, pixels))
     return metrics
 
 
@@ -54,32 +59,43 @@ def _all_reduce(scores: PixelScores, processes: Processes) -> None:
     scores.all_reduce(lambda counts: processes.sum(counts.to(processes.device)).cpu())
 
 
-def measure(rows: list[Row], dataset: LabelledFolder, pixels: dict[str, PixelScores]) -> dict[str, Any]:
-    """All metrics of the contract, over all images and for every kind of defect against the good images."""
+def count_images(job: Scoring, dataset: LabelledFolder) -> tuple[dict[str, ScoreHistogram], dict[str, int], int]:
+    """Scores and alarms by kind, and how many images could not be read, from scores.jsonl."""
     images = {kind: ScoreHistogram() for kind in dataset.kinds}
-    alarms = dict.fromkeys(dataset.kinds, 0)
-    for position, row in enumerate(rows):
-        if row["score"] is not None:
-            images[dataset.kind(position)].update(torch.tensor(row["score"]))
-            alarms[dataset.kind(position)] += row["is_anomalous"]
-    counts = {kind: int(images[kind].counts_K.sum()) for kind in dataset.kinds}
+    alarms, unreadable = dict.fromkeys(dataset.kinds, 0), 0
+    for position, row in enumerate(read_rows(job.out)):
+        if row["score"] is None:
+            unreadable += 1
+            continue
+        images[dataset.kind(position)].update(torch.tensor(row["score"]))
+        alarms[dataset.kind(position)] += row["is_anomalous"]
+    return images, alarms, unreadable
+
+
+def measure(
+    images: dict[str, ScoreHistogram], alarms: dict[str, int], pixels: dict[str, PixelScores]
+) -> dict[str, Any]:
+    """All metrics of the contract, over all images and for every kind of defect against the good images.
+
+    Raises:
+        DataError: no good image could be scored.
+    """
+    counts = {kind: int(histogram.counts_K.sum()) for kind, histogram in images.items()}
     if not counts[GOOD]:
         raise DataError("none of the good images could be scored: see the errors in scores.jsonl.")
-    defects = dataset.kinds[1:]
+    defects = [kind for kind in images if kind != GOOD]
     per_defect = {
         kind: _measure_kind(curve(images[kind], images[GOOD]), pixels[kind] + pixels[GOOD])
-        | {"num_images": counts[kind], "detected": alarms[kind]}
+        | {"num_images": counts[kind], "num_detected": alarms[kind]}
         for kind in defects
     }
-    all_defects = reduce(add, (images[kind] for kind in defects), ScoreHistogram())
-    overall = curve(all_defects, images[GOOD])
-    interval = bootstrap_interval(overall, Curve.area, seed=0)
+    overall = curve(defect_scores(images), images[GOOD])
     return {
         **_measure_kind(overall, reduce(add, pixels.values())),
-        "image_auroc_interval": interval,
+        "image_auroc_interval": bootstrap_interval(overall, Curve.area, seed=0),
+        "image_ap_interval": bootstrap_interval(overall, Curve.average_precision, seed=0),
         "num_images": sum(counts.values()),
         "num_good": counts[GOOD],
-        "num_unreadable": sum(row["score"] is None for row in rows),
         "false_alarm_rate": alarms[GOOD] / counts[GOOD],
         "detection_rate": _share(sum(alarms[kind] for kind in defects), sum(counts[kind] for kind in defects)),
         "defects": per_defect,

@@ -63,6 +63,13 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def jpeg(image: Image.Image) -> bytes:
+    """JPEG bytes, for pages that hold many pictures."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
 def profile(errors_L: Floats, names: list[str], height: int = 160) -> Image.Image:
     """Bars: the error of each block at one place."""
     width, bottom = max(320, 26 * len(names) + 50), height - 18

@@ -5,6 +5,7 @@ Shape suffixes: B images, H W grid, L blocks, S pixels per side.
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,9 +26,6 @@ from trajdist.progress import Progress, make_console
 from trajdist.runtime import Processes, start_accelerator
 from trajdist.scorer import CellScores, Detector, Scorer, load
 from trajdist.sharding import Int64s, Plan
-
-# Overlays show clean places dark: this many standard deviations of clean scores are black, and bright.
-MAP_RANGE = (0.0, 6.0)
 
 Row = dict[str, Any]
 Visit = Callable[["Scored"], None]
@@ -77,8 +75,10 @@ class Scored:
 class Scoring:
     """One invocation: who scores what, and where it goes."""
 
+    run_dir: str
     scorer: Scorer
     source: ImageSource
+    images_title: str
     out: Path
     options: Options
     processes: Processes
@@ -92,8 +92,8 @@ class Scoring:
         return [block.name for block in self.scorer.extractor.backbone.blocks]
 
 
-def open_scoring(run_dir: str, source: ImageSource, out: str, options: Options) -> Scoring:
-    """Start the processes, load the run, and make the output folder.
+def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, options: Options) -> Scoring:
+    """Start the processes and load the run; ``title`` is what the images are called on the report.
 
     Raises:
         ArtifactError: a run that is not finished or damaged, an output folder that cannot be written.
@@ -119,7 +119,7 @@ def open_scoring(run_dir: str, source: ImageSource, out: str, options: Options) 
 
     rates = [options.false_alarm_rate or supported_rate(detector) for detector in scorer.detectors]
     thresholds = [detector.images.threshold(rate) for detector, rate in zip(scorer.detectors, rates, strict=True)]
-    job = Scoring(scorer, source, Path(out), options, processes, loader_of, console, rates, thresholds)
+    job = Scoring(run_dir, scorer, source, title, Path(out), options, processes, loader_of, console, rates, thresholds)
     _announce(job)
     return job
 
@@ -147,8 +147,8 @@ def _announce(job: Scoring) -> None:
             )
 
 
-def score(job: Scoring, visit: Visit | None = None) -> list[Row]:
-    """Score all images of the source; every process of the job calls it. Returns the rows on the main process.
+def score(job: Scoring, visit: Visit | None = None) -> None:
+    """Score all images of the source; every process of the job calls it.
 
     Args:
         visit: called with each image on the process that scored it; the scoring then starts over instead of going on.
@@ -166,7 +166,6 @@ def score(job: Scoring, visit: Visit | None = None) -> list[Row]:
         _walk(job, plan, done, maps, visit)
     maps.close()
     job.processes.wait()
-    return _read_rows(job.out / "scores.jsonl") if job.processes.is_main else []
 
 
 def _walk(job: Scoring, plan: Plan, cursor: int, maps: MapsFile, visit: Visit | None) -> None:
@@ -232,15 +231,26 @@ def _explanation(job: Scoring, energies_L: pictures.Floats, hottest: int) -> Row
     return {"hottest": [hottest // side, hottest % side], "blocks": blocks}
 
 
+def map_of(job: Scoring, image: Scored) -> pictures.Floats:
+    """The smoothed map at the size of the image, ``[S, S]``."""
+    return residuals.upsample(torch.from_numpy(image.cells_HW)[None], job.scorer.size)[0].numpy()
+
+
+def map_range(job: Scoring) -> tuple[float, float]:
+    """What overlays show as dark and as bright: dark up to what one clean place in ten exceeds, half-way at one in a
+    thousand."""
+    cells = job.scorer.detectors[0].cells
+    low, middle = (cells.threshold(max(rate, 1 / (cells.count + 1))) for rate in (0.1, 0.001))
+    return low, 2 * middle - low
+
+
 def _draw(job: Scoring, image: Scored) -> None:
     """Overlay and, where asked for, depth profile as PNG, named after the image."""
     wanted = job.options.overlays
     if wanted == "none" or (wanted == "anomalous" and not image.row["is_anomalous"]):
         return
     stem = picture_name(image.row["image"])
-    map_SS = residuals.upsample(torch.from_numpy(image.cells_HW)[None], job.scorer.size)[0].numpy()
-    low, high = MAP_RANGE
-    panel = pictures.panel(image.pixels_SS3, map_SS, low, high)
+    panel = pictures.panel(image.pixels_SS3, map_of(job, image), *map_range(job))
     (job.out / "maps" / f"{stem}.png").write_bytes(pictures.png(panel))
     if job.options.explain:
         profile = pictures.profile(image.energies_L, job.block_names)
@@ -363,19 +373,36 @@ def _truncate_rows(job: Scoring, count: int) -> None:
         job.console.print(f"{count} images are scored already: going on")
 
 
-def score_table(rows: list[Row], out: str) -> Table:
+def score_table(job: Scoring) -> Table:
     """What the main process prints at the end."""
-    scored = [row for row in rows if row["score"] is not None]
-    table = Table(title=f"{len(scored)} images scored, in {out}", title_justify="left")
+    alarms = sum(bool(row["is_anomalous"]) for row in read_rows(job.out))
+    failed = sum(row["score"] is None for row in read_rows(job.out))
+    title = f"{len(job.source)} images, {alarms} anomalous, {failed} unreadable"
+    table = Table(title=title, title_justify="left")
     for column in ("most anomalous", "score", "p-value", ""):
         table.add_column(column, overflow="fold")
-    for row in sorted(scored, key=lambda row: -row["score"])[:10]:
+    for _, row in most_anomalous(job.out, 10):
         alarm = "anomalous" if row["is_anomalous"] else ""
         table.add_row(row["image"], f"{row['score']:.3f}", f"{row['p_value']:.4f}", alarm)
-    table.caption = f"{sum(row['is_anomalous'] for row in scored)} anomalous, {len(rows) - len(scored)} unreadable"
     return table
 
 
-def _read_rows(path: Path) -> list[Row]:
-    with open(path, encoding="utf-8") as handle:
-        return [json.loads(line) for line in handle]
+def most_anomalous(out: Path, count: int) -> list[tuple[int, Row]]:
+    """Position and row of the images with the largest scores, in constant memory."""
+    return heapq.nlargest(count, _scored_rows(out), key=lambda item: item[1]["score"])
+
+
+def least_anomalous(out: Path, count: int) -> list[tuple[int, Row]]:
+    """Position and row of the images with the smallest scores."""
+    return heapq.nsmallest(count, _scored_rows(out), key=lambda item: item[1]["score"])
+
+
+def _scored_rows(out: Path) -> Iterator[tuple[int, Row]]:
+    return ((position, row) for position, row in enumerate(read_rows(out)) if row["score"] is not None)
+
+
+def read_rows(out: Path) -> Iterator[Row]:
+    """The lines of scores.jsonl, one after another."""
+    with open(out / "scores.jsonl", encoding="utf-8") as handle:
+        for line in handle:
+            yield json.loads(line)

@@ -1,0 +1,158 @@
+"""From a finished scoring to its ``report.html``: what goes on the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from trajdist import bundle, pictures
+from trajdist.data.decode import to_square
+from trajdist.data.labelled import GOOD, LabelledFolder
+from trajdist.data.loader import ImageBatch
+from trajdist.histogram import ScoreHistogram, plot_bins
+from trajdist.metrics import PixelScores, curve
+from trajdist.report import (
+    CurvePair,
+    DefectKind,
+    ImageRow,
+    Metric,
+    Picture,
+    ReportData,
+    ScoreBars,
+    write_report,
+)
+from trajdist.rundir import RunDir
+from trajdist.scoring import (
+    Row,
+    Scored,
+    Scoring,
+    least_anomalous,
+    map_of,
+    map_range,
+    most_anomalous,
+    read_rows,
+    score_batch,
+)
+
+TABLE_ROWS, GALLERY = 10_000, 12
+CARDS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known more about a labelled set."""
+
+    dataset: LabelledFolder
+    metrics: dict[str, Any]
+    images: dict[str, ScoreHistogram]
+    pixels: dict[str, PixelScores]
+
+
+def report(job: Scoring, labels: Labels | None = None) -> None:
+    """Write ``report.html`` of a finished scoring; the main process calls it."""
+    top, bottom = most_anomalous(job.out, TABLE_ROWS), least_anomalous(job.out, GALLERY)
+    data = ReportData(
+        title=f"{RunDir(job.run_dir).path.name}: {job.images_title}",
+        summary=_summary(job),
+        rows=[_image_row(position, row, labels) for position, row in top],
+        num_images=len(job.source),
+        threshold=job.thresholds[0],
+        false_alarm_rate=job.rates[0],
+        score_bars=_bars(job, labels),
+        metrics=_cards(labels.metrics) if labels else (),
+        defects=_defects(labels.metrics) if labels else (),
+        curves=_curves(labels) if labels else (),
+        blocks=job.block_names,
+        most_anomalous=[_picture(job, position, row, labels) for position, row in top[:GALLERY]],
+        least_anomalous=[_picture(job, position, row, labels) for position, row in bottom],
+    )
+    write_report(job.out / "report.html", data)
+
+
+def _summary(job: Scoring) -> dict[str, str | int | float]:
+    detector = job.scorer.detectors[0]
+    document = bundle.read(RunDir(job.run_dir).trajectory, bundle.TrajectoryDocument)
+    clean = f"{detector.images.count} {'held out' if detector.held_out else 'trained on'}"
+    return {
+        "run": str(job.run_dir),
+        "model": detector.name,
+        "backbone": document.backbone,
+        "grid": f"{document.spatial_resolution} x {document.spatial_resolution}",
+        "blocks": len(job.block_names),
+        "clean images": clean,
+    }
+
+
+def _image_row(position: int, row: Row, labels: Labels | None) -> ImageRow:
+    kind = labels.dataset.kind(position) if labels else None
+    return ImageRow(row["image"], row["score"], row["p_value"], row["is_anomalous"], kind)
+
+
+def _picture(job: Scoring, position: int, row: Row, labels: Labels | None) -> Picture:
+    """Read and score one image again: nothing of the pictures was kept."""
+    scored = _score_again(job, position)
+    overlay = pictures.overlay(scored.pixels_SS3, map_of(job, scored), *map_range(job))
+    original = Image.fromarray(scored.pixels_SS3)
+    return Picture(
+        _image_row(position, row, labels),
+        pictures.jpeg(original),
+        pictures.jpeg(overlay),
+        [round(float(energy), 4) for energy in scored.energies_L],
+    )
+
+
+def _score_again(job: Scoring, position: int) -> Scored:
+    pixels_SS3 = to_square(job.source.load(position, job.scorer.size), job.scorer.size, job.scorer.fit)
+    images = torch.from_numpy(np.array(pixels_SS3)).permute(2, 0, 1)[None]
+    batch = ImageBatch(images, torch.ones(1), torch.zeros((), dtype=torch.int64), [])
+    return next(score_batch(job, batch, position, position + 1))
+
+
+def _bars(job: Scoring, labels: Labels | None) -> ScoreBars:
+    histograms = {"calibration": job.scorer.detectors[0].images.histogram}
+    if labels:
+        histograms["good"] = labels.images[GOOD]
+        histograms["defects"] = defect_scores(labels.images)
+    else:
+        histograms["images"] = ScoreHistogram()
+        for row in read_rows(job.out):
+            if row["score"] is not None:
+                histograms["images"].update(torch.tensor(row["score"]))
+    return ScoreBars(*plot_bins(histograms))
+
+
+def defect_scores(images: dict[str, ScoreHistogram]) -> ScoreHistogram:
+    """Scores of all images that are not good."""
+    return reduce(add, (histogram for kind, histogram in images.items() if kind != GOOD), ScoreHistogram())
+
+
+def _cards(metrics: dict[str, Any]) -> list[Metric]:
+    cards = []
+    for key in CARDS:
+        low, high = metrics.get(f"{key}_interval") or (None, None)
+        cards.append(Metric(key.replace("_", " "), metrics[key], low, high))
+    return cards
+
+
+def _defects(metrics: dict[str, Any]) -> list[DefectKind]:
+    return [
+        DefectKind(kind, values["num_images"], {key.replace("_", " "): values[key] for key in CARDS})
+        for kind, values in metrics["defects"].items()
+    ]
+
+
+def _curves(labels: Labels) -> list[CurvePair]:
+    images, pixels = (
+        curve(defect_scores(labels.images), labels.images[GOOD]),
+        reduce(add, labels.pixels.values()).curve(),
+    )
+    return [
+        CurvePair("Images", images.roc_points(), images.pr_points()),
+        CurvePair("Pixels", pixels.roc_points(), pixels.pr_points()),
+    ]
