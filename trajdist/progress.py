@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,8 @@ GIB = 2**30
 
 def make_console(is_main: bool) -> Console:
     """Where the job talks to the user; other processes are silent."""
-    return Console(quiet=not is_main, highlight=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else 120
+    return Console(quiet=not is_main, highlight=False, soft_wrap=True, width=width)
 
 
 class Progress:

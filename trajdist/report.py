@@ -49,7 +49,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Metric:
-    """One card. ``value`` is between 0 and 1, or None where it is not defined; ``low`` and ``high`` are its interval."""
+    """One card. ``value`` is in 0..1, or None where it is not defined; ``low`` and ``high`` are the 95 % interval."""
 
     name: str
     value: float | None
@@ -95,7 +95,8 @@ class ReportData:
         title: such as the name of the run and of the data set.
         summary: short facts by name: run, phase, adapter, backbone, images per second.
         rows: images of the table; some ten thousand at most, about 100 bytes each.
-        num_images: how many were scored; the page says so where it is more than there are rows.
+        num_images: how many were scored; where it is more than there are rows, the page says so and leaves out
+            the shares of images that were called anomalous, found or false alarms.
         threshold: scores at least this much are anomalous; infinite where nothing can be declared.
         false_alarm_rate: the rate that the threshold was set for.
         blocks: names of the blocks, shallow to deep.

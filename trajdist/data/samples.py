@@ -1,8 +1,8 @@
 """Photographs and textures that scikit-image's wheel ships: an embedded data set that needs no download.
 
 ``skimage:photos`` are crops of colour photographs, ``skimage:gravel``, ``skimage:grass`` and ``skimage:brick`` crops of
-one texture. Crops come from the left three quarters of a picture; ``/heldout`` behind the name takes them from the
-right quarter instead, which no training crop touches.
+one texture. Crops come from the left 70 % of a picture; ``/heldout`` behind the name takes them from the right 30 %
+instead, which no training crop touches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TEXTURES = {name: (f"{name}.png",) for name in ("gravel", "grass", "brick")}
 COLLECTIONS = {"photos": PHOTOS, **TEXTURES}
 CROPS_PER_PICTURE = {"photos": 40, "gravel": 120, "grass": 120, "brick": 120}
 HELDOUT_CROPS_PER_PICTURE = {"photos": 6, "gravel": 36, "grass": 36, "brick": 36}
-TRAIN_SHARE = 0.75
+TRAIN_SHARE = 0.7
 
 
 class SamplePhotos:
@@ -56,12 +56,12 @@ class SamplePhotos:
         return image.crop(self._box(image.size, picture, crop))
 
     def _box(self, picture_size: tuple[int, int], picture: int, crop: int) -> tuple[int, int, int, int]:
-        """A random square in this part's share of the picture."""
+        """A random square in this part's share of the picture; both parts draw their sizes alike."""
         width, height = picture_size
         border = round(width * TRAIN_SHARE)
         left, right = (border, width) if self._heldout else (0, border)
-        largest = min(right - left, height)
-        smallest = min(largest, max(96, largest // 2))
+        largest = min(width - border, height)
+        smallest = round(0.75 * largest)
         draws = mix64(np.arange(3, dtype=np.uint64) + np.uint64(key64(picture, crop, self._heldout)))
         side_draw, x_draw, y_draw = (int(draw) for draw in draws)
         side = smallest + side_draw % (largest - smallest + 1)

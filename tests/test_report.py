@@ -1,0 +1,405 @@
+"""The report: one page, all of the data in it, nothing loaded, hostile names harmless; and it works in a browser."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trajdist.errors import ArtifactError
+from trajdist.histogram import ScoreHistogram, plot_bins
+from trajdist.metrics import Curve, bootstrap_interval, curve
+from trajdist.report import (
+    CurvePair,
+    DefectKind,
+    ImageRow,
+    Metric,
+    Picture,
+    ReportData,
+    ScoreBars,
+    write_report,
+)
+
+HOSTILE = "</script><script>alert(1)</script><!--\"'&\u2028\n<img src=x onerror=alert(2)>@DATA@@TITLE@$&.png"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def image_bytes(kind: str, level: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (level, 80, 255 - level)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def picture(row: ImageRow) -> Picture:
+    return Picture(row, image_bytes("JPEG", 10), image_bytes("PNG", 200), [0.5, 2.0, 1.0])
+
+
+def histogram(scores: list[float]) -> ScoreHistogram:
+    filled = ScoreHistogram()
+    filled.update(torch.tensor(scores))
+    return filled
+
+
+def scored(num_rows: int) -> ReportData:
+    """What ``score`` has: no labels."""
+    scores = np.random.default_rng(0).permutation(num_rows) / num_rows
+    rows = [ImageRow(f"image-{i:04}.png", float(s), 1 - float(s), bool(s > 0.9)) for i, s in enumerate(scores)]
+    rows.sort(key=lambda row: -row.score)
+    return ReportData(
+        title="a run",
+        summary={"run": "runs/one", "images per second": 12.5},
+        rows=rows,
+        num_images=num_rows,
+        threshold=0.9,
+        false_alarm_rate=0.1,
+        score_bars=ScoreBars(*plot_bins({"calibration": histogram([0.1, 0.4]), "scored": histogram(scores.tolist())})),
+        blocks=["layer1", "layer2", "layer3"],
+        most_anomalous=[picture(row) for row in rows[:3]],
+        least_anomalous=[picture(row) for row in rows[-2:]],
+    )
+
+
+def evaluated(num_rows: int) -> ReportData:
+    """What ``evaluate`` has: labels and metrics as well, and file names meant to break the page."""
+    plain = scored(num_rows)
+    kinds = ["good", "crack", HOSTILE]
+    rows = [dataclasses.replace(row, kind=kinds[i % 3]) for i, row in enumerate(plain.rows)]
+    rows[0] = dataclasses.replace(rows[0], image=HOSTILE)
+    clean, anomalous = (
+        histogram([row.score for row in rows if (row.kind == "good") is good]) for good in (True, False)
+    )
+    ours = curve(anomalous, clean)
+    low, high = bootstrap_interval(ours, Curve.area, seed=0, num_samples=50)
+    return dataclasses.replace(
+        plain,
+        title=HOSTILE,
+        rows=rows,
+        metrics=[Metric("Image AUROC", ours.area(), low, high), Metric("AUPRO", None, note="no masks")],
+        defects=[DefectKind(kind, 5, {"Image AUROC": 0.75, "AUPRO": None}) for kind in kinds[1:]],
+        curves=[CurvePair("Images", ours.roc_points(), ours.pr_points()), CurvePair("Pixels", [], [])],
+        most_anomalous=[picture(row) for row in rows[:3]],
+    )
+
+
+class Page(HTMLParser):
+    """Tags in order, and the text that follows each, up to the next tag of either kind."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.is_open = False
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.texts.append("")
+        self.is_open = True
+
+    def handle_endtag(self, tag):
+        self.is_open = False
+
+    def handle_data(self, data):
+        if self.is_open:
+            self.texts[-1] += data
+
+    def text_of(self, tag: str, **attributes: str) -> str:
+        found = [
+            text
+            for (name, given), text in zip(self.tags, self.texts, strict=True)
+            if name == tag and attributes.items() <= given.items()
+        ]
+        assert len(found) == 1
+        return found[0]
+
+
+def written(folder: Path, data: ReportData) -> tuple[Path, Page]:
+    path = folder / "report.html"
+    write_report(path, data)
+    return path, Page(path.read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------ without a browser
+
+
+@pytest.mark.parametrize("make", [scored, evaluated])
+def test_the_page_holds_the_data_and_no_other_markup(tmp_path, make):
+    _, plain = written(tmp_path, ReportData("nothing", {}, [], 0))
+    _, page = written(tmp_path, make(30))
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags], "data must not turn into markup"
+    held = json.loads(page.text_of("script", id="data"))
+    assert set(held) == {field.name for field in dataclasses.fields(ReportData)}
+    assert [row["image"] for row in held["rows"]] == [row.image for row in make(30).rows]
+    assert page.text_of("title") == make(30).title
+
+
+def test_images_travel_as_they_are(tmp_path):
+    _, page = written(tmp_path, scored(5))
+    shown = json.loads(page.text_of("script", id="data"))["most_anomalous"][0]
+    assert shown["original"].startswith("data:image/jpeg;base64,")
+    assert shown["overlay"].startswith("data:image/png;base64,")
+    assert base64.b64decode(shown["overlay"].split(",")[1]) == image_bytes("PNG", 200)
+
+
+def test_nothing_is_loaded(tmp_path):
+    path, page = written(tmp_path, scored(5))
+    text = path.read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://[^\"\s]+", text)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(
+        r"@import|url\(|fetch\(|XMLHttpRequest|innerHTML|outerHTML|insertAdjacentHTML|document\.write", text
+    )
+    linked = [given.get("src") or given.get("href") for _, given in page.tags if "src" in given or "href" in given]
+    assert linked == ["data:,"]
+    policies = [given["content"] for _, given in page.tags if given.get("http-equiv") == "Content-Security-Policy"]
+    assert policies[0].startswith("default-src 'none'")
+
+
+def test_what_json_has_no_word_for(tmp_path):
+    rows = [ImageRow("bad\udcff.png", math.nan, 0.5, False)]
+    _, page = written(tmp_path, ReportData("run \udcff", {"n": math.pi}, rows, 1, threshold=math.inf))
+    held = json.loads(page.text_of("script", id="data"))
+    assert held["threshold"] is None
+    assert held["rows"][0] == {
+        "image": "bad\udcff.png",
+        "score": None,
+        "p_value": 0.5,
+        "is_anomalous": False,
+        "kind": None,
+    }
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        write_report(tmp_path / "missing" / "report.html", scored(1))
+
+
+# --------------------------------------------------------------------------------------------- in a browser
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+# Answers are written into the document, which the browser prints when all is done.
+DRIVER = """
+<script>{
+const seen = {}, find = id => document.getElementById(id), all = words => [...document.querySelectorAll(words)];
+const names = () => all("#rows td.name").map(cell => cell.textContent);
+const tell = (id, kind) => find(id).dispatchEvent(new Event(kind));
+const set = (id, value) => { find(id).value = value; tell(id, id === "search" ? "input" : "change"); };
+const press = words => document.querySelector(words).click();
+%s
+document.documentElement.replaceChildren(document.createElement("body"));
+document.body.append(JSON.stringify(seen));
+}</script>
+"""
+
+
+def browse(path: Path, script: str) -> tuple[dict[str, object], list[str]]:
+    """Run a script at the end of a page. Returns what it saw, and what the console says."""
+    driven = path.with_name("driven.html")
+    driven.write_text(
+        path.read_text(encoding="utf-8").replace("</body>", DRIVER % script + "</body>"), encoding="utf-8"
+    )
+    done = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
+            *(
+                f"--user-data-dir={path.parent / 'profile'}",
+                "--dump-dom",
+                driven.as_uri(),
+            ),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    body = Page(done.stdout).text_of("body")
+    return json.loads(body), console
+
+
+@needs_browser
+def test_the_console_is_heard(tmp_path):
+    path, _ = written(tmp_path, scored(3))
+    _, console = browse(path, "console.error('heard'); queueMicrotask(() => missing());")
+    assert any("heard" in line for line in console)
+    assert any("missing" in line for line in console)
+
+
+@needs_browser
+def test_a_scored_run(tmp_path):
+    path, _ = written(tmp_path, scored(30))
+    seen, console = browse(
+        path,
+        """
+        seen.text = document.body.innerText;
+        seen.titles = all("h2").map(title => title.textContent);
+        seen.drawn = all("svg path").length;
+        seen.loaded = all("img").map(image => image.src.slice(0, 10));
+        """,
+    )
+    assert console == []
+    assert seen["titles"] == ["Image scores", "Most anomalous", "Least anomalous", "Depth profile", "All images"]
+    for words in ("a run", "runs/one", "12.5", "set on clean images for 10", "threshold 0.9", "calibration"):
+        assert words in seen["text"].replace("\xa0", " ")
+    assert seen["drawn"] == 2
+    assert seen["loaded"] == ["data:image"] * 10
+
+
+@needs_browser
+def test_an_evaluated_run_with_hostile_names(tmp_path):
+    data = evaluated(60)
+    path, _ = written(tmp_path, data)
+    seen, console = browse(
+        path,
+        """
+        seen.text = document.body.innerText;
+        seen.titles = all("h2").map(title => title.textContent);
+        seen.heading = document.querySelector("h1").textContent;
+        seen.first = names()[0];
+        seen.scripts = all("script").length;
+        seen.pictures = all("img").length;
+        seen.tiles = all(".tile h3").map(title => title.textContent);
+        """,
+    )
+    assert console == []
+    assert seen["heading"] == HOSTILE
+    assert seen["first"] == HOSTILE
+    assert seen["scripts"] == 3, "data, page and driver: none came out of a name"
+    assert seen["pictures"] == 10
+    assert {"Called anomalous", "Defects found", "False alarms"} <= set(seen["tiles"])
+    assert {"Detection quality", "By kind of defect", "Curves"} <= set(seen["titles"])
+    metric = data.metrics[0]
+    for words in (
+        f"{metric.value:.3f}",
+        f"{metric.low:.3f} to {metric.high:.3f}",
+        "crack",
+        "0.750",
+        "missed",
+        "false alarm",
+    ):
+        assert words in seen["text"]
+
+
+@needs_browser
+def test_sorting_filtering_and_paging(tmp_path):
+    path, _ = written(tmp_path, evaluated(1000))
+    seen, console = browse(
+        path,
+        """
+        seen.took = performance.now();
+        seen.inDocument = all("#rows tr").length;
+        seen.hottest = names();
+        seen.sorted = document.querySelector("th[aria-sort]").textContent;
+        press("[data-sort=score]");
+        seen.calmest = names();
+        press("[data-sort=image]");
+        seen.byName = names();
+        press("#on");
+        seen.second = names();
+        seen.count = find("count").textContent;
+        press("#back");
+        seen.again = names();
+        set("search", "IMAGE-00");
+        seen.found = find("count").textContent;
+        set("kind", "crack");
+        seen.kinds = [...new Set(all("#rows tr").map(row => row.children[3].textContent))];
+        set("verdict", "missed");
+        seen.verdicts = [...new Set(all("#rows .pill").map(pill => pill.textContent))];
+        set("search", "no such file");
+        seen.none = find("count").textContent;
+        """,
+    )
+    data = evaluated(1000)
+    names = [row.image for row in data.rows]
+    assert console == []
+    assert seen["took"] < 5000, "milliseconds until a thousand images were there"
+    assert seen["inDocument"] == 50
+    assert (seen["hottest"], seen["sorted"]) == (names[:50], "Score")
+    assert seen["calmest"] == names[::-1][:50]
+    by_name = sorted(names[1:])
+    assert seen["byName"][1:] == by_name[:49]
+    assert seen["second"] == by_name[49:99]
+    assert seen["count"] == "51 to 100 of 1,000"
+    assert seen["again"] == seen["byName"]
+    assert seen["found"] == f"1 to 50 of {sum('image-00' in name for name in names)}"
+    assert seen["kinds"] == ["crack"]
+    assert seen["verdicts"] == ["missed"]
+    assert seen["none"] == "no image matches"
+
+
+@needs_browser
+def test_some_of_the_images_say_nothing_about_all(tmp_path):
+    path, _ = written(tmp_path, dataclasses.replace(evaluated(60), num_images=12345))
+    seen, _ = browse(
+        path, "seen.tiles = all('.tile').map(tile => tile.innerText); seen.text = document.body.innerText;"
+    )
+    assert seen["tiles"][0].split("\n")[1:] == ["12,345", "60 of them on this page"]
+    assert not any(words in tile for tile in seen["tiles"] for words in ("Called", "found", "alarms\n"))
+    assert "60 of 12,345" in seen["text"]
+
+
+@needs_browser
+def test_a_picture_is_enlarged(tmp_path):
+    data = scored(30)
+    path, _ = written(tmp_path, data)
+    seen, console = browse(
+        path,
+        """
+        const shown = () => document.querySelector("dialog .name").textContent;
+        const key = name => document.dispatchEvent(new KeyboardEvent("keydown", {key: name}));
+        press("tr.known");
+        seen.open = document.querySelector("dialog").open;
+        seen.first = shown();
+        seen.blocks = all("dialog svg rect[rx]").length;
+        key("ArrowRight");
+        seen.next = shown();
+        key("ArrowLeft");
+        key("ArrowLeft");
+        seen.last = shown();
+        press("dialog [aria-label=close]");
+        seen.closed = !document.querySelector("dialog").open;
+        press(".switch button:last-child");
+        seen.plain = all(".shots.plain").length;
+        """,
+    )
+    assert console == []
+    assert (seen["open"], seen["closed"], seen["blocks"], seen["plain"]) == (True, True, 3, 2)
+    assert [seen["first"], seen["next"], seen["last"]] == [
+        data.rows[0].image,
+        data.rows[1].image,
+        data.rows[-1].image,
+    ]
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    "data",
+    [
+        ReportData("nothing", {}, [], 0),
+        ReportData("one", {}, [ImageRow("a.png", 1.0, 1.0, False)], 5, threshold=math.inf, false_alarm_rate=0.01),
+        ReportData("broken", {}, [ImageRow("a.png", math.nan, 1.0, False, "good")], 1, threshold=2.0),
+        ReportData("bare", {}, [], 0, score_bars=ScoreBars(*plot_bins({"none": histogram([])})), blocks=["a"]),
+    ],
+    ids=lambda data: data.title,
+)
+def test_hardly_any_data(tmp_path, data):
+    path, _ = written(tmp_path, data)
+    seen, console = browse(
+        path, "seen.ready = document.documentElement.dataset.ready; seen.text = document.body.innerText;"
+    )
+    assert console == []
+    assert seen["ready"] == "true"
+    assert ("too few clean images" in seen["text"]) == (data.title == "one")
+    assert "NaN" not in seen["text"]
