@@ -56,7 +56,7 @@ class ModelDocument(Document):
     width: int = Field(gt=0, le=65536)
     hidden_dim: int = Field(gt=0, le=65536)
     latent_dim: int = Field(gt=0, le=65536)
-    num_layers: int = Field(gt=0, le=256)
+    num_layers: int = Field(ge=0, le=256)
     num_heads: int = Field(gt=0, le=4096)
     dropout: float = Field(ge=0, lt=1)
     trajectory_fingerprint: str

@@ -60,10 +60,8 @@ class QuantileSketch:
         Infinite where ``false_alarm_rate < 1 / (n + 1)``: n clean scores are too few to declare anything at this rate;
         it takes ``1 / false_alarm_rate - 1``.
         """
-        allowed = self._p_values_K <= false_alarm_rate
-        # Scores never reach the bins beyond the largest finite one: those of infinity and of NaN.
-        top = int(bins_of(torch.tensor(torch.inf)))
-        passing = allowed[: top + 1].nonzero()
+        passing = (self._p_values_K <= false_alarm_rate).nonzero()
+        # Scores never reach the bin that begins at infinity: it passes where only that many are too few.
         return float(lower_edges(passing[0])) if len(passing) else float("inf")
 
 

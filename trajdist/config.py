@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from trajdist.errors import ConfigError
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Width = Annotated[int, Field(gt=0, le=65536)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0)]
 
@@ -87,19 +88,19 @@ class Model(Section):
 
     type: Literal["autoencoder", "vae", "transformer"] = "autoencoder"
     """The architecture."""
-    hidden_dim: PositiveInt = 512
+    hidden_dim: Width = 512
     """Width of the hidden layers."""
-    latent_dim: PositiveInt = 128
+    latent_dim: Width = 128
     """Numbers that a whole trajectory is squeezed through."""
-    num_layers: PositiveInt = 2
-    """Hidden layers of the encoder, and as many of the decoder."""
+    num_layers: Annotated[int, Field(ge=0, le=256)] = 2
+    """Hidden layers of the encoder, and as many of the decoder; an autoencoder with 0 is linear."""
     num_heads: PositiveInt = 4
     """Attention heads (transformer); must divide hidden_dim."""
     dropout: Fraction = 0.0
     """Dropout inside the hidden layers while training."""
     spatial_resolution: PositiveInt = 7
     """Places per side: every block is pooled to this grid."""
-    feature_dim: PositiveInt = 128
+    feature_dim: Width = 128
     """Channels that every block is reduced to."""
 
 
@@ -254,7 +255,8 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
     model = config.model
-    heads_matter = model.type == "transformer" or "num_heads" in model.model_fields_set
+    # The other types ignore the default, which a dumped config spells out; a number that somebody chose must fit.
+    heads_matter = model.type == "transformer" or model.num_heads != Model().num_heads
     if heads_matter and model.hidden_dim % model.num_heads:
         raise ConfigError(
             f"model.num_heads={model.num_heads} does not divide model.hidden_dim={model.hidden_dim}: "

@@ -19,7 +19,8 @@ from trajdist.histogram import ScoreHistogram
 from trajdist.metrics import Curve, PixelScores, bootstrap_interval, curve
 from trajdist.reporting import Labels, defect_scores, report
 from trajdist.runtime import Processes
-from trajdist.scoring import Scored, Scoring, map_of, read_rows, score
+from trajdist.score_files import read_rows
+from trajdist.scoring import Scored, Scoring, map_of, score
 
 
 def evaluate(job: Scoring, dataset: LabelledFolder) -> dict[str, Any]:

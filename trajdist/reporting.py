@@ -28,17 +28,8 @@ from trajdist.report import (
     write_report,
 )
 from trajdist.rundir import RunDir
-from trajdist.scoring import (
-    Row,
-    Scored,
-    Scoring,
-    least_anomalous,
-    map_of,
-    map_range,
-    most_anomalous,
-    read_rows,
-    score_batch,
-)
+from trajdist.score_files import Row, least_anomalous, most_anomalous, read_rows
+from trajdist.scoring import Scored, Scoring, map_of, map_range, score_batch
 
 TABLE_ROWS, GALLERY = 10_000, 12
 CARDS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")

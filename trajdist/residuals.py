@@ -1,6 +1,7 @@
 """From the residual of a place to one number: how far it is from the residuals of clean images.
 
-Shape suffixes: N places, F valid entries of a trajectory (block after block), L blocks, H W grid, B images.
+Shape suffixes: B images, H W grid, P places (H x W, row by row), N = B x P, F valid entries of a trajectory (block
+after block), L blocks.
 """
 
 from __future__ import annotations
@@ -9,10 +10,48 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trajdist.trajectory import BlockMoments
+from trajdist.trajectory import BlockMoments, Reduce
 
 # Share of the mean variance added to every variance: entries that clean images never move must not decide alone.
-SHRINKAGE = 1e-2
+SHRINKAGE = 0.1
+# How much of what is usual at a place, and of what is usual in the image at hand, is subtracted: half-way between a
+# map that knows nothing of its surroundings and one in which a large defect makes itself usual (docs/LOG.md).
+PLACE_SHARE, IMAGE_SHARE = 0.5, 0.5
+# The image's score is the mean of this share of its places, the hottest ones.
+HOTTEST_SHARE = 0.04
+
+
+class PlaceMoments:
+    """Streaming mean at every place, and covariance about it over all places, of rows that come place by place."""
+
+    def __init__(self, num_places: int, entries: int, device: torch.device) -> None:
+        self.all = BlockMoments(entries, device)
+        kind = self.all.count.dtype
+        self.sum_PF = torch.zeros(num_places, entries, dtype=kind, device=device)
+        self.images = torch.zeros((), dtype=kind, device=device)
+
+    def update(self, rows_NF: torch.Tensor, weights_B: torch.Tensor) -> None:
+        """Add the rows of B images; an image of weight 0 does not count."""
+        num_places = len(self.sum_PF)
+        self.all.update(rows_NF, weights_B.repeat_interleave(num_places))
+        rows_BPF = rows_NF.unflatten(0, (-1, num_places))
+        self.sum_PF += torch.einsum("bpf,b->pf", rows_BPF, weights_B).to(self.sum_PF.dtype)
+        self.images += weights_B.sum()
+
+    def all_reduce(self, sum_over_processes: Reduce) -> None:
+        """Make these the moments of all processes' rows."""
+        self.all.all_reduce(sum_over_processes)
+        self.sum_PF, self.images = sum_over_processes(self.sum_PF), sum_over_processes(self.images)
+
+    @property
+    def mean_PF(self) -> torch.Tensor:
+        return self.sum_PF / self.images.clamp(min=1)
+
+    @property
+    def covariance_FF(self) -> torch.Tensor:
+        """All scatter is scatter about the places' means plus scatter of those means."""
+        between_PF = self.mean_PF - self.all.mean_C
+        return self.all.covariance_CC - between_PF.T @ between_PF / len(between_PF)
 
 
 class ResidualModel(nn.Module):
@@ -20,74 +59,90 @@ class ResidualModel(nn.Module):
 
     Blocks are whitened in turn from the deepest to the shallowest, each given all deeper ones (a Cholesky
     factorisation of the joint covariance in that order), so that a block's energy is what it adds to what the deeper
-    ones have said. The score of a place is the mean over blocks of the logarithm of that energy, in which no single
-    block can drown the others. What is usual at a place in the frame is subtracted.
+    ones have said. The score of a place is the mean over blocks of the root of the energy, in units of the clean one:
+    no single block can drown the others.
 
     Attributes:
-        mean_F, whitening_FF: of clean residuals.
-        usual_HW, spread: mean score per place, and standard deviation over all places, of clean images.
+        mean_PF, whitening_FF: of clean residuals, per place and over all places.
+        energy_L: mean energy of clean places.
+        usual_P: how much more than other places this one scores in clean images.
+        centre, spread: of clean cell scores, so that a map reads in standard deviations.
     """
 
-    mean_F: torch.Tensor
+    mean_PF: torch.Tensor
     whitening_FF: torch.Tensor
-    usual_HW: torch.Tensor
+    energy_L: torch.Tensor
+    usual_P: torch.Tensor
+    centre: torch.Tensor
     spread: torch.Tensor
 
     def __init__(self, valid_LD: torch.Tensor, resolution: int) -> None:
         super().__init__()
         self.widths = valid_LD.sum(1).tolist()
-        entries = sum(self.widths)
-        self.register_buffer("mean_F", torch.zeros(entries))
+        places, entries = resolution**2, sum(self.widths)
+        self.register_buffer("mean_PF", torch.zeros(places, entries))
         self.register_buffer("whitening_FF", torch.eye(entries))
-        self.register_buffer("usual_HW", torch.zeros(resolution, resolution))
+        self.register_buffer("energy_L", torch.ones(len(self.widths)))
+        self.register_buffer("usual_P", torch.zeros(places))
+        self.register_buffer("centre", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
 
     def energies(self, residual_NF: torch.Tensor) -> torch.Tensor:
-        """Mean squared whitened residual of each block, ``[N, L]``; about 1 for clean images."""
-        white_NF = (residual_NF - self.mean_F) @ self.whitening_FF
-        parts = white_NF.square().split(self.widths, dim=1)
-        return torch.stack([part.mean(1) for part in parts], 1)
+        """Energy of each block at each place, ``[B, P, L]``, about 1 for clean images."""
+        residual_BPF = residual_NF.unflatten(0, (-1, len(self.mean_PF))) - self.mean_PF
+        white_BPF = (residual_BPF.flatten(0, 1) @ self.whitening_FF).view_as(residual_BPF)
+        parts = white_BPF.square().split(self.widths, dim=-1)
+        return torch.stack([part.sum(-1) for part in parts], -1) / self.energy_L
 
-    def standardise(self, energies_BHWL: torch.Tensor) -> torch.Tensor:
-        """Score of every place, ``[B, H, W]``: about 0 on average and 1 in spread for clean images."""
-        return (cell_scores(energies_BHWL) - self.usual_HW) / self.spread
+    def cells(self, energies_BPL: torch.Tensor) -> torch.Tensor:
+        """Score of every place, ``[B, P]``: about 0 on average and 1 in spread for clean images."""
+        raw_BP = roots(energies_BPL) - PLACE_SHARE * self.usual_P
+        raw_BP = raw_BP - IMAGE_SHARE * raw_BP.median(1, keepdim=True).values
+        return (raw_BP - self.centre) / self.spread
 
-    def fit(self, moments: BlockMoments) -> None:
-        """Set mean and whitening from the moments of clean residuals."""
-        covariance_FF = moments.covariance_CC.double().cpu()
-        covariance_FF += SHRINKAGE * covariance_FF.diagonal().mean() * torch.eye(len(covariance_FF))
-        # Cholesky takes entries first to last, so the order is reversed before and after.
-        lower_FF = torch.linalg.cholesky(covariance_FF.flip(0, 1))
-        identity_FF = torch.eye(len(lower_FF), dtype=torch.float64)
+    def fit(self, moments: PlaceMoments) -> None:
+        """Set means, whitening and clean energies from the moments of clean residuals."""
+        covariance_FF = moments.covariance_FF.double().cpu()
+        identity_FF = torch.eye(len(covariance_FF), dtype=torch.float64)
+        shrunk_FF = covariance_FF + SHRINKAGE * covariance_FF.diagonal().mean().clamp(min=1e-12) * identity_FF
+        order = deepest_first(self.widths)
+        lower_FF = torch.linalg.cholesky(shrunk_FF[order][:, order])
         inverse_FF = torch.linalg.solve_triangular(lower_FF, identity_FF, upper=False)
-        self.whitening_FF.copy_(inverse_FF.T.flip(0, 1))
-        self.mean_F.copy_(moments.mean_C)
+        back = torch.argsort(order)
+        whitening_FF = inverse_FF[back][:, back].T
+        self.whitening_FF.copy_(whitening_FF)
+        # The expected energy follows from the covariance: no further pass is needed.
+        energy_F = torch.einsum("fg,fh,hg->g", whitening_FF, covariance_FF, whitening_FF)
+        self.energy_L.copy_(torch.stack([part.sum() for part in energy_F.split(self.widths)]).clamp(min=1e-6))
+        self.mean_PF.copy_(moments.mean_PF)
 
-    def fit_places(self, places: BlockMoments) -> None:
-        """Set what is usual from the moments of clean images' score maps, as :meth:`standardise` gave them."""
-        mean_P, variance_P = places.mean_C, places.covariance_CC.diagonal()
-        self.usual_HW += mean_P.view_as(self.usual_HW).to(self.usual_HW) * self.spread
-        self.spread *= variance_P.mean().sqrt().clamp(min=1e-6).to(self.spread)
-
-
-def cell_scores(energies_NL: torch.Tensor) -> torch.Tensor:
-    """Mean logarithm of the blocks' energies, ``[..., L] -> [...]``."""
-    return energies_NL.clamp(min=1e-6).log().mean(-1)
-
-
-def smooth(cells_BHW: torch.Tensor) -> torch.Tensor:
-    """Binomial 3 x 3 mean, the border repeated."""
-    kernel = torch.tensor([1.0, 2.0, 1.0], device=cells_BHW.device)
-    padded = F.pad(cells_BHW[:, None], (1, 1, 1, 1), mode="replicate")
-    return F.conv2d(padded, (torch.outer(kernel, kernel) / 16.0)[None, None])[:, 0]
+    def fit_places(self, roots: BlockMoments) -> None:
+        """Set what is usual at each place from the moments of clean images' :func:`roots`."""
+        mean_P = roots.mean_C.to(self.usual_P)
+        self.usual_P.copy_(mean_P - mean_P.mean())
+        # Of a typical image, whose median is about its mean.
+        self.centre.copy_((1 - IMAGE_SHARE) * mean_P.mean())
+        self.spread.copy_(roots.covariance_CC.diagonal().mean().sqrt().clamp(min=1e-6))
 
 
-def image_scores(cells_BHW: torch.Tensor) -> torch.Tensor:
-    """Mean of the hottest 2 % of the places, at least one, ``[B]``."""
-    flat_BP = cells_BHW.flatten(1)
-    return flat_BP.topk(max(1, round(0.02 * flat_BP.shape[1])), dim=1).values.mean(1)
+def roots(energies_BPL: torch.Tensor) -> torch.Tensor:
+    """Mean over blocks of the root of the energy, ``[B, P]``."""
+    return energies_BPL.sqrt().mean(-1)
+
+
+def deepest_first(widths: list[int]) -> torch.Tensor:
+    """Entry numbers with the blocks from the last to the first, each block's own entries in order."""
+    starts = [sum(widths[:block]) for block in range(len(widths))]
+    blocks = [torch.arange(start, start + width) for start, width in zip(starts, widths, strict=True)]
+    return torch.cat(blocks[::-1])
+
+
+def image_scores(cells_BP: torch.Tensor) -> torch.Tensor:
+    """Mean of the hottest places, ``[B]``."""
+    hottest = max(1, round(HOTTEST_SHARE * cells_BP.shape[1]))
+    return cells_BP.topk(hottest, dim=1).values.mean(1)
 
 
 def upsample(cells_BHW: torch.Tensor, size: int) -> torch.Tensor:
-    """Smoothed and interpolated to the image, ``[B, size, size]``."""
-    return F.interpolate(smooth(cells_BHW)[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
+    """Interpolated to the image, ``[B, size, size]``."""
+    return F.interpolate(cells_BHW[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]

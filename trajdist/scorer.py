@@ -73,17 +73,19 @@ class Detector:
         target_NLD = trajectories_BHWLD.flatten(0, 2)
         return (target_NLD - self.model(target_NLD).output_NLD.float())[:, valid_LD]
 
+    @torch.no_grad()
     def energies(self, trajectories_BHWLD: torch.Tensor, valid_LD: torch.Tensor) -> torch.Tensor:
-        """Blocks' energies, ``[B, H, W, L]``."""
-        energies_NL = self.residual.energies(self.residuals(trajectories_BHWLD, valid_LD))
-        return energies_NL.unflatten(0, trajectories_BHWLD.shape[:3])
+        """Blocks' energies, ``[B, P, L]``, in float32."""
+        return self.residual.energies(self.residuals(trajectories_BHWLD, valid_LD))
 
     @torch.no_grad()
     def score(self, trajectories_BHWLD: torch.Tensor, valid_LD: torch.Tensor) -> CellScores:
-        """Score a batch of trajectories in float32."""
-        energies_BHWL = self.energies(trajectories_BHWLD, valid_LD)
-        cells_BHW = self.residual.standardise(energies_BHWL)
-        return CellScores(cells_BHW, energies_BHWL, residuals.image_scores(cells_BHW))
+        """Score a batch of trajectories."""
+        grid = trajectories_BHWLD.shape[1:3]
+        energies_BPL = self.energies(trajectories_BHWLD, valid_LD)
+        cells_BP = self.residual.cells(energies_BPL)
+        image_scores_B = residuals.image_scores(cells_BP)
+        return CellScores(cells_BP.unflatten(1, grid), energies_BPL.unflatten(1, grid), image_scores_B)
 
     def save(self, path: Path, base: str) -> None:
         """Write the calibration."""

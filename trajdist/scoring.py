@@ -5,7 +5,6 @@ Shape suffixes: B images, H W grid, L blocks, S pixels per side.
 
 from __future__ import annotations
 
-import heapq
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,10 +23,10 @@ from trajdist.data.sources import ImageSource
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.progress import Progress, make_console
 from trajdist.runtime import Processes, start_accelerator
+from trajdist.score_files import MapsFile, Row, most_anomalous, picture_name, read_rows
 from trajdist.scorer import CellScores, Detector, Scorer, load
 from trajdist.sharding import Int64s, Plan
 
-Row = dict[str, Any]
 Visit = Callable[["Scored"], None]
 
 
@@ -257,17 +256,6 @@ def _draw(job: Scoring, image: Scored) -> None:
         (job.out / "maps" / f"{stem}.depth.png").write_bytes(pictures.png(profile))
 
 
-def picture_name(image: str) -> str:
-    """A flat file name that is unique for the image's path: ``a/b.jpg`` -> ``a__b.jpg``."""
-    flat = image.replace("_", "_u").replace("/", "__").replace("\\", "__")
-    # Most file systems allow 255 bytes; the hash keeps shortened names apart.
-    return flat if len(flat.encode()) <= 200 else f"{flat.encode()[:150].decode(errors='ignore')}-{hash_of(image)[:16]}"
-
-
-def hash_of(text: str) -> str:
-    return fingerprint({}, {"text": text})
-
-
 def _write(job: Scoring, maps: MapsFile, scored: list[Scored], batch: ImageBatch, start: int) -> None:
     """Gather a step's rows and maps and append them in input order."""
     found: list[tuple[int, Row, pictures.Floats | None]] = []
@@ -293,36 +281,6 @@ def _failed_row(job: Scoring, position: int, reason: str) -> Row:
         "is_anomalous": None,
         "error": reason,
     }
-
-
-class MapsFile:
-    """``maps.safetensors``: one float32 tensor ``maps`` ``[N, H, W]``, filled in place, NaN where an image failed."""
-
-    def __init__(self, path: Path, count: int, side: int, writes: bool) -> None:
-        self._maps: np.memmap[Any, np.dtype[np.float32]] | None = None
-        if not writes:
-            return
-        shape = (count, side, side)
-        entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, count * side * side * 4]}
-        header = json.dumps({"maps": entry}).encode()
-        header += b" " * (-len(header) % 8)
-        prefix = len(header).to_bytes(8, "little") + header
-        total = len(prefix) + count * side * side * 4
-        if not path.exists() or path.stat().st_size != total:
-            with open(path, "wb") as handle:
-                handle.write(prefix)
-                handle.truncate(total)
-        self._maps = np.memmap(path, np.float32, "r+", offset=len(prefix), shape=shape)
-
-    def write(self, maps: list[tuple[int, pictures.Floats | None]]) -> None:
-        assert self._maps is not None
-        for position, cells_HW in maps:
-            self._maps[position] = np.nan if cells_HW is None else cells_HW
-
-    def close(self) -> None:
-        if self._maps is not None:
-            self._maps.flush()
-        self._maps = None
 
 
 def _identity(job: Scoring) -> dict[str, Any]:
@@ -385,24 +343,3 @@ def score_table(job: Scoring) -> Table:
         alarm = "anomalous" if row["is_anomalous"] else ""
         table.add_row(row["image"], f"{row['score']:.3f}", f"{row['p_value']:.4f}", alarm)
     return table
-
-
-def most_anomalous(out: Path, count: int) -> list[tuple[int, Row]]:
-    """Position and row of the images with the largest scores, in constant memory."""
-    return heapq.nlargest(count, _scored_rows(out), key=lambda item: item[1]["score"])
-
-
-def least_anomalous(out: Path, count: int) -> list[tuple[int, Row]]:
-    """Position and row of the images with the smallest scores."""
-    return heapq.nsmallest(count, _scored_rows(out), key=lambda item: item[1]["score"])
-
-
-def _scored_rows(out: Path) -> Iterator[tuple[int, Row]]:
-    return ((position, row) for position, row in enumerate(read_rows(out)) if row["score"] is not None)
-
-
-def read_rows(out: Path) -> Iterator[Row]:
-    """The lines of scores.jsonl, one after another."""
-    with open(out / "scores.jsonl", encoding="utf-8") as handle:
-        for line in handle:
-            yield json.loads(line)

@@ -14,7 +14,7 @@ from trajdist.errors import StopRequested
 from trajdist.journal import BadImages
 from trajdist.loop import move
 from trajdist.progress import Progress
-from trajdist.residuals import ResidualModel
+from trajdist.residuals import PlaceMoments, ResidualModel, roots
 from trajdist.runtime import Clock
 from trajdist.scorer import Detector
 from trajdist.session import Session
@@ -144,17 +144,15 @@ def _fit_residuals(
     detector: Detector,
     num_images: int,
 ) -> None:
-    """Two passes: covariance of the residuals, then what the whitened scores are like at each place."""
-    processes, valid_LD = session.processes, extractor.projection.valid_LD
-    moments = BlockMoments(int(valid_LD.sum()), processes.device)
+    """Two passes: covariance of the residuals, then what clean images score at each place."""
+    processes, valid_LD, places = session.processes, extractor.projection.valid_LD, extractor.resolution**2
+    moments = PlaceMoments(places, int(valid_LD.sum()), processes.device)
     for batch in clean_batches(session, set_name, selection.train, num_images, "residuals"):
-        cells = batch.weights.repeat_interleave(extractor.resolution**2)
-        moments.update(detector.residuals(extractor(batch.images), valid_LD), cells)
+        moments.update(detector.residuals(extractor(batch.images), valid_LD), batch.weights)
     moments.all_reduce(processes.sum)
     detector.residual.fit(moments)
-    places = BlockMoments(extractor.resolution**2, processes.device)
+    usual = BlockMoments(places, processes.device)
     for batch in clean_batches(session, set_name, selection.train, num_images, "places"):
-        scores = detector.score(extractor(batch.images), valid_LD)
-        places.update(scores.cells_BHW.flatten(1), batch.weights)
-    places.all_reduce(processes.sum)
-    detector.residual.fit_places(places)
+        usual.update(roots(detector.energies(extractor(batch.images), valid_LD)), batch.weights)
+    usual.all_reduce(processes.sum)
+    detector.residual.fit_places(usual)

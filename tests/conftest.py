@@ -1,0 +1,58 @@
+"""Fixtures. Jobs in processes of their own are started with ``from tests.jobs import launch, start``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+# Before torch is imported.
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+settings.register_profile("trajdist", deadline=None, derandomize=True)
+settings.load_profile("trajdist")
+
+
+def noise(seed: int, side: int = 48) -> Image.Image:
+    """A blotchy colour picture."""
+    random = np.random.default_rng(seed)
+    blotches = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(blotches).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def write_images(folder: Path, count: int, side: int = 48) -> Path:
+    """Fill a folder with PNG images that differ; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        noise(number, side).save(folder / f"{number:04d}.png")
+    return folder
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its state in singletons: forget it before and after."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture(scope="session")
+def debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of ``trajdist run debug``, both phases. Tests that write copy it first."""
+    from trajdist.cli import main
+
+    run_dir = tmp_path_factory.mktemp("debug") / "run"
+    assert main(["run", "debug", f"run_dir={run_dir}", "runtime.mixed_precision=no"]) == 0
+    return run_dir

@@ -1,0 +1,138 @@
+"""Jobs as a user starts them: the command line in processes of its own, with a limit on how long it may hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# What a launcher or a shell may have set; a job under test starts without.
+LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "SLURM_")
+LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a job ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@dataclass
+class Job:
+    """A running job. ``end`` waits for it; a job that hangs is killed with all of its descendants."""
+
+    process: subprocess.Popen[bytes]
+    _stdout: IO[bytes] = field(repr=False)
+    _stderr: IO[bytes] = field(repr=False)
+
+    def descendants(self) -> list[psutil.Process]:
+        """The launcher, the training processes and their workers. Each training process leads a session of its own."""
+        try:
+            launcher = psutil.Process(self.process.pid)
+            return [launcher, *launcher.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal the process that was started (the launcher, where there is one)."""
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL for all processes of the job, by pid."""
+        for process in self.descendants():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+
+    def end(self, timeout_s: float = 120) -> Finished:
+        """Wait for the end.
+
+        Raises:
+            AssertionError: the job hung; its output is in the message.
+        """
+        try:
+            self.process.wait(timeout_s)
+            hung = False
+        except subprocess.TimeoutExpired:
+            hung = True
+        finally:
+            self.kill()
+        outputs = []
+        for stream in (self._stdout, self._stderr):
+            stream.seek(0)
+            outputs.append(stream.read().decode(errors="replace"))
+            stream.close()
+        assert not hung, f"the job hung for {timeout_s} s:\n{outputs[0]}\n{outputs[1]}"
+        return Finished(self.process.returncode, *outputs)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """CPU only, one thread, no network; nothing of a surrounding launcher."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(LAUNCHER_PREFIXES) and name not in LAUNCHER_NAMES
+    }
+    own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    return {**kept, **own, **(extra or {})}
+
+
+def start(
+    args: Sequence[str | Path],
+    num_processes: int = 1,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    module: str = "trajdist",
+) -> Job:
+    """Start ``python -m trajdist args``, under ``accelerate launch`` where there are several processes."""
+    launcher: list[str] = []
+    if num_processes > 1:
+        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += ["--main_process_port", str(free_port())]
+    command = [sys.executable, *launcher, "-m", module, *map(str, args)]
+    # Files, not pipes: nothing blocks on output that nobody reads.
+    stdout, stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        env=environment(env),
+        cwd=cwd or REPOSITORY,
+        start_new_session=True,
+    )
+    return Job(process, stdout, stderr)
+
+
+def launch(
+    args: Sequence[str | Path],
+    num_processes: int = 1,
+    timeout_s: float = 120,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    module: str = "trajdist",
+) -> Finished:
+    """Run a job to its end; see :func:`start` and :meth:`Job.end`."""
+    return start(args, num_processes, env, cwd, module).end(timeout_s)

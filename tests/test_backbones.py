@@ -1,0 +1,126 @@
+"""Frozen backbones: blocks by structure, layouts, weights, and nothing that moves."""
+
+from __future__ import annotations
+
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trajdist.backbones import Backbone, build_backbone, find_blocks
+from trajdist.errors import ArtifactError, ConfigError
+
+
+def build(name: str, size: int = 64, patterns: tuple[str, ...] = ()) -> Backbone:
+    return build_backbone(name, "none", list(patterns), size, seed=0)
+
+
+def observed(backbone: Backbone, size: int) -> list[torch.Tensor]:
+    maps: list[torch.Tensor] = []
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    with torch.inference_mode():
+        backbone(images, lambda number, activation: maps.append(activation))
+    return maps
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "count"),
+    [
+        ("resnet18", 64, 8),
+        ("resnet50", 64, 16),
+        ("mobilenet_v2", 64, 17),
+        ("mobilenet_v3_small", 64, 11),
+        ("convnext_tiny", 64, 18),
+        ("vit_b_16", 224, 12),
+        ("swin_t", 64, 12),
+        ("timm:vit_tiny_patch16_224", 224, 12),
+        ("timm:resnet18", 64, 8),
+        ("efficientnet_lite0", 64, 16),
+    ],
+)
+def test_blocks_are_found_and_come_as_maps(name: str, size: int, count: int) -> None:
+    backbone = build(name, size)
+    maps = observed(backbone, size)
+    assert len(backbone.blocks) == len(maps) == count
+    for block, activation in zip(backbone.blocks, maps, strict=True):
+        assert activation.shape[:2] == (2, block.channels)
+        assert activation.shape[2] == activation.shape[3]
+
+
+def test_class_token_is_dropped() -> None:
+    maps = observed(build("vit_b_16", 224, ("encoder.layers.encoder_layer_0",)), 224)
+    assert maps[0].shape == (2, 768, 14, 14)
+
+
+def test_globs_choose_blocks() -> None:
+    assert [block.name for block in build("resnet18", 64, ("layer[34].1",)).blocks] == ["layer3.1", "layer4.1"]
+    with pytest.raises(ConfigError, match="matches no module"):
+        build("resnet18", 64, ("nothing*",))
+    with pytest.raises(ConfigError, match="no map of the image"):
+        build("resnet18", 64, ("fc",))
+
+
+def test_networks_without_blocks_need_globs() -> None:
+    with pytest.raises(ConfigError, match=r"backbone\.blocks is empty"):
+        find_blocks(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), [])
+
+
+def test_train_is_inert_and_statistics_do_not_drift() -> None:
+    backbone = build("resnet18")
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    backbone.train()
+    observed(backbone, 64)
+    assert not any(module.training for module in backbone.network.modules())
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_the_head_is_not_run() -> None:
+    backbone = build("resnet18")
+    backbone.network.fc.register_forward_hook(lambda *_: pytest.fail("the head ran"))
+    observed(backbone, 64)
+
+
+def test_random_weights_are_the_same_for_a_seed() -> None:
+    one, two = build("resnet18"), build("resnet18")
+    assert one.fingerprint == two.fingerprint
+    assert build_backbone("resnet18", "none", [], 64, seed=1).fingerprint != one.fingerprint
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weight_files(tmp_path: Path, suffix: str) -> None:
+    reference = build_backbone("resnet18", "none", [], 64, seed=5)
+    path = tmp_path / f"weights{suffix}"
+    state = {name: value.contiguous() for name, value in reference.network.state_dict().items()}
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    assert build_backbone("resnet18", str(path), [], 64, seed=0).fingerprint == reference.fingerprint
+    with pytest.raises(ArtifactError, match="does not fit"):
+        build_backbone("mobilenet_v2", str(path), [], 64, seed=0)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ArtifactError, match="weights"):
+        build_backbone("resnet18", str(path), [], 64, seed=0)
+
+
+def test_offline_names_the_file_to_put_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def offline(*arguments: object, **options: object) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    with pytest.raises(ConfigError, match=r"resnet18-[0-9a-f]+\.pth into .*checkpoints"):
+        build_backbone("resnet18", "DEFAULT", [], 64, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "named"),
+    [
+        ("resnet51", "none", "did you mean resnet"),
+        ("timm:vit_tinny", "none", "not a timm model"),
+        ("resnet18", "/none.pt", "is not a file"),
+    ],
+)
+def test_wrong_names(name: str, weights: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        build_backbone(name, weights, [], 64, seed=0)

@@ -1,0 +1,166 @@
+"""Config: what is accepted, what is refused and in which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from trajdist.config import Config, dump_yaml, fields, find_config, flatten, json_schema, load_config, parse_config
+from trajdist.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_load_by_path_and_by_name(path):
+    assert load_config(path) == load_config(path.stem)
+    assert find_config(f"{path.stem}.yaml").samefile(path)
+
+
+def test_default_yaml_shows_the_defaults():
+    shown = flatten(yaml.safe_load(find_config("default").read_text()))
+    defaults = {key: default for key, default, *_ in fields()}
+    # Its Phase 2 walks more often through the domain set.
+    assert {key for key, value in shown.items() if defaults[key] != value} == {"data.domain.num_epochs"}
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.learning_rate=1e-3", "train.learning_rate", 1e-3),
+        ("train.learning_rate=1e-05", "train.learning_rate", 1e-5),
+        ("runtime.mixed_precision=no", "runtime.mixed_precision", "no"),
+        ("backbone.weights=none", "backbone.weights", "none"),
+        ("data.imagenet.path=", "data.imagenet.path", None),
+        ("data.imagenet.path=null", "data.imagenet.path", None),
+        ("data.imagenet.path=/a=b", "data.imagenet.path", "/a=b"),
+        ("backbone.blocks=[layer1.*, layer2.0]", "backbone.blocks", ["layer1.*", "layer2.0"]),
+        ("domain_adaptation.lora.target_modules=[q, v]", "domain_adaptation.lora.target_modules", ["q", "v"]),
+        ("domain_adaptation.lora.rank=3", "domain_adaptation.lora.rank", 3),
+        ("domain_adaptation.enabled=false", "domain_adaptation.enabled", False),
+        ("data.num_workers=0", "data.num_workers", 0),
+        ("data.num_workers=auto", "data.num_workers", "auto"),
+    ],
+)
+def test_overrides_are_typed(override, key, value):
+    assert flatten(load_config("debug", [override]).model_dump())[key] == value
+
+
+def test_the_last_override_wins_and_a_section_can_be_given_whole():
+    config = load_config(None, ["model={type: vae, hidden_dim: 8}", "model.hidden_dim=16", "model.hidden_dim=32"])
+    assert (config.model.type, config.model.hidden_dim) == ("vae", 32)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.imagenet.batchsize=3", ["data.imagenet.batchsize", "did you mean data.imagenet.batch_size?"]),
+        ("modle.type=vae", ["modle", "did you mean model."]),
+        ("model.hidden_dim=-1", ["model.hidden_dim = -1", "greater than 0"]),
+        ("model.hidden_dim=many", ["model.hidden_dim = 'many'", "integer"]),
+        ("model.hidden_dim=1.5", ["model.hidden_dim = 1.5"]),
+        ("model.type=lstm", ["model.type = 'lstm'", "'autoencoder', 'vae' or 'transformer'"]),
+        ("data.imagenet.num_samples=-2", ["data.imagenet.num_samples = -2", "-1"]),
+        ("data.num_workers=-1", ["data.num_workers = -1"]),
+        ("calibration.holdout_fraction=1", ["calibration.holdout_fraction = 1", "less than 1"]),
+        ("train.learning_rate=0", ["train.learning_rate = 0"]),
+        ("train.learning_rate=.nan", ["train.learning_rate"]),
+        ("seed=4294967296", ["seed = 4294967296"]),
+        ("model=3", ["model = 3 is not a group of keys"]),
+        ("model.hidden_dim", ["'model.hidden_dim' is not of the form key=value"]),
+        ("=3", ["'=3' is not of the form key=value"]),
+        ("model.type={a: 1}", ["model.type"]),
+    ],
+)
+def test_mistakes_are_named(override, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config("debug", [override])
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert all(word in sentence for word in words), sentence
+
+
+def test_heads_must_divide_the_width_where_they_matter():
+    with pytest.raises(ConfigError, match=r"model\.num_heads=3 does not divide model\.hidden_dim=64"):
+        load_config(None, ["model.type=transformer", "model.hidden_dim=64", "model.num_heads=3"])
+    with pytest.raises(ConfigError, match="does not divide"):
+        load_config(None, ["model.type=transformer", "model.hidden_dim=66"])
+    with pytest.raises(ConfigError, match="does not divide"):
+        load_config(None, ["model.num_heads=3", "model.hidden_dim=64"])
+    assert load_config(None, ["model.type=autoencoder", "model.hidden_dim=66"]).model.hidden_dim == 66
+
+
+@pytest.mark.parametrize("text", ["just words", "- a\n- b\n", "a: b: c\n", "\t- {", "3", b"\xff\xfe\x00\x01"])
+def test_a_file_that_is_no_config(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        load_config(path)
+
+
+def test_yaml_tags_run_no_code(tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text(f"run_dir: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
+    with pytest.raises(ConfigError):
+        load_config(path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_missing_config_lists_the_shipped_ones(tmp_path):
+    with pytest.raises(ConfigError, match=r"debug.*default.*low_memory"):
+        load_config(tmp_path / "nothing.yaml")
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_config(tmp_path)
+
+
+@given(
+    st.integers(1, 10**6),
+    st.floats(1e-12, 1e3),
+    st.sampled_from(["no", "bf16", "auto"]),
+    st.one_of(st.none(), st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")))),
+)
+def test_dump_and_parse_are_inverse(width, rate, precision, path):
+    tree = {
+        "model": {"hidden_dim": width},
+        "train": {"learning_rate": rate},
+        "runtime": {"mixed_precision": precision},
+        "data": {"domain": {"path": path}},
+    }
+    config = parse_config(tree)
+    assert parse_config(yaml.safe_load(dump_yaml(config))) == config
+
+
+def test_every_field_is_described_and_in_the_dump():
+    described = {key: text for key, _, text, _ in fields()}
+    assert all(described.values())
+    dumped = flatten(yaml.safe_load(dump_yaml(Config())))
+    assert {key for key in described if key not in dumped} == set()
+
+
+def test_schema_follows_the_config():
+    schema = json.loads(json_schema())
+    assert schema["additionalProperties"] is False
+    known = set(schema["$defs"]["ImageSet"]["properties"])
+    assert known == {"path", "batch_size", "num_samples", "num_epochs", "gradient_accumulation_steps"}
+    assert schema["$defs"]["Model"]["properties"]["hidden_dim"]["exclusiveMinimum"] == 0
+    assert schema["$defs"]["Model"]["properties"]["type"]["enum"] == ["autoencoder", "vae", "transformer"]
+    references = {word for word in json_schema().split('"') if word.startswith("#/$defs/")}
+    assert {name.removeprefix("#/$defs/") for name in references} <= set(schema["$defs"])
+
+
+def test_readme_lists_every_key():
+    rows = [line.split("|") for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith("| `")]
+    table = {cells[1].strip(" `·"): cells for cells in rows if len(cells) == 5 and "." in cells[1]}
+    if not table:
+        pytest.skip("README.md has no table of keys")
+    for key, default, text, may_change in fields():
+        row = next((cells for cells in rows if cells[1].strip(" `·") == key), None)
+        assert row is not None, f"README.md lacks {key}"
+        assert json.loads(row[2].strip(" `")) == default, f"README.md has another default for {key}"
+        assert ("·" in row[1]) == may_change, f"README.md marks {key} wrongly"
+        assert row[3].strip() == text, f"README.md describes {key} otherwise"
