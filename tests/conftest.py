@@ -1,4 +1,5 @@
-"""Fixtures. Jobs in processes of their own are started with ``from tests.jobs import launch, start``."""
+"""Fixtures. Jobs in processes of their own are started with ``from jobs import launch, start``;
+small images are made with ``from images import write_images``."""
 
 from __future__ import annotations
 
@@ -6,10 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import settings
-from PIL import Image
 
 # Before torch is imported.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -17,21 +16,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 settings.register_profile("trajdist", deadline=None, derandomize=True)
 settings.load_profile("trajdist")
-
-
-def noise(seed: int, side: int = 48) -> Image.Image:
-    """A blotchy colour picture."""
-    random = np.random.default_rng(seed)
-    blotches = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(blotches).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def write_images(folder: Path, count: int, side: int = 48) -> Path:
-    """Fill a folder with PNG images that differ; returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        noise(number, side).save(folder / f"{number:04d}.png")
-    return folder
 
 
 @pytest.fixture

@@ -32,11 +32,13 @@ def observed(backbone: Backbone, size: int) -> list[torch.Tensor]:
         ("resnet50", 64, 16),
         ("mobilenet_v2", 64, 17),
         ("mobilenet_v3_small", 64, 11),
+        ("efficientnet_b0", 64, 16),
         ("convnext_tiny", 64, 18),
         ("vit_b_16", 224, 12),
         ("swin_t", 64, 12),
         ("timm:vit_tiny_patch16_224", 224, 12),
         ("timm:resnet18", 64, 8),
+        ("timm:efficientnet_lite0", 64, 16),
         ("efficientnet_lite0", 64, 16),
     ],
 )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trajdist.calibration import QuantileSketch, ResidualMoments
+from trajdist.calibration import QuantileSketch
 from trajdist.histogram import ScoreHistogram
 
 SCORES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=0, max_size=40)
@@ -101,57 +99,3 @@ def test_two_processes_ask_one_sketch():
     first.histogram.all_reduce(lambda tensor: tensor + second.histogram.counts_K)
     assert first.count == 3
     assert first.p_values(torch.tensor([2.0])) == 0.75
-
-
-# ------------------------------------------------------------------------------------------------ residuals
-
-
-def moments_of(rows: torch.Tensor, weights: torch.Tensor, widths: list[int]) -> ResidualMoments:
-    moments = ResidualMoments(widths, torch.device("cpu"))
-    for rows_NF, weights_N in zip(rows.split(37), weights.split(37), strict=True):
-        moments.update(rows_NF, weights_N)
-    return moments
-
-
-@pytest.mark.parametrize("widths", [[6], [2, 3, 1]])
-def test_moments_are_those_of_numpy(widths):
-    rows = torch.randn(500, 6) * torch.arange(1, 7) + 100
-    weights = (torch.rand(500) > 0.3).float()
-    kept = rows[weights > 0].double().numpy()
-    moments = moments_of(rows, weights, widths)
-    assert moments.count == len(kept)
-    np.testing.assert_allclose(moments.mean_F, kept.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(moments.variance_F, kept.var(0), rtol=1e-4)
-    covariance = np.cov(kept.T, bias=True)
-    first = widths[0]
-    np.testing.assert_allclose(moments.groups[0].covariance_CC, covariance[:first, :first], rtol=1e-3, atol=1e-2)
-
-
-def in_two_processes(first: ResidualMoments, second: ResidualMoments) -> None:
-    """Reduce both, in threads that wait for each other."""
-    barrier, shared = threading.Barrier(2), {}
-
-    def reduce(rank: int, moments: ResidualMoments) -> None:
-        def add(tensor: torch.Tensor) -> torch.Tensor:
-            shared[rank] = tensor
-            barrier.wait()
-            total = shared[0] + shared[1]
-            barrier.wait()
-            return total
-
-        moments.all_reduce(add)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(reduce, (0, 1), (first, second)))
-
-
-def test_moments_of_two_processes_are_those_of_one():
-    rows, weights = torch.randn(400, 4) + 10, torch.ones(400)
-    whole, left, right = (
-        moments_of(rows[part], weights[part], [2, 2]) for part in (slice(None), slice(150), slice(150, None))
-    )
-    in_two_processes(left, right)
-    for moments in (left, right):
-        assert moments.count == whole.count
-        torch.testing.assert_close(moments.mean_F, whole.mean_F)
-        torch.testing.assert_close(moments.variance_F, whole.variance_F, rtol=1e-5, atol=1e-6)

@@ -12,14 +12,14 @@ import trajdist
 
 PACKAGE = Path(trajdist.__file__).parent
 LAYERS = (
-    "errors config sharding artifacts __init__ pictures",
+    "errors config sharding artifacts pictures",
     "data.__init__ data.decode data.sources data.samples data.loader data.labelled data.defects backbones",
     "trajectory models.__init__ models.reconstruction models.autoencoder models.vae models.transformer"
     " models.registry losses schedules",
     "lora checkpoint bundle rundir histogram metrics calibration residuals report score_files",
     "runtime progress journal loop session scorer",
     "statistics phases scoring evaluation reporting audit plan",
-    "cli __main__ inspection",
+    "cli __main__ inspection __init__",
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer.split()}
 MODULES = {

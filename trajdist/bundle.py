@@ -90,7 +90,7 @@ def trajectory_document(config: Config, extractor: TrajectoryExtractor, num_imag
         patterns=config.backbone.blocks,
         seed=config.seed,
         image_size=config.data.image_size,
-        fit=config.data.fit,
+        fit=config.data.domain.fit,
         projection=config.trajectory.projection,
         blocks=[block.name for block in extractor.backbone.blocks],
         channels=extractor.projection.channels,

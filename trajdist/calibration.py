@@ -5,18 +5,16 @@ of them trained on), then P(p <= alpha) <= alpha for every alpha, whatever the m
 Gammerman & Shafer 2005; Bates et al. 2023). It holds on average over calibration sets, per image or per cell, not for
 the largest of many cells. Nothing is promised for clean images of another kind.
 
-Shape suffixes: N rows, F features, C channels of a block.
+Shape suffixes: K bins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 
 from trajdist.histogram import ScoreHistogram, bins_of, lower_edges
-from trajdist.trajectory import BlockMoments, Reduce
 
 
 class QuantileSketch:
@@ -63,41 +61,3 @@ class QuantileSketch:
         passing = (self._p_values_K <= false_alarm_rate).nonzero()
         # Scores never reach the bin that begins at infinity: it passes where only that many are too few.
         return float(lower_edges(passing[0])) if len(passing) else float("inf")
-
-
-class ResidualMoments:
-    """Streaming count, mean and covariance of residuals, rows ``[N, F]``, in consecutive groups of entries.
-
-    Between groups the covariance is left out: one group per block costs ``L D^2`` numbers, a single group ``(L D)^2``.
-
-    Args:
-        widths: the sizes of the groups; they add up to F.
-    """
-
-    def __init__(self, widths: Sequence[int], device: torch.device) -> None:
-        self._widths = list(widths)
-        self.groups = [BlockMoments(width, device) for width in widths]
-
-    def update(self, rows_NF: torch.Tensor, weights_N: torch.Tensor) -> None:
-        """Add float32 rows; a row of weight 0 does not count."""
-        for group, rows_NC in zip(self.groups, rows_NF.split(self._widths, dim=1), strict=True):
-            group.update(rows_NC, weights_N)
-
-    def all_reduce(self, sum_over_processes: Reduce) -> None:
-        """Make these the moments of all processes' rows."""
-        for group in self.groups:
-            group.all_reduce(sum_over_processes)
-
-    @property
-    def count(self) -> torch.Tensor:
-        """The summed weight of the rows, a scalar."""
-        return self.groups[0].count
-
-    @property
-    def mean_F(self) -> torch.Tensor:
-        return torch.cat([group.mean_C for group in self.groups])
-
-    @property
-    def variance_F(self) -> torch.Tensor:
-        """With divisor N."""
-        return torch.cat([group.covariance_CC.diagonal() for group in self.groups])

@@ -51,24 +51,31 @@ class ImageSet(Section):
     """Passes over the images."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimizer step."""
+    fit: Literal["squash", "crop"] = "squash"
+    """How an image becomes square: `squash` keeps every place, `crop` keeps the aspect and the centre."""
+
+
+class ImagenetSet(ImageSet):
+    """Photographs are cropped, as they were when the backbone was trained; of a domain every place matters."""
+
+    fit: Literal["squash", "crop"] = "crop"
+    """As for the domain. Scoring makes images square as `data.domain.fit` says."""
 
 
 class Data(Section):
     """Where the images are and how they are read."""
 
-    imagenet: ImageSet = ImageSet()
+    imagenet: ImagenetSet = ImagenetSet()
     """Phase 1."""
     domain: ImageSet = ImageSet()
     """Phase 2."""
     image_size: Annotated[int, Field(ge=16)] = 224
     """Height and width the backbone sees, in pixels."""
-    fit: Literal["squash", "crop"] = "squash"
-    """How an image becomes square: `squash` keeps every place, `crop` keeps the aspect and the centre."""
     num_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field("auto", json_schema_extra=FREE)
     """Decoding processes per training process; `auto` divides the processors that the job may use."""
     read_retries: Annotated[int, Field(ge=0)] = Field(3, json_schema_extra=FREE)
     """How often a read that fails with a passing I/O error is tried again, with growing pauses."""
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.01, json_schema_extra=FREE)
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.05, json_schema_extra=FREE)
     """Unreadable images are left out and listed; when they are more than this share, the run stops."""
 
 

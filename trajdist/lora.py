@@ -33,7 +33,7 @@ def attach(
     """Wrap ``model`` in a fresh adapter: only ``lora_`` weights train, and the output does not change yet.
 
     Raises:
-        ConfigError: ``target_modules`` matches no linear layer.
+        ConfigError: ``target_modules`` matches no linear layer, or something else.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     config = LoraConfig(
@@ -53,7 +53,7 @@ def attach(
         if "arget module" not in str(error):
             raise
         raise ConfigError(
-            f"domain_adaptation.lora.target_modules={target_modules!r} matches no linear layer: "
+            f"domain_adaptation.lora.target_modules={target_modules!r} must match linear layers, and only those: "
             f"there are {', '.join(linear)}."
         ) from None
     assert isinstance(adapted, PeftModel)

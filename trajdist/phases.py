@@ -158,7 +158,7 @@ def _check_same_model(config: Config, trajectory: Path, model: Path) -> None:
     pairs = {
         "backbone.name": (config.backbone.name, made.backbone),
         "data.image_size": (config.data.image_size, made.image_size),
-        "data.fit": (config.data.fit, made.fit),
+        "data.domain.fit": (config.data.domain.fit, made.fit),
         "model.spatial_resolution": (config.model.spatial_resolution, made.spatial_resolution),
         "model.feature_dim": (config.model.feature_dim, made.feature_dim),
         "model.type": (config.model.type, learned.type),

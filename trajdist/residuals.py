@@ -104,7 +104,9 @@ class ResidualModel(nn.Module):
         """Set means, whitening and clean energies from the moments of clean residuals."""
         covariance_FF = moments.covariance_FF.double().cpu()
         identity_FF = torch.eye(len(covariance_FF), dtype=torch.float64)
-        shrunk_FF = covariance_FF + SHRINKAGE * covariance_FF.diagonal().mean().clamp(min=1e-12) * identity_FF
+        # Of the variance over all places: that about the places' means is zero where there is but one image.
+        variance = moments.all.covariance_CC.diagonal().mean().double().cpu().clamp(min=1e-6)
+        shrunk_FF = covariance_FF + SHRINKAGE * variance * identity_FF
         order = deepest_first(self.widths)
         lower_FF = torch.linalg.cholesky(shrunk_FF[order][:, order])
         inverse_FF = torch.linalg.solve_triangular(lower_FF, identity_FF, upper=False)

@@ -73,7 +73,7 @@ class Session:
             plan,
             cursor=cursor,
             size=data.image_size,
-            fit=data.fit,
+            fit=getattr(data, set_name).fit,
             num_workers=resolve_workers(data.num_workers, self.processes.local_world),
             pin_memory=self.processes.device.type == "cuda",
         )

@@ -1,0 +1,251 @@
+"""Images: what decodes to what, what cannot be used and why, what a folder holds, and the loader's batches."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import noise, write_images
+from PIL import ExifTags, Image
+
+from trajdist.data.decode import decode, to_square
+from trajdist.data.loader import ImageBatch, SlotDataset, build_loader
+from trajdist.data.samples import SamplePhotos
+from trajdist.data.sources import ImageFolder, open_source, read_bytes
+from trajdist.errors import DataError
+from trajdist.sharding import Plan, Selection, Slots, digest
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(raw: bytes) -> np.ndarray:
+    image = decode(raw)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("WEBP", {"lossless": True}),
+        ("JPEG", {"quality": 95, "subsampling": 0}),
+        ("WEBP", {"quality": 95}),
+    ],
+)
+def test_formats(kind, options):
+    difference = np.abs(pixels(encode(noise(0), kind, **options)) - np.asarray(noise(0)))
+    lossy = "quality" in options
+    assert difference.mean() <= 3 * lossy
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "LAB"])
+def test_modes(mode):
+    grey = Image.new("RGB", (8, 8), (128, 128, 128)).convert("L")
+    image = Image.new("LAB", (8, 8), (137, 128, 128)) if mode == "LAB" else grey.convert(mode)
+    shown = pixels(encode(image, "TIFF"))
+    assert np.ptp(shown.mean((0, 1))) <= 2, "grey stays grey"
+    assert mode == "1" or np.abs(shown - 128).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (np.array([[0, 32768, 65535]], np.uint16), "PNG"),
+        (np.array([[0, 32768, 65535]], np.uint16), "TIFF"),
+        (np.array([[0, 32768, 65535]], np.int32), "TIFF"),
+        (np.array([[0, 0.5, 1.0]], np.float32), "TIFF"),
+        (np.array([[0, 128, 255]], np.float32), "TIFF"),
+        (np.array([[0, 128, 255]], np.int32), "TIFF"),
+    ],
+)
+def test_deep_greys_keep_their_range(values, kind):
+    shown = pixels(encode(Image.fromarray(values), kind))
+    assert np.abs(shown[0, :, 0] - [0, 128, 255]).max() <= 1
+
+
+def test_transparent_palette_keeps_its_colours():
+    image = noise(0).quantize(16)
+    opaque, transparent = (pixels(encode(image, "PNG", **options)) for options in ({}, {"transparency": bytes([0] * 16)}))
+    assert np.array_equal(opaque, transparent)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(orientation):
+    upright = noise(0).resize((40, 24))
+    turned = {
+        1: upright,
+        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: upright.rotate(180),
+        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.rotate(90, expand=True),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.rotate(-90, expand=True),
+    }[orientation]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    assert np.array_equal(pixels(encode(turned, "PNG", exif=exif)), np.asarray(upright))
+
+
+def test_large_jpegs_are_decoded_small_to_nearly_the_same():
+    raw = encode(noise(0, 1024), "JPEG", quality=95)
+    assert decode(raw, 64).size == (128, 128)
+    whole, small = (to_square(decode(raw, size), 64, "squash").astype(int) for size in (None, 64))
+    assert np.abs(whole - small).mean() < 2
+
+
+def test_squash_keeps_every_place_crop_keeps_the_aspect():
+    image = Image.new("RGB", (60, 20), "black")
+    image.paste("white", (0, 0, 20, 20))
+    assert to_square(image, 30, "squash")[:, :9].min() > 250
+    assert to_square(image, 30, "crop")[:, 2:].max() < 5
+    assert to_square(image, 30, "squash").shape == (30, 30, 3)
+
+
+def test_decompression_bombs_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 47)
+    with pytest.raises(Image.DecompressionBombWarning):
+        decode(encode(noise(0), "PNG"))
+
+
+@pytest.fixture
+def spoilt(tmp_path) -> ImageFolder:
+    """Two good images among four that cannot be used."""
+    write_images(tmp_path, 2)
+    whole = encode(noise(0, 200), "JPEG")
+    bad = {"empty.png": b"", "text.jpg": b"<html>no image</html>", "short.jpg": whole[: len(whole) // 2]}
+    for name, raw in bad.items():
+        (tmp_path / name).write_bytes(raw)
+    (tmp_path / "gone.png").write_bytes(b"x")
+    folder = ImageFolder(tmp_path, "data.imagenet.path")
+    (tmp_path / "gone.png").unlink()
+    return folder
+
+
+def test_bad_files_are_empty_slots_with_reasons(spoilt):
+    batch = SlotDataset(spoilt, lambda epoch, positions: positions, 32, "squash")[Slots(0, 0, 6, 8)]
+    assert batch.weights.tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert batch.images.shape == (8, 3, 32, 32)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert (batch.images[2:] == 128).all()
+    assert batch.images[:2].float().std() > 10
+    assert int(batch.digest) == digest(np.array([0, 1]))
+    reasons = {spoilt.name(index): reason for index, reason in batch.failures}
+    assert set(reasons) == {"empty.png", "gone.png", "short.jpg", "text.jpg"}
+    assert "the file is empty" in reasons["empty.png"]
+    assert "cannot identify image file" in reasons["text.jpg"]
+    assert "truncated" in reasons["short.jpg"]
+    assert "No such file" in reasons["gone.png"]
+    assert not any("\n" in reason or "0x" in reason for reason in reasons.values())
+
+
+def failing_read(times: int, number: int):
+    """``Path.read_bytes`` that fails ``times`` times; and the list of its calls."""
+    calls: list[Path] = []
+
+    def read(path: Path) -> bytes:
+        calls.append(path)
+        if len(calls) <= times:
+            raise OSError(number, os.strerror(number))
+        return b"whole"
+
+    return read, calls
+
+
+@pytest.mark.parametrize(
+    ("times", "number", "tries", "succeeds"),
+    [(2, errno.EIO, 3, True), (3, errno.ESTALE, 4, True), (4, errno.EIO, 4, False), (1, errno.ENOENT, 1, False)],
+)
+def test_passing_errors_are_tried_again(monkeypatch, times, number, tries, succeeds):
+    read, calls = failing_read(times, number)
+    pauses: list[float] = []
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr("time.sleep", pauses.append)
+    if succeeds:
+        assert read_bytes(Path("x"), retries=3) == b"whole"
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            read_bytes(Path("x"), retries=3)
+    assert len(calls) == tries
+    assert pauses == sorted(set(pauses)), "pauses grow"
+    assert len(pauses) == tries - 1
+
+
+def test_folder_listing(tmp_path):
+    root = tmp_path / "set"
+    write_images(root / "b", 2)
+    write_images(root / "a" / "deep", 1)
+    write_images(root / ".hidden", 1)
+    (root / ".secret.png").write_bytes(b"x")
+    (root / "notes.txt").write_text("no image")
+    (root / "UPPER.JPG").write_bytes(b"x")
+    write_images(tmp_path / "elsewhere", 1)
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "b" / "loop").symlink_to(root)
+    folder = ImageFolder(root, "key")
+    names = [folder.name(index) for index in range(len(folder))]
+    assert names == ["UPPER.JPG", "a/deep/0000.png", "b/0000.png", "b/0001.png", "linked/0000.png"]
+    assert folder.load(1, None).size == (48, 48)
+    (root / "b" / "0001.png").rename(root / "b" / "0002.png")
+    assert ImageFolder(root, "key").fingerprint != folder.fingerprint
+
+
+def test_names_that_are_no_unicode(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(encode(noise(0), "PNG"))
+    assert ImageFolder(tmp_path, "key").load(0, None).size == (48, 48)
+
+
+def test_one_image_is_a_source(tmp_path):
+    write_images(tmp_path, 2)
+    source = open_source(str(tmp_path / "0001.png"), "IMAGES")
+    assert (len(source), source.name(0)) == (1, "0001.png")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), [(None, "is not set"), ("/no/such/folder", "does not exist"), ("skimage:cats", "skimage:photos")]
+)
+def test_no_source(path, words):
+    with pytest.raises(DataError, match=words) as caught:
+        open_source(path, "data.domain.path")
+    assert "data.domain.path" in str(caught.value)
+
+
+def batches(folder: ImageFolder, workers: int, plan: Plan, cursor: int = 0) -> list[ImageBatch]:
+    selection = Selection.draw(len(folder), -1, 0.0, 0, 1)
+    options = {"size": 32, "fit": "squash", "num_workers": workers, "pin_memory": False}
+    return list(build_loader(folder, selection.train, plan, cursor=cursor, **options))
+
+
+def assert_same(left: list[ImageBatch], right: list[ImageBatch]) -> None:
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert all(torch.equal(one[field], other[field]) for field in range(3))
+        assert one.failures == other.failures
+
+
+def test_workers_give_the_same_batches(spoilt):
+    plan = Plan(num_images=6, num_epochs=2, global_batch=4, world=1, batch_size=4)
+    alone = batches(spoilt, 0, plan)
+    assert_same(alone, batches(spoilt, 2, plan))
+    assert [int(batch.weights.sum()) + len(batch.failures) for batch in alone] == [4, 2, 4, 2]
+    assert_same(alone[2:], batches(spoilt, 0, plan, cursor=6))
+
+
+def test_held_out_crops_do_not_touch_the_others():
+    sources = [SamplePhotos(f"skimage:gravel{part}", "key") for part in ("", "/heldout")]
+    boxes = [[source._box((512, 512), 0, crop) for crop in range(len(source))] for source in sources]
+    assert max(right for _, _, right, _ in boxes[0]) <= min(left for left, *_ in boxes[1])
+    assert len({source.fingerprint for source in sources}) == 2
+    assert np.array_equal(*(np.asarray(source.load(3, None)) for source in [sources[0]] * 2))

@@ -1,0 +1,151 @@
+"""Adapters: PEFT's own, harmless at first, on every layer, bound to their base."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+
+from trajdist import bundle, lora
+from trajdist.artifacts import fingerprint, read_json, write_json
+from trajdist.errors import ArtifactError, ConfigError
+from trajdist.models.registry import build_model
+
+SIZES = {"length": 4, "width": 6, "hidden_dim": 16, "latent_dim": 8, "num_layers": 1, "num_heads": 2, "dropout": 0.0}
+SETTINGS = {"rank": 2, "alpha": 4, "dropout": 0.0, "use_rslora": False, "use_dora": False}
+
+
+def base_model(kind: str = "autoencoder") -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(kind, **SIZES).eval()
+
+
+def attach(model: nn.Module, target_modules="all-linear", base="base", **changes) -> PeftModel:
+    return lora.attach(
+        model, **{**SETTINGS, **changes}, target_modules=target_modules, base_fingerprint=base
+    )
+
+
+def trajectories() -> torch.Tensor:
+    return torch.randn(8, 4, 6, generator=torch.Generator().manual_seed(1))
+
+
+def train(adapted: nn.Module, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW([w for w in adapted.parameters() if w.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (adapted(trajectories()).output_NLD - trajectories()).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "vae", "transformer"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["plain", "rslora", "dora"])
+def test_identity_at_first_then_only_the_adapter_moves(kind, options):
+    before = base_model(kind)(trajectories()).output_NLD
+    adapted = attach(base_model(kind), **options).eval()
+    torch.testing.assert_close(adapted(trajectories()).output_NLD, before, rtol=1e-5, atol=1e-6)
+    assert all("lora_" in name for name, weight in adapted.named_parameters() if weight.requires_grad)
+    base = fingerprint(lora.base_state(adapted))
+    assert not lora.is_alive(adapted)
+    train(adapted)
+    assert fingerprint(lora.base_state(adapted)) == base
+    assert lora.is_alive(adapted)
+    assert not torch.allclose(adapted(trajectories()).output_NLD, before, rtol=1e-3, atol=1e-3)
+
+
+def test_every_adapter_of_the_attention_is_used():
+    adapted = attach(base_model("transformer"), ["q", "k", "v", "o"])
+    train(adapted, steps=1)  # B is zero at first, and with it the slope of A.
+    adapted.zero_grad()
+    adapted(trajectories()).output_NLD.square().mean().backward()
+    slopes = {name: weight.grad for name, weight in adapted.named_parameters() if "lora_" in name}
+    assert len(slopes) == 2 * 4 * 2  # Encoder and decoder, q k v o, A and B.
+    assert all(slope is not None and slope.any() for slope in slopes.values())
+
+
+def test_all_linear_is_all_linear():
+    model = base_model("transformer")
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    adapted = attach(model)
+    assert {name.split(".lora_A")[0] for name in lora.adapter_state(adapted) if "lora_A" in name} == {
+        f"base_model.model.{name}" for name in linear
+    }
+
+
+def test_targets_by_regular_expression():
+    adapted = attach(base_model(), r"encoder\.[03]")
+    assert len(lora.adapter_state(adapted)) == 2 * 2
+    assert all("encoder" in name for name in lora.adapter_state(adapted))
+
+
+@pytest.mark.parametrize("targets", [["qq"], r"encoder\.\d+"], ids=["nothing", "also an activation function"])
+def test_targets_that_are_no_linear_layers(targets):
+    with pytest.raises(ConfigError, match=r"target_modules=.*must match linear layers.*there are encoder\.0"):
+        attach(base_model(), targets)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["plain", "rslora", "dora"])
+def test_saved_and_loaded_is_the_same(tmp_path, options):
+    adapted = attach(base_model(), **options)
+    train(adapted)
+    lora.save_adapter(adapted.eval(), tmp_path)
+    wanted = adapted(trajectories()).output_NLD
+    ours = lora.load_adapter(base_model(), tmp_path, "base").eval()
+    theirs = PeftModel.from_pretrained(base_model(), str(tmp_path)).eval()
+    assert torch.equal(ours(trajectories()).output_NLD, wanted)
+    assert torch.equal(theirs(trajectories()).output_NLD, wanted)
+    assert not any(weight.requires_grad for weight in ours.parameters())
+
+
+def test_adapter_of_another_base_is_refused(tmp_path):
+    lora.save_adapter(attach(base_model(), base="a" * 64), tmp_path)
+    with pytest.raises(ArtifactError, match="was trained on another base"):
+        lora.load_adapter(base_model(), tmp_path, "b" * 64)
+
+
+def test_adapter_that_does_not_fit_is_refused(tmp_path):
+    lora.save_adapter(attach(base_model("transformer")), tmp_path)
+    with pytest.raises(ArtifactError, match="does not fit"):
+        lora.load_adapter(base_model(), tmp_path, "base")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ArtifactError, match="not a sound safetensors file"):
+        lora.load_adapter(base_model(), tmp_path, "base")
+    write_json(tmp_path / "adapter_config.json", ["nothing"])
+    with pytest.raises(ArtifactError, match="another base"):
+        lora.load_adapter(base_model(), tmp_path, "base")
+
+
+def test_adapter_of_a_run_is_the_base_plus_b_times_a(debug_run):
+    """Without PEFT: W + alpha / rank * B A, from the files alone."""
+    base, document = bundle.load_model(debug_run / "phase1" / "model.safetensors")
+    x = torch.randn(8, document.length, document.width)
+    folder = debug_run / "phase2" / "adapter"
+    adapted = PeftModel.from_pretrained(base, str(folder)).eval()
+    plain, _ = bundle.load_model(debug_run / "phase1" / "model.safetensors")
+    config, factors = read_json(folder / "adapter_config.json"), load_file(folder / "adapter_model.safetensors")
+    ups = {name: value for name, value in factors.items() if "lora_B" in name}
+    assert ups
+    with torch.no_grad():
+        untouched = plain.eval()(x).output_NLD
+        for name, up in ups.items():
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+            update = up @ factors[name.replace("lora_B", "lora_A")] * config["lora_alpha"] / config["r"]
+            plain.get_submodule(module).weight.data += update
+        torch.testing.assert_close(adapted(x).output_NLD, plain(x).output_NLD, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(untouched, plain(x).output_NLD, atol=1e-4)
+
+
+def test_a_run_keeps_its_base(debug_run, tmp_path):
+    """The adapter's base is Phase 1 of the same run; one changed weight makes it another."""
+    model = tmp_path / "model.safetensors"
+    shutil.copy(debug_run / "phase1" / "model.safetensors", model)
+    base, document = bundle.load_model(model)
+    lora.check_base(debug_run / "phase2" / "adapter", bundle.base_fingerprint(base, document))
+    with torch.no_grad():
+        next(base.parameters()).view(-1)[0] += 1e-3
+    with pytest.raises(ArtifactError, match="another base"):
+        lora.check_base(debug_run / "phase2" / "adapter", bundle.base_fingerprint(base, document))

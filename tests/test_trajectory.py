@@ -1,0 +1,204 @@
+"""Trajectories against a plain forward with hooks; statistics against numpy; one activation at a time."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trajdist import trajectory
+from trajdist.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, build_backbone
+from trajdist.trajectory import BlockMoments, Projection, TrajectoryExtractor, fit_projection, pool
+
+IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+BLOCKS = ("layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1", "layer4.0", "layer4.1")
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return build_backbone("resnet18", "none", [], 64, seed=0)
+
+
+def random_projection_for(backbone: Backbone, feature_dim: int) -> Projection:
+    generator = torch.Generator().manual_seed(1)
+    projection = Projection([block.channels for block in backbone.blocks], feature_dim)
+    for block, channels in enumerate(projection.channels):
+        width = min(channels, feature_dim)
+        matrix = torch.randn(channels, width, generator=generator) / channels
+        projection.set_block(block, torch.randn(channels, generator=generator), matrix)
+    return projection
+
+
+def plain_activations(backbone: Backbone) -> list[torch.Tensor]:
+    """The same network as torchvision builds it, with hooks, in plain memory format."""
+    network = torchvision.models.resnet18(weights=None).eval()
+    network.load_state_dict(backbone.network.state_dict())
+    found: list[torch.Tensor] = []
+    for name in BLOCKS:
+        network.get_submodule(name).register_forward_hook(lambda module, inputs, output: found.append(output))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.no_grad():
+        network((IMAGES / 255.0 - mean) / std)
+    return found
+
+
+@pytest.mark.parametrize("resolution", [2, 4, 16])
+def test_values_are_those_of_a_plain_forward(backbone, resolution):
+    projection = random_projection_for(backbone, 80)
+    ours = TrajectoryExtractor(backbone, projection, resolution)(IMAGES)
+    assert ours.shape == (3, resolution, resolution, 8, 80)
+    assert ours.dtype == torch.float32
+    for block, activation in enumerate(plain_activations(backbone)):
+        shrinks = activation.shape[-1] >= resolution
+        size = (resolution, resolution)
+        grid = F.adaptive_avg_pool2d(activation, size) if shrinks else F.interpolate(activation, size, mode="bilinear")
+        rows = grid.permute(0, 2, 3, 1) - projection.get_buffer(f"mean_{block}")
+        wanted = rows @ projection.get_buffer(f"matrix_{block}")
+        torch.testing.assert_close(ours[..., block, : wanted.shape[-1]], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_with_fewer_channels_are_padded_with_zeros(backbone):
+    projection = random_projection_for(backbone, 80)
+    assert projection.valid_LD.sum(1).tolist() == [64, 64, 80, 80, 80, 80, 80, 80]
+    ours = TrajectoryExtractor(backbone, projection, 4)(IMAGES)
+    assert (ours[..., ~projection.valid_LD] == 0).all()
+    assert (ours[..., projection.valid_LD] != 0).all()
+
+
+def test_trajectories_can_be_trained_on(backbone):
+    """A tensor that is made in inference mode could not."""
+    ours = TrajectoryExtractor(backbone, random_projection_for(backbone, 4), 2)(IMAGES)
+    weight = torch.ones(4, requires_grad=True)
+    (ours * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_one_activation_at_a_time(backbone, monkeypatch):
+    seen: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def watching_pool(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
+        seen.append(weakref.ref(map_BCHW))
+        alive.append(sum(reference() is not None for reference in seen))
+        return pool(map_BCHW, resolution)
+
+    monkeypatch.setattr(trajectory, "pool", watching_pool)
+    ours = TrajectoryExtractor(backbone, random_projection_for(backbone, 4), 2)(IMAGES)
+    assert len(alive) == 8
+    # Beside a block's output its input still lives, and the input of the stage it is in.
+    assert max(alive) <= 3
+    assert not any(reference() is not None for reference in seen)
+    assert ours.untyped_storage().nbytes() == ours.numel() * 4
+
+
+BATCHES = st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=9), min_size=1, max_size=6)
+
+
+def rows_for(batches: list[list[float]], channels: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Correlated rows with a large mean, garbage where the weight is 0."""
+    generator = torch.Generator().manual_seed(len(batches))
+    mix = torch.randn(channels, channels, generator=generator)
+    made = []
+    for weights in map(torch.tensor, batches):
+        rows = torch.randn(len(weights), channels, generator=generator) @ mix + 300.0
+        made.append((torch.where(weights[:, None] > 0, rows, torch.full_like(rows, 1e4)), weights))
+    return made
+
+
+def assert_moments_of(moments: BlockMoments, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    counted = np.concatenate([rows[weights > 0].double().numpy() for rows, weights in batches])
+    assert int(moments.count) == len(counted)
+    if len(counted):
+        np.testing.assert_allclose(moments.mean_C, counted.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(moments.covariance_CC, np.cov(counted.T, bias=True), rtol=1e-3, atol=1e-3)
+
+
+@given(BATCHES)
+def test_moments_are_those_of_numpy(batches):
+    made, moments = rows_for(batches), BlockMoments(5, torch.device("cpu"))
+    for rows, weights in made:
+        moments.update(rows, weights)
+    assert_moments_of(moments, made)
+
+
+def test_moments_of_several_processes_are_those_of_all_rows():
+    made = rows_for([[1.0, 1.0, 0.0, 1.0], [1.0, 1.0], [0.0], [1.0] * 5])
+    barrier, boxes = threading.Barrier(4), [torch.empty(0)] * 4
+
+    def process(rank: int) -> BlockMoments:
+        def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+            boxes[rank] = tensor
+            barrier.wait(30)
+            total = torch.stack(boxes).sum(0)
+            barrier.wait(30)
+            return total
+
+        moments = BlockMoments(5, torch.device("cpu"))
+        moments.update(*made[rank])
+        moments.all_reduce(all_reduce)
+        return moments
+
+    with ThreadPoolExecutor(4) as pool_of_threads:
+        for moments in pool_of_threads.map(process, range(4)):
+            assert_moments_of(moments, made)
+
+
+@pytest.fixture
+def measured() -> tuple[torch.Tensor, BlockMoments]:
+    """Rows of 24 correlated channels of very different scales, and their moments."""
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(24, 24, generator=generator) * torch.logspace(0, 1.5, 24)
+    rows = torch.randn(4000, 24, generator=generator) @ mix + 50.0
+    moments = BlockMoments(24, torch.device("cpu"))
+    moments.update(rows, torch.ones(len(rows)))
+    return rows, moments
+
+
+def test_pca_whitens_the_leading_components(measured):
+    rows, moments = measured
+    projection = Projection([24], 8)
+    fit_projection(projection, [moments], "pca", seed=0)
+    whitened = projection(0, rows[None])[0].double()
+    torch.testing.assert_close(torch.cov(whitened.T, correction=0), torch.eye(8).double(), rtol=0, atol=1e-3)
+    assert whitened.mean(0).abs().max() < 1e-3
+    # The leading ones: nothing else of that width reconstructs the rows better.
+    centred = (rows - rows.mean(0)).double()
+    left = centred - whitened @ torch.linalg.lstsq(whitened, centred).solution
+    values = torch.linalg.eigvalsh(moments.covariance_CC)
+    torch.testing.assert_close(left.square().sum() / len(rows), values[:-8].sum(), rtol=1e-3, atol=0)
+
+
+def test_noise_directions_are_not_blown_up():
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.cat([torch.randn(500, 2, generator=generator), torch.zeros(500, 2)], 1)
+    moments = BlockMoments(4, torch.device("cpu"))
+    moments.update(rows, torch.ones(500))
+    projection = Projection([4], 4)
+    fit_projection(projection, [moments], "pca", seed=0)
+    assert projection.get_buffer("matrix_0").isfinite().all()
+    assert projection.get_buffer("matrix_0").abs().max() < 1e3
+    assert projection(0, rows[None])[..., 2:].abs().max() < 1e-2
+
+
+def test_random_projection_is_orthogonal_with_unit_variance(measured):
+    rows, moments = measured
+    projection = Projection([24], 8)
+    fit_projection(projection, [moments], "random", seed=0)
+    reduced = projection(0, rows[None])[0]
+    torch.testing.assert_close(reduced.var(0, correction=0), torch.ones(8), rtol=0, atol=1e-3)
+    assert reduced.mean(0).abs().max() < 1e-2
+    # On standardised channels the directions are orthogonal.
+    directions = projection.get_buffer("matrix_0") * moments.covariance_CC.diagonal().float().sqrt()[:, None]
+    directions = F.normalize(directions, dim=0)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(8), rtol=0, atol=1e-5)
+    other = Projection([24], 8)
+    fit_projection(other, [moments], "random", seed=1)
+    assert not torch.allclose(other.get_buffer("matrix_0"), projection.get_buffer("matrix_0"))
