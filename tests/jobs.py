@@ -113,7 +113,7 @@ def start(
         launcher += ["--main_process_port", str(free_port())]
     command = [sys.executable, *launcher, "-m", module, *map(str, args)]
     # Files, not pipes: nothing blocks on output that nobody reads.
-    stdout, stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    stdout, stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # Job.end closes them.
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

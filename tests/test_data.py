@@ -77,7 +77,9 @@ def test_deep_greys_keep_their_range(values, kind):
 
 def test_transparent_palette_keeps_its_colours():
     image = noise(0).quantize(16)
-    opaque, transparent = (pixels(encode(image, "PNG", **options)) for options in ({}, {"transparency": bytes([0] * 16)}))
+    opaque, transparent = (
+        pixels(encode(image, "PNG", **options)) for options in ({}, {"transparency": bytes([0] * 16)})
+    )
     assert np.array_equal(opaque, transparent)
 
 

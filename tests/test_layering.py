@@ -8,16 +8,17 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
 import trajdist
 
 PACKAGE = Path(trajdist.__file__).parent
 LAYERS = (
-    "errors config sharding artifacts pictures",
+    "errors files config sharding artifacts pictures",
     "data.__init__ data.decode data.sources data.samples data.loader data.labelled data.defects backbones",
     "trajectory models.__init__ models.reconstruction models.autoencoder models.vae models.transformer"
     " models.registry losses schedules",
     "lora checkpoint bundle rundir histogram metrics calibration residuals report score_files",
-    "runtime progress journal loop session scorer",
+    "runtime watchdog progress journal loop session scorer",
     "statistics phases scoring evaluation reporting audit plan",
     "cli __main__ inspection __init__",
 )

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trajdist import bundle, lora
-from trajdist.artifacts import fingerprint, read_json, write_json
+from trajdist.artifacts import fingerprint
 from trajdist.errors import ArtifactError, ConfigError
+from trajdist.files import read_json, write_json
 from trajdist.models.registry import build_model
 
 SIZES = {"length": 4, "width": 6, "hidden_dim": 16, "latent_dim": 8, "num_layers": 1, "num_heads": 2, "dropout": 0.0}
@@ -25,9 +26,7 @@ def base_model(kind: str = "autoencoder") -> nn.Module:
 
 
 def attach(model: nn.Module, target_modules="all-linear", base="base", **changes) -> PeftModel:
-    return lora.attach(
-        model, **{**SETTINGS, **changes}, target_modules=target_modules, base_fingerprint=base
-    )
+    return lora.attach(model, **{**SETTINGS, **changes}, target_modules=target_modules, base_fingerprint=base)
 
 
 def trajectories() -> torch.Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from trajdist.sharding import Plan, Selection, digest, key64, permute
 
 PLANS = st.builds(
@@ -117,7 +118,9 @@ def test_selection(total, num_samples, holdout_fraction, seed, data):
     assert len(set(held_out.tolist())) == selection.num_holdout
     assert not set(epochs[0].tolist()) & set(held_out.tolist())
     assert {*epochs[0].tolist(), *held_out.tolist()} <= set(range(total))
-    assert selection.num_train == (total - selection.num_holdout if num_samples < 0 else min(num_samples, total - selection.num_holdout))
+    assert selection.num_train == (
+        total - selection.num_holdout if num_samples < 0 else min(num_samples, total - selection.num_holdout)
+    )
     assert num_samples == 0 or selection.num_train > 0
 
 

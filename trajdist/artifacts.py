@@ -1,4 +1,4 @@
-"""Files that outlive a run: safetensors and JSON, never pickle; written whole or not at all.
+"""Tensors that outlive a run: safetensors, never pickle; written whole or not at all.
 
 Every safetensors file of trajdist carries one JSON document under the metadata key ``trajdist``.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from trajdist.errors import ArtifactError
+from trajdist.files import write_bytes
 
 METADATA_KEY = "trajdist"
 
@@ -29,57 +29,6 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | 
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or, whatever happens, as it was before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ArtifactError(
-            f"{str(path)!r} cannot be written ({error.strerror}): free some space or make the folder writable; "
-            "what was there before is untouched."
-        ) from None
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut, where the file system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # Some network file systems cannot sync folders; the files themselves are synced.
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document atomically."""
-    write_bytes(path, json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON document.
-
-    Raises:
-        ArtifactError: the file is missing or is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise ArtifactError(f"{str(path)!r} cannot be read ({error.strerror}).") from None
-    except (ValueError, RecursionError):
-        raise ArtifactError(f"{str(path)!r} is damaged: it is not JSON.") from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], document: Any = None) -> None:

@@ -14,13 +14,15 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
 
-from trajdist.artifacts import read_json, read_tensors, sync_folder, write_bytes
+from trajdist.artifacts import read_tensors
 from trajdist.errors import ArtifactError
+from trajdist.files import read_json, sync_folder, write_bytes
 
 Tensors = dict[str, torch.Tensor]
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -118,14 +120,32 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose manifest holds, and a sentence for each newer one that is damaged."""
+    """The newest checkpoint whose manifest holds, and a sentence for each newer one that is damaged.
+
+    Damaged ones are renamed: left where they are, they would count among the newest to keep.
+    """
     problems: list[str] = []
     for _, path in sorted(_numbered(folder), reverse=True):
         problem = verify(path)
         if problem is None:
             return path, problems
-        problems.append(f"the checkpoint {str(path)!r} is damaged ({problem}): using the one before it.")
+        aside = _set_aside(path)
+        problems.append(
+            f"the checkpoint {str(path)!r} is damaged ({problem}): using the one before it; this one is now {aside!r}."
+        )
     return None, problems
+
+
+def _set_aside(path: Path) -> str:
+    """Rename a damaged checkpoint, if possible; returns its name."""
+    number, aside = 1, path.with_name(f"damaged-{path.name}")
+    while aside.exists():
+        number, aside = number + 1, path.with_name(f"damaged-{path.name}-{number}")
+    try:
+        path.rename(aside)
+    except OSError:
+        return path.name
+    return aside.name
 
 
 def verify(path: Path) -> str | None:
@@ -155,10 +175,86 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+class Totals(BaseModel):
+    """A :class:`trajdist.journal.Sums` in a file."""
+
+    model_config = ConfigDict(extra="forbid")
+    images: int
+    loss: int
+    recon: int
+    kl: int
+    digest: int
+    failures: int
+    not_finite: int
+
+
+class Books(BaseModel):
+    """The state of a :class:`trajdist.journal.Journal`."""
+
+    model_config = ConfigDict(extra="forbid")
+    line: Totals
+    epoch: Totals
+    total: Totals
+    first_loss: float | None
+    final_loss: float | None
+    epoch_memory: list[float]
+
+
+class State(BaseModel):
+    """``state.json``."""
+
+    model_config = ConfigDict(extra="forbid")
+    base: str
+    phase: Literal[1, 2]
+    cursor: int = Field(ge=0, lt=2**62)
+    step: int = Field(ge=0, lt=2**62)
+    global_batch: int = Field(gt=0, lt=2**62)
+    num_processes: int = Field(gt=0)
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    stages: dict[str, float]
+    journal: Books
+    scaler: dict[str, int | float] | None
+    file_sizes: dict[str, Annotated[int, Field(ge=0, lt=2**62)]]
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a verified checkpoint."""
-    state = read_json(path / "state.json")
+    """Read a verified checkpoint.
+
+    Raises:
+        ArtifactError: its hashes hold, but somebody else than trajdist wrote it.
+    """
+    try:
+        state = State.model_validate(read_json(path / "state.json")).model_dump()
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(map(str, problem["loc"])) or "state"
+        raise ArtifactError(f"{str(path / 'state.json')!r} is damaged ({field}: {problem['msg']}).") from None
     return Checkpoint(read_tensors(path / "model.safetensors"), read_tensors(path / "optimizer.safetensors"), state)
+
+
+def check_fits(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a checkpoint of another model, before anything of it is used.
+
+    Raises:
+        ArtifactError: the first tensor that is missing, unknown or of another shape.
+    """
+    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
+    moments = {
+        f"{number}.{name}": weight.shape if name != "step" else torch.Size()
+        for number, weight in enumerate(parameters)
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    }
+    # Before its first step the optimizer has no state.
+    pairs = [(checkpoint.model, {name: weight.shape for name, weight in weights.items()})]
+    pairs += [(checkpoint.optimizer, moments)] if checkpoint.optimizer else []
+    for found, expected in pairs:
+        shapes = {name: tensor.shape for name, tensor in found.items()}
+        wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        if wrong:
+            raise ArtifactError(
+                f"the checkpoint has another {wrong[0]!r} than the model: it belongs to another run; restore the "
+                "checkpoints folder, or start over with --fresh."
+            )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:

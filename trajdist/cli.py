@@ -57,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("images", metavar="IMAGES", help="a folder of images, one image, or skimage:NAME/heldout")
     evaluate = _add_scoring(commands, "evaluate", "labelled images in MVTec layout -> metrics.json as well", _evaluate)
     evaluate.add_argument("images", metavar="DATASET", help="a folder with test/ and ground_truth/ in it")
+    audit = _add(commands, "audit", "proves that each image was seen once per epoch", _audit)
+    audit.add_argument("run_dir", metavar="RUN_DIR")
     inspect = _add(commands, "inspect", "what is in a run, an adapter, a checkpoint or a safetensors file", _inspect)
     inspect.add_argument("path", metavar="PATH")
     config = _add(commands, "config", "the resolved config", _config)
@@ -177,6 +179,15 @@ def _scoring_options(arguments: argparse.Namespace) -> Options:
         explain=arguments.explain,
         overlays=arguments.overlays,
     )
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from trajdist.audit import audit, report
+
+    found = audit(arguments.run_dir)
+    for line in report(found):
+        print(line)
+    return 1 if found.problems else 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -277,11 +277,11 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if path.is_dir():
-        raise ConfigError(f"the config {name!r} is a folder: name a YAML file in it.")
     shipped = {file.stem: file for folder in _config_folders() for file in sorted(folder.glob("*.yaml"))}
     if path.stem in shipped and path.suffix in ("", ".yaml") and len(path.parts) == 1:
         return shipped[path.stem]
+    if path.is_dir():
+        raise ConfigError(f"the config {name!r} is a folder: name a YAML file in it.")
     raise ConfigError(
         f"there is no config file {name!r}: name a YAML file, or one of the shipped configs {', '.join(shipped)}."
     )
@@ -300,8 +300,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"the config {str(path)!r} cannot be read as YAML: {reason}") from None
+        reason = " ".join(str(error).split()).rstrip("^ :.")
+        raise ConfigError(f"the config {str(path)!r} cannot be read as YAML ({reason}): mend the file.") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -373,7 +373,8 @@ def _explain(error: ValidationError) -> str:
     value = problem["input"]
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        return f"unknown config key {key} (= {value!r}): did you mean {close[0]}?"
+        shown = key if key.isprintable() else ascii(key)
+        return f"unknown config key {shown} (= {value!r}): did you mean {close[0]}?"
     if key in sections:
         return f"{key} = {value!r} is not a group of keys: write {key}.KEY=VALUE (see trajdist config)."
     message = problem["msg"]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from trajdist.artifacts import write_json
 from trajdist.data.labelled import GOOD, LabelledFolder
 from trajdist.errors import DataError
+from trajdist.files import write_json
 from trajdist.histogram import ScoreHistogram
 from trajdist.metrics import Curve, PixelScores, bootstrap_interval, curve
 from trajdist.reporting import Labels, defect_scores, report
@@ -113,6 +113,7 @@ def _measure_kind(images: Curve, pixels: PixelScores) -> dict[str, Any]:
         "pixel_ap": pixel_curve.average_precision(),
         "pixel_f1_max": pixel_f1 and pixel_f1[0],
         "aupro": pixels.aupro(),
+        "binning_error": max(images.tied_share, pixel_curve.tied_share) / 2,
     }
 
 

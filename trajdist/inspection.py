@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from trajdist.artifacts import METADATA_KEY, read_json
+from trajdist.artifacts import METADATA_KEY
 from trajdist.errors import ArtifactError
+from trajdist.files import read_json
 
 # The safetensors format itself allows no longer header.
 LARGEST_HEADER = 100_000_000
@@ -44,7 +45,7 @@ def inspect(path: Path) -> Iterator[RenderableType]:
 
 
 def _inspect_run(path: Path) -> Iterator[RenderableType]:
-    status = read_json(path / "status.json") if (path / "status.json").exists() else {"status": "never started"}
+    status = _object(path / "status.json") if (path / "status.json").exists() else {"status": "never started"}
     yield _facts(f"run {path}", {**status, "files": _listing(path)})
     if (path / "summary.json").exists():
         from trajdist.progress import summary_table
@@ -58,15 +59,20 @@ def _inspect_run(path: Path) -> Iterator[RenderableType]:
         yield from _inspect_checkpoint(checkpoint)
 
 
+def _object(path: Path) -> dict[str, Any]:
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{str(path)!r} is damaged: it is not a JSON object.")
+    return document
+
+
 def _listing(path: Path) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
     return "\n".join(f"{file.relative_to(path)}  {file.stat().st_size:,} bytes" for file in files)
 
 
 def _inspect_adapter(path: Path) -> Iterator[RenderableType]:
-    document = read_json(path / "adapter_config.json")
-    if not isinstance(document, dict):
-        raise ArtifactError(f"{str(path / 'adapter_config.json')!r} is damaged: it is not a JSON object.")
+    document = _object(path / "adapter_config.json")
     shown = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
     facts = {key: document.get(key) for key in (*shown, "base_model_name_or_path")}
     yield _facts(f"adapter {path}", facts)
@@ -79,23 +85,29 @@ def _inspect_checkpoint(path: Path) -> Iterator[RenderableType]:
     problem = verify(path)
     facts: dict[str, Any] = {"hashes": "hold" if problem is None else problem}
     if problem is None:
-        state = read_json(path / "state.json")
-        facts |= {key: state[key] for key in ("phase", "step", "cursor", "global_batch", "num_processes", "seconds")}
+        shown = ("phase", "step", "cursor", "global_batch", "num_processes", "seconds")
+        facts |= {key: _object(path / "state.json").get(key) for key in shown}
     yield _facts(f"checkpoint {path}", facts)
 
 
 def _inspect_safetensors(path: Path) -> Iterator[RenderableType]:
     header = read_header(path)
-    metadata = header.pop("__metadata__", {})
-    document = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
+    document = header.pop("__metadata__", {}).get(METADATA_KEY)
     if document is not None:
-        yield _facts(str(path), json.loads(document))
+        yield _facts(str(path), _document(path, document))
     table = Table(title=f"tensors of {path}", title_justify="left")
     for column in ("name", "type", "shape"):
         table.add_column(column)
     for name, entry in sorted(header.items()):
         table.add_row(name, str(entry["dtype"]), " x ".join(map(str, entry["shape"])) or "scalar")
     yield table
+
+
+def _document(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        raise ArtifactError(f"{str(path)!r} is damaged: its metadata is not a JSON object.") from None
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -110,14 +122,21 @@ def read_header(path: Path) -> dict[str, Any]:
             if size > min(LARGEST_HEADER, path.stat().st_size - 8):
                 raise ValueError("the header is longer than the file")
             header = json.loads(handle.read(size))
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-        if not all(isinstance(entry, dict) and {"dtype", "shape"} <= entry.keys() for entry in tensors):
+        if not all(_is_entry(name, entry) for name, entry in header.items()):
             raise ValueError("the header does not list tensors")
     except OSError as error:
         raise ArtifactError(f"{str(path)!r} cannot be read ({error.strerror}).") from None
     except (struct.error, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{str(path)!r} is not a sound safetensors file ({error}).") from None
     return dict(header)
+
+
+def _is_entry(name: str, entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    if name == "__metadata__":
+        return all(isinstance(value, str) for value in entry.values())
+    return isinstance(entry.get("dtype"), str) and isinstance(entry.get("shape"), list)
 
 
 def _facts(title: str, facts: Mapping[str, Any]) -> Table:

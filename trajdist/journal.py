@@ -57,6 +57,8 @@ class BadImages:
 
     def __init__(self, rundir: RunDir, processes: Processes) -> None:
         self._rundir, self._processes = rundir, processes
+        if processes.is_main:
+            rundir.mend(rundir.bad_images)
         self._known = _names_in(rundir.bad_images) if processes.is_main else set()
         self._new: list[tuple[int, str]] = []
 
@@ -69,7 +71,7 @@ class BadImages:
         self._new = []
         if self._processes.is_main:
             for index, reason in found:
-                record = {"set": set_name, "image": name_of(index), "reason": reason}
+                record = {"set": set_name, "index": index, "image": name_of(index), "reason": reason}
                 if (set_name, record["image"]) not in self._known:
                     self._known.add((set_name, record["image"]))
                     self._rundir.append(self._rundir.bad_images, record)
@@ -105,7 +107,7 @@ class Journal:
         self.phase, self._rundir, self._processes = phase, rundir, processes
         self._name_of, self._files_of = name_of, files_of
         self._set_name, self._num_images = set_name, num_images
-        self._max_bad = max_bad_fraction * num_images
+        self._max_bad_fraction = max_bad_fraction
         self._bad_images = BadImages(rundir, processes)
         device = processes.device
         self._device_sums = torch.zeros(len(vars(Sums())), dtype=torch.int64, device=device)
@@ -146,11 +148,7 @@ class Journal:
         self._stretch_start = None
         if sums.not_finite:
             raise TrainingError(self._explain_not_finite())
-        if self.epoch.failures > self._max_bad:
-            raise DataError(
-                f"{self.epoch.failures} of {self._num_images} images could not be used, more than "
-                f"data.max_bad_fraction allows: see {self._rundir.bad_images}, mend them or raise the fraction."
-            )
+        check_bad_fraction(self.epoch.failures, self._num_images, self._max_bad_fraction, self._rundir)
 
     def begin(self, step: Step) -> None:
         """A step begins; the first one after a flush opens the next stretch of the ledger."""
@@ -212,6 +210,19 @@ class Journal:
         return (
             f"the loss of phase {self.phase} was no longer finite at step {index + 1}, on the images {named}: look at "
             "them, or lower the learning rate; the last checkpoint is from before that step."
+        )
+
+
+def check_bad_fraction(failures: int, num_images: int, allowed: float, rundir: RunDir) -> None:
+    """Stop where too many images could not be read, or all of them.
+
+    Raises:
+        DataError: with where the list is.
+    """
+    if failures > allowed * num_images or failures == num_images:
+        raise DataError(
+            f"{failures} of {num_images} images could not be used, more than data.max_bad_fraction={allowed:g} "
+            f"allows: see {str(rundir.bad_images)!r}, mend them or raise the fraction."
         )
 
 

@@ -15,7 +15,14 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
 
-from trajdist.checkpoint import Checkpoint, CheckpointWriter, Tensors, optimizer_tensors, restore_optimizer
+from trajdist.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    Tensors,
+    check_fits,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import StopRequested
 from trajdist.journal import Journal
@@ -26,6 +33,7 @@ from trajdist.runtime import Clock, Processes, StopFlag, empty_cache, memory_byt
 from trajdist.schedules import linear_warmup, warmup_cosine
 from trajdist.sharding import Plan, Step, key64
 from trajdist.trajectory import TrajectoryExtractor
+from trajdist.watchdog import Watchdog
 
 # On CUDA, reading a flag waits for the device, so processes agree only every so many steps.
 AGREE_EVERY_ON_CUDA = 10
@@ -79,6 +87,7 @@ class Job:
     rundir: RunDir
     writer: CheckpointWriter
     stop: StopFlag
+    watchdog: Watchdog
     progress: Progress
     clock: Clock
     at: Position
@@ -120,6 +129,7 @@ def begin_step(job: Job, step: Step) -> None:
     for group in job.optimizer.param_groups:
         group["lr"] = job.recipe.learning_rate * factor
     job.journal.begin(step)
+    job.watchdog.beat()
 
 
 def progress_at(job: Job, step: Step) -> float:
@@ -130,6 +140,7 @@ def progress_at(job: Job, step: Step) -> float:
 def next_batch(job: Job, batches: Iterator[ImageBatch]) -> ImageBatch:
     with job.clock("data"):
         batch = next(batches)
+    job.watchdog.beat()
     return move(batch, job.processes.device, job.clock)
 
 
@@ -147,6 +158,7 @@ def add_gradients(job: Job, step: Step, batch: ImageBatch) -> None:
             trajectories = job.extract(batch.images)
         with job.clock("model"):
             losses = compute_losses(job, step, trajectories, batch)
+            job.watchdog.beat()
             job.accelerator.backward(losses.loss @ batch.weights / step.num_images * gradient_share(job))
     job.journal.add(step, batch, losses)
 
@@ -176,6 +188,7 @@ def update(job: Job, step: Step, images: torch.Tensor) -> None:
 
 def finish_step(job: Job, step: Step) -> None:
     """Whatever is due between two steps. All processes decide alike."""
+    job.watchdog.beat()
     rhythm, done = job.rhythm, step.index + 1
     job.at.step = done
     stop, overdue = agree(job, step)
@@ -289,8 +302,13 @@ def save_checkpoint(job: Job, step: Step) -> None:
     job.rundir.write_status("running", job.phase, step.index + 1)
 
 
-def restore(job: Job, checkpoint: Checkpoint) -> int:
-    """Put a checkpoint into the job; returns the cursor to go on from."""
+def restore(job: Job, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint into the job.
+
+    Raises:
+        ArtifactError: it does not fit the model or the optimizer.
+    """
+    check_fits(checkpoint, trainable(job), job.optimizer)
     with torch.no_grad():
         for name, weight in trainable(job).items():
             weight.copy_(checkpoint.model[name])
@@ -300,4 +318,3 @@ def restore(job: Job, checkpoint: Checkpoint) -> int:
     job.journal.restore(checkpoint.state["journal"])
     job.seconds_before = checkpoint.state["seconds"]
     job.clock.restore(checkpoint.state["stages"])
-    return int(checkpoint.state["cursor"])

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 
-from trajdist.artifacts import fingerprint, read_json, read_tensors, sync_folder
+from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.bundle import load_model
 from trajdist.errors import ArtifactError, ConfigError, TrainingError
+from trajdist.files import read_json, sync_folder
 from trajdist.rundir import RunDir
 
 # The adapter's config names its base by this prefix and the base's fingerprint.
@@ -133,8 +135,16 @@ def save_proven(rundir: RunDir, adapted: nn.Module, base_before: str, base_id: s
         )
     temporary = rundir.adapter.with_name(".adapter.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    rundir.adapter.parent.mkdir(exist_ok=True)
-    save_adapter(adapted, temporary)
+    try:
+        rundir.adapter.parent.mkdir(exist_ok=True)
+        save_adapter(adapted, temporary)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ArtifactError(
+            f"the adapter {str(rundir.adapter)!r} cannot be written ({reason}): free some space or make the folder "
+            "writable and run the same command again."
+        ) from None
     base, document = load_model(rundir.model)
     again = load_adapter(base, temporary, base_id).eval()
     probe_NLD = torch.randn(64, document.length, document.width, generator=torch.Generator().manual_seed(0))

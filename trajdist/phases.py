@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,10 +42,7 @@ def run(config: Config, sources: dict[str, ImageSource], phases: Sequence[int], 
     at = Position()
     with session.stop.listening():
         try:
-            if 1 in phases:
-                phase1(session, at)
-            if 2 in phases:
-                phase2(session, at)
+            _run_phases(session, at, phases)
             _record_end(session, at, None)
         except BaseException as error:
             _record_end(session, at, error)
@@ -55,6 +53,12 @@ def run(config: Config, sources: dict[str, ImageSource], phases: Sequence[int], 
     return session.rundir.read_summary()
 
 
+def _run_phases(session: Session, at: Position, phases: Sequence[int]) -> None:
+    with session.watchdog.watching(lambda why: _record_failure(session, at, why)):
+        for phase in sorted(phases):
+            PHASES[phase](session, at)
+
+
 def _record_end(session: Session, at: Position, error: BaseException | None) -> None:
     if not session.processes.is_main:
         return
@@ -62,13 +66,20 @@ def _record_end(session: Session, at: Position, error: BaseException | None) -> 
         session.rundir.write_status("done", at.phase, at.step)
         session.console.print(summary_table(session.rundir.read_summary()))
         session.say(f"all files are in {session.rundir.path}")
-    elif isinstance(error, StopRequested):
+    elif isinstance(error, (StopRequested, KeyboardInterrupt)):
         session.rundir.stop_file.unlink(missing_ok=True)
         session.rundir.write_status("stopped", at.phase, at.step, str(error))
         session.say(f"stopped ({error}): run the same command again to go on")
     else:
         why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        session.rundir.write_status("failed", at.phase, at.step, why)
+        _record_failure(session, at, why)
+
+
+def _record_failure(session: Session, at: Position, why: str) -> None:
+    """On a full disk the status cannot be written either; the first error is the one to show."""
+    if session.processes.is_main:
+        with contextlib.suppress(ArtifactError):
+            session.rundir.write_status("failed", at.phase, at.step, why)
 
 
 def phase1(session: Session, at: Position) -> None:
@@ -87,8 +98,7 @@ def phase1(session: Session, at: Position) -> None:
     job = train(session, at, selection, extractor, trainee)
     summary = _summarise(job)
     trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False).eval()
-    if session.processes.is_main:
-        bundle.save_model(session.rundir.model, trained, document)
+    session.processes.main_does(lambda: bundle.save_model(session.rundir.model, trained, document))
     base = bundle.base_fingerprint(trained, document)
     calibrate(session, "imagenet", selection, extractor, trained, session.rundir.calibration(1), base)
     _finish(session, 1, summary)
@@ -102,9 +112,7 @@ def phase2(session: Session, at: Position) -> None:
     at.phase = 2
     if _is_done(session, 2):
         return
-    if session.processes.is_main:
-        adopt_phase1(session)
-    session.processes.wait()
+    session.processes.main_does(lambda: adopt_phase1(session))
     selection = session.selection("domain", 2)
     extractor = load_extractor(session)
     base, document = bundle.load_model(session.rundir.model)
@@ -121,8 +129,7 @@ def phase2(session: Session, at: Position) -> None:
     job = train(session, at, selection, extractor, trainee)
     summary = _summarise(job)
     trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False).eval()
-    if session.processes.is_main:
-        lora.save_proven(session.rundir, trained, before, base_id)
+    session.processes.main_does(lambda: lora.save_proven(session.rundir, trained, before, base_id))
     adapter_id = lora.adapter_fingerprint(trained, base_id)
     calibrate(session, "domain", selection, extractor, trained, session.rundir.calibration(2), adapter_id)
     _finish(session, 2, summary)
@@ -188,7 +195,7 @@ def train(
     config, processes, set_name = session.config, session.processes, SETS[at.phase]
     plan = session.plan(set_name, selection.num_train, getattr(config.data, set_name).num_epochs)
     checkpoint = _checkpoint_of(session, at.phase, trainee.base)
-    cursor = int(checkpoint.state["cursor"]) if checkpoint else 0
+    cursor = _cursor_of(checkpoint, plan, set_name) if checkpoint else 0
     session.accelerator.gradient_accumulation_steps = plan.micro_batches
     session.accelerator.step = 0
     model = trainee.model.to(processes.device)
@@ -212,6 +219,7 @@ def train(
             rundir=session.rundir,
             writer=CheckpointWriter(session.rundir.checkpoints, config.checkpoint.keep),
             stop=session.stop,
+            watchdog=session.watchdog,
             progress=progress,
             clock=Clock(processes.device),
             at=at,
@@ -244,6 +252,27 @@ def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None
         session.rundir.rewind_records(checkpoint.state["file_sizes"] if checkpoint else before or {})
     session.processes.wait()
     return checkpoint
+
+
+def _cursor_of(checkpoint: Checkpoint, plan: Plan, set_name: str) -> int:
+    """Where to go on.
+
+    Raises:
+        ArtifactError: the checkpoint was made with other steps.
+        ConfigError: fewer epochs are wanted than are done.
+    """
+    cursor = int(checkpoint.state["cursor"])
+    if checkpoint.state["global_batch"] != plan.global_batch or not plan.is_between_steps(cursor):
+        raise ArtifactError(
+            f"the checkpoint at {cursor:,} images was made with steps of {checkpoint.state['global_batch']} images, "
+            f"this run takes {plan.global_batch}: restore the checkpoints folder, or start over with --fresh."
+        )
+    if cursor > plan.total_images:
+        raise ConfigError(
+            f"data.{set_name}.num_epochs={plan.num_epochs}, but the run is in epoch {-(-cursor // plan.num_images)}: "
+            "keep at least that many, or start over with --fresh."
+        )
+    return cursor
 
 
 def _announcement(phase: int, plan: Plan, cursor: int, model: nn.Module, world: int) -> str:
@@ -313,10 +342,18 @@ def _steps_before(session: Session, phase: int) -> int:
 
 
 def _is_done(session: Session, phase: int) -> bool:
+    """Whether a phase is done; one that is to have more epochs now goes on, if nothing was built on it yet."""
     done = session.rundir.read_summary().get(f"phase{phase}")
-    if done:
-        session.say(f"phase {phase} is done ({done['epochs']} epochs): nothing to repeat")
-    return bool(done)
+    if not done:
+        return False
+    epochs, wanted = done["epochs"], getattr(session.config.data, SETS[phase]).num_epochs
+    checkpoint = session.newest_checkpoint() if wanted > epochs else None
+    if checkpoint and checkpoint.state["phase"] == phase:
+        session.say(f"phase {phase} has {epochs} epochs and goes on to {wanted}")
+        return False
+    why = "" if wanted <= epochs else f"; for {wanted} epochs start over with --fresh, Phase 2 is built on these"
+    session.say(f"phase {phase} is done ({epochs} epochs): nothing to repeat{why}")
+    return True
 
 
 def _summarise(job: Job) -> dict[str, Any]:
@@ -342,7 +379,12 @@ def _summarise(job: Job) -> dict[str, Any]:
 
 def _finish(session: Session, phase: int, summary: dict[str, Any]) -> None:
     """Write the phase's summary: from now on it is done."""
-    if session.processes.is_main:
-        session.rundir.remember(f"records_after_phase{phase}", session.rundir.sync_records())
+
+    def record() -> None:
+        session.rundir.remember(f"records_after_phase{phase}", session.rundir.sync_records(), replace=True)
         session.rundir.write_summary(f"phase{phase}", summary)
-    session.processes.wait()
+
+    session.processes.main_does(record)
+
+
+PHASES = {1: phase1, 2: phase2}

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from trajdist.artifacts import write_bytes
+from trajdist.files import write_bytes
 from trajdist.histogram import Doubles
 from trajdist.metrics import Points
 

@@ -32,7 +32,15 @@ from trajdist.score_files import Row, least_anomalous, most_anomalous, read_rows
 from trajdist.scoring import Scored, Scoring, map_of, map_range, score_batch
 
 TABLE_ROWS, GALLERY = 10_000, 12
-CARDS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
+CARDS = {
+    "image_auroc": "Image AUROC",
+    "image_ap": "Image AP",
+    "image_f1_max": "Image F1, best",
+    "pixel_auroc": "Pixel AUROC",
+    "pixel_ap": "Pixel AP",
+    "pixel_f1_max": "Pixel F1, best",
+    "aupro": "AUPRO to 0.3",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def report(job: Scoring, labels: Labels | None = None) -> None:
         title=f"{RunDir(job.run_dir).path.name}: {job.images_title}",
         summary=_summary(job),
         rows=[_image_row(position, row, labels) for position, row in top],
-        num_images=len(job.source),
+        num_images=sum(row["score"] is not None for row in read_rows(job.out)),
         threshold=job.thresholds[0],
         false_alarm_rate=job.rates[0],
         score_bars=_bars(job, labels),
@@ -94,7 +102,7 @@ def _picture(job: Scoring, position: int, row: Row, labels: Labels | None) -> Pi
         _image_row(position, row, labels),
         pictures.jpeg(original),
         pictures.jpeg(overlay),
-        [round(float(energy), 4) for energy in scored.energies_L],
+        np.sqrt(scored.energies_L).round(4).tolist(),  # The roots are what the score averages.
     )
 
 
@@ -125,15 +133,15 @@ def defect_scores(images: dict[str, ScoreHistogram]) -> ScoreHistogram:
 
 def _cards(metrics: dict[str, Any]) -> list[Metric]:
     cards = []
-    for key in CARDS:
+    for key, title in CARDS.items():
         low, high = metrics.get(f"{key}_interval") or (None, None)
-        cards.append(Metric(key.replace("_", " "), metrics[key], low, high))
+        cards.append(Metric(title, metrics[key], low, high))
     return cards
 
 
 def _defects(metrics: dict[str, Any]) -> list[DefectKind]:
     return [
-        DefectKind(kind, values["num_images"], {key.replace("_", " "): values[key] for key in CARDS})
+        DefectKind(kind, values["num_images"], {title: values[key] for key, title in CARDS.items()})
         for kind, values in metrics["defects"].items()
     ]
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trajdist.artifacts import read_json, write_bytes, write_json
 from trajdist.errors import ArtifactError
+from trajdist.files import read_json, write_bytes, write_json
 
 
 class RunDir:
@@ -65,13 +68,27 @@ class RunDir:
         Raises:
             ArtifactError: the path cannot be made or written to.
         """
-        try:
+        with self._writing("made"):
             for folder in (self.path, self.path / "phase1"):
                 folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise ArtifactError(
-                f"run_dir={str(self.path)!r} cannot be made ({error.strerror}): name a folder that can be written."
+                f"run_dir={str(self.path)!r} cannot be {what} ({error.strerror}): name a folder that can be written."
             ) from None
+
+    def sweep(self) -> None:
+        """Remove what a killed process left half written. Only for the holder of the lock."""
+        for folder in (self.path, self.path / "phase1", self.path / "phase2", self.checkpoints):
+            for leftover in folder.glob(".*.tmp"):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
 
     def write_config(self, text: str) -> None:
         write_bytes(self.config, text.encode())
@@ -79,17 +96,14 @@ class RunDir:
     def append(self, file: Path, *records: dict[str, Any]) -> None:
         """Append JSON lines."""
         text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        try:
-            with open(file, "a", encoding="utf-8") as handle:
-                handle.write(text)
-        except OSError as error:
-            raise ArtifactError(f"{str(file)!r} cannot be written ({error.strerror}): free some space.") from None
+        with _recording(file), open(file, "a", encoding="utf-8") as handle:
+            handle.write(text)
 
     def sync_records(self) -> dict[str, int]:
         """Make the records survive a crash; returns their sizes, which a checkpoint remembers."""
         sizes = {}
         for file in (self.metrics, self.ledger):
-            with open(file, "ab") as handle:
+            with _recording(file), open(file, "ab") as handle:
                 os.fsync(handle.fileno())
                 sizes[file.name] = handle.tell()
         return sizes
@@ -97,8 +111,16 @@ class RunDir:
     def rewind_records(self, sizes: dict[str, int]) -> None:
         """Cut off what was recorded after a checkpoint: those steps are taken again."""
         for file in (self.metrics, self.ledger):
-            if file.exists() and file.stat().st_size > sizes.get(file.name, 0):
-                os.truncate(file, sizes.get(file.name, 0))
+            with _recording(file):
+                if file.exists() and file.stat().st_size > sizes.get(file.name, 0):
+                    os.truncate(file, sizes.get(file.name, 0))
+
+    def mend(self, file: Path) -> None:
+        """Cut off a last line that a crash cut short, so that the next one begins a line."""
+        with _recording(file):
+            whole = file.read_bytes() if file.exists() else b""
+            if whole and not whole.endswith(b"\n"):
+                os.truncate(file, whole.rfind(b"\n") + 1)
 
     def recall(self, key: str) -> Any:
         """What run.json has under ``key``, or None."""
@@ -108,9 +130,9 @@ class RunDir:
             raise ArtifactError(f"{str(path)!r} is damaged: it is not a JSON object.")
         return facts.get(key)
 
-    def remember(self, key: str, value: Any) -> None:
+    def remember(self, key: str, value: Any, replace: bool = False) -> None:
         """Write ``value`` under ``key`` of run.json, unless the key is there."""
-        if self.recall(key) is None:
+        if replace or self.recall(key) is None:
             path = self.path / "run.json"
             facts = read_json(path) if path.exists() else {}
             write_json(path, {**facts, key: value})
@@ -119,12 +141,14 @@ class RunDir:
         """Hold the folder until :meth:`unlock` or the end of the process, where the file system can lock.
 
         Raises:
-            ArtifactError: another run holds it.
+            ArtifactError: another run holds it, or it cannot be written.
         """
-        self._lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
+        with self._writing("written"):
+            self._lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # A lock of the process, not of the open file: decoding workers must not outlive their trainer with it.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             self.unlock()
             raise ArtifactError(
                 f"run_dir={str(self.path)!r} is in use by another run: wait for it, or name another run_dir."
@@ -138,19 +162,32 @@ class RunDir:
             self._lock = None
 
     def move_away(self) -> Path | None:
-        """Rename an old run directory so that a fresh one can take its place; returns where it went."""
+        """Rename an old run directory so that a fresh one can take its place; returns where it went.
+
+        Raises:
+            ArtifactError: another run is at work in it, or it cannot be renamed.
+        """
         if not self.path.exists():
             return None
+        self.lock()
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
-        self.path.rename(aside)
+        with self._writing("renamed"):
+            self.path.rename(aside)
+        self.unlock()
         return aside
 
     def write_status(self, status: str, phase: int, step: int, why: str = "") -> None:
         """``status`` is running, stopped, done or failed."""
         document = {"status": status, "phase": phase, "step": step, "why": why, "time": time.time()}
         write_json(self.path / "status.json", document)
+
+    def read_status(self) -> str:
+        """running, stopped, done or failed; "unknown" before the first."""
+        path = self.path / "status.json"
+        document = read_json(path) if path.exists() else {}
+        return str(document.get("status", "unknown")) if isinstance(document, dict) else "unknown"
 
     def read_summary(self) -> dict[str, Any]:
         """Summaries of the finished phases; empty when none is."""
@@ -162,3 +199,13 @@ class RunDir:
 
     def write_summary(self, phase: str, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", {**self.read_summary(), phase: summary})
+
+
+@contextmanager
+def _recording(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{str(file)!r} cannot be written ({error.strerror}): free some space or make it writable."
+        ) from None

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
-from trajdist.errors import ConfigError
+from trajdist.errors import ConfigError, UserError
 
 STAGES = ("data", "transfer", "backbone", "model", "optimizer", "sync")
 
@@ -111,6 +111,25 @@ class Processes:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def main_does(self, work: Callable[[], None]) -> None:
+        """The main process does ``work`` while the others wait; a user error ends all of them, said once.
+
+        Raises:
+            UserError: on the main process.
+            SystemExit: with its exit code, on the others.
+        """
+        failure: UserError | None = None
+        if self.is_main:
+            try:
+                work()
+            except UserError as error:
+                failure = error
+        code = self.broadcast(failure.exit_code if failure else 0)
+        if failure:
+            raise failure
+        if code:
+            raise SystemExit(code)
+
     def wait(self) -> None:
         """Wait for all processes."""
         if self.world > 1:
@@ -135,11 +154,16 @@ class StopFlag:
     def __init__(self, stop_file: Path, watches_file: bool) -> None:
         self._file, self._watches_file = stop_file, watches_file
         self.why = ""
+        self._interrupted = False
 
     def __bool__(self) -> bool:
         if not self.why and self._watches_file and self._file.exists():
             self.why = f"the file {self._file.name} was created"
         return bool(self.why)
+
+    def ask(self, why: str) -> None:
+        """Ask for the stop; the first reason stays."""
+        self.why = self.why or why
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopFlag]:
@@ -154,9 +178,10 @@ class StopFlag:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if name == "SIGINT" and self.why == "received SIGINT":
-            raise KeyboardInterrupt
-        self.why = self.why or f"received {name}"
+        if name == "SIGINT" and self._interrupted:
+            raise KeyboardInterrupt("received SIGINT twice")
+        self._interrupted = self._interrupted or name == "SIGINT"
+        self.ask(f"received {name}")
 
 
 class Clock:

@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from trajdist import pictures, residuals
-from trajdist.artifacts import fingerprint, read_json, write_json
+from trajdist.artifacts import fingerprint
 from trajdist.data.loader import ImageBatch, build_loader, resolve_workers
 from trajdist.data.sources import ImageSource
 from trajdist.errors import ArtifactError, ConfigError
+from trajdist.files import read_json, write_json
 from trajdist.progress import Progress, make_console
 from trajdist.runtime import Processes, start_accelerator
 from trajdist.score_files import MapsFile, Row, most_anomalous, picture_name, read_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -12,11 +13,15 @@ from trajdist.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from trajdist.config import Config, dump_yaml, fields, flatten, read_yaml
 from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_workers
 from trajdist.data.sources import ImageSource
-from trajdist.errors import ConfigError, DataError
+from trajdist.errors import ArtifactError, ConfigError, DataError
 from trajdist.progress import make_console
 from trajdist.rundir import RunDir
 from trajdist.runtime import Processes, StopFlag, start_accelerator
 from trajdist.sharding import Plan, Selection
+from trajdist.watchdog import Watchdog
+
+# How much longer than runtime.timeout_s the process group itself waits for a lost process.
+GRACE_S = 60.0
 
 
 @dataclass
@@ -29,6 +34,7 @@ class Session:
     processes: Processes
     rundir: RunDir
     stop: StopFlag
+    watchdog: Watchdog
     console: Console
     reference_world: int
 
@@ -46,9 +52,10 @@ class Session:
         facts = {"num_images": len(source), "fingerprint": source.fingerprint}
         before = self.rundir.recall(set_name) or facts
         if before != facts:
+            count = before.get("num_images") if isinstance(before, dict) else before
             raise DataError(
                 f"data.{set_name}.path={settings.path!r} holds {len(source)} images, the run began with "
-                f"{before['num_images']} (or their names changed): restore them, or start over with --fresh."
+                f"{count} (or their names changed): restore them, or start over with --fresh."
             )
         if self.processes.is_main:
             self.rundir.remember(set_name, facts)
@@ -99,22 +106,41 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool) -
         ArtifactError: the directory cannot be written, or another run holds it.
     """
     runtime = config.runtime
-    accelerator = start_accelerator(runtime.mixed_precision, runtime.timeout_s, runtime.deterministic)
+    # The watchdog, which can name a lost process, comes before the process group's own timeout, which cannot.
+    backstop_s = runtime.timeout_s + GRACE_S
+    accelerator = start_accelerator(runtime.mixed_precision, backstop_s, runtime.deterministic)
     processes = Processes(accelerator)
     rundir, console = RunDir(config.run_dir), make_console(processes.is_main)
-    if processes.is_main:
-        if fresh and (aside := rundir.move_away()):
+
+    def prepare() -> None:
+        if fresh and not _restarted() and (aside := rundir.move_away()):
             console.print(f"starting over: the old run is now {str(aside)!r}")
         rundir.create()
         rundir.lock()
+        rundir.sweep()
         _check_same_config(rundir, config)
         rundir.write_config(dump_yaml(config))
         rundir.stop_file.unlink(missing_ok=True)
         rundir.remember("num_processes", processes.world)
-    processes.wait()
+
+    processes.main_does(prepare)
     stop = StopFlag(rundir.stop_file, watches_file=processes.is_main)
-    reference_world = int(rundir.recall("num_processes"))
-    return Session(config, sources, accelerator, processes, rundir, stop, console, reference_world)
+    watchdog = Watchdog(processes, stop, runtime.timeout_s)
+    reference_world = _reference_world(rundir)
+    return Session(config, sources, accelerator, processes, rundir, stop, watchdog, console, reference_world)
+
+
+def _restarted() -> bool:
+    """A launcher or Slurm that starts the same command again does not mean ``--fresh`` again."""
+    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(count not in ("", "0") for count in counts)
+
+
+def _reference_world(rundir: RunDir) -> int:
+    world = rundir.recall("num_processes")
+    if not isinstance(world, int) or world < 1:
+        raise ArtifactError(f"{str(rundir.path / 'run.json')!r} is damaged: num_processes={world!r} is no number.")
+    return world
 
 
 def _check_same_config(rundir: RunDir, config: Config) -> None:

@@ -97,10 +97,14 @@ class Plan:
     def step_index_at(self, cursor: int) -> int:
         """Index of the step that begins at ``cursor``, which must lie between two steps."""
         epoch, position = divmod(cursor, self.num_images)
-        within, inside = divmod(position, self.global_batch)
-        if inside:
+        within = position // self.global_batch
+        if not self.is_between_steps(cursor):
             raise ValueError(f"cursor {cursor} lies inside a step of {self.global_batch} images")
         return epoch * self.steps_per_epoch + within
+
+    def is_between_steps(self, cursor: int) -> bool:
+        """Whether a step can begin at ``cursor``."""
+        return cursor % self.num_images % self.global_batch == 0
 
     def steps(self, cursor: int = 0) -> Iterator[Step]:
         """All steps from ``cursor`` to the end of the last epoch."""

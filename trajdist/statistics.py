@@ -11,7 +11,7 @@ from torch import nn
 from trajdist import bundle
 from trajdist.data.loader import ImageBatch, IndexAt
 from trajdist.errors import StopRequested
-from trajdist.journal import BadImages
+from trajdist.journal import BadImages, check_bad_fraction
 from trajdist.loop import move
 from trajdist.progress import Progress
 from trajdist.residuals import PlaceMoments, ResidualModel, roots
@@ -30,12 +30,14 @@ def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtra
         extractor = bundle.new_extractor(session.config)
     extractor.to(session.processes.device)
     moments, num_images = measure(session, selection, extractor)
-    if session.processes.is_main:
+
+    def save() -> None:
         trajectory = session.config.trajectory
         fit_projection(extractor.projection, moments, trajectory.projection, session.config.seed)
         document = bundle.trajectory_document(session.config, extractor, num_images)
         bundle.save_trajectory(session.rundir.trajectory, extractor, document)
-    session.processes.wait()
+
+    session.processes.main_does(save)
     # Eigenvectors differ in their last bits from machine to machine: all processes read the main one's.
     return load_extractor(session)
 
@@ -78,6 +80,7 @@ def clean_batches(
 
     Raises:
         StopRequested: somebody asked for it.
+        DataError: too many images could not be read.
     """
     processes = session.processes
     batch_size = getattr(session.config.data, set_name).batch_size
@@ -87,11 +90,13 @@ def clean_batches(
     with Progress(session.console, title, num_images) as progress:
         for step, batch in zip(plan.steps(), session.loader(set_name, index_at, plan), strict=True):
             bad_images.note(batch.failures)
+            session.watchdog.beat()
             yield move(batch, processes.device, clock)
             progress.advance(step.stop)
             if processes.any(bool(session.stop)):
                 raise StopRequested(session.stop.why or "another process was asked to stop")
-    bad_images.write(set_name, session.sources[set_name].name)
+    bad = bad_images.write(set_name, session.sources[set_name].name)
+    check_bad_fraction(len(bad), num_images, session.config.data.max_bad_fraction, session.rundir)
 
 
 def calibrate(
@@ -130,9 +135,7 @@ def calibrate(
         images.update(scores.images_B.cpu(), batch.weights.cpu())
     for histogram in (cells, images):
         histogram.counts_K = session.processes.sum(histogram.counts_K.to(session.processes.device)).cpu()
-    if session.processes.is_main:
-        detector.save(path, base)
-    session.processes.wait()
+    session.processes.main_does(lambda: detector.save(path, base))
 
 
 @torch.no_grad()

@@ -1,0 +1,71 @@
+"""Jobs that are to be interrupted, and the comparison with one that was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jobs import REPOSITORY, Finished, Job, launch, start
+from safetensors.torch import load_file
+
+from trajdist.audit import audit
+
+HERE = Path(__file__).parent
+FIXED = ("runtime.mixed_precision=no", "checkpoint.every_steps=2", "logging.every_steps=1")
+# What depends on the clock and on the allocator.
+UNSTEADY = ("images_per_s", "memory_bytes", "peak_memory_bytes")
+WEIGHTS = ("phase1/model.safetensors", "phase2/adapter/adapter_model.safetensors")
+
+
+def arguments(run_dir: Path, *overrides: str, command: str = "run") -> list[str]:
+    return [command, "debug", f"run_dir={run_dir}", *FIXED, *overrides]
+
+
+def environment(fault: str = "") -> dict[str, str]:
+    return {"PYTHONPATH": f"{REPOSITORY}:{HERE}", "FAULT": fault}
+
+
+def run_with(fault: str, run_dir: Path, world: int = 1, *overrides: str) -> Finished:
+    """One attempt, to its end."""
+    return launch(arguments(run_dir, *overrides), world, env=environment(fault), module="faulty", timeout_s=150)
+
+
+def begin(run_dir: Path, world: int = 1, *overrides: str) -> Job:
+    """One attempt, left running."""
+    return start(arguments(run_dir, *overrides), world, env=environment(), module="faulty")
+
+
+def status(run_dir: Path) -> str:
+    return json.loads((run_dir / "status.json").read_text())["status"]
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in UNSTEADY} for line in lines]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return {f"{file}:{name}": value for file in WEIGHTS for name, value in load_file(run_dir / file).items()}
+
+
+def assert_clean(run_dir: Path) -> None:
+    found = audit(run_dir)
+    assert not found.problems
+    assert found.status == "done"
+
+
+def assert_identical(run_dir: Path, reference: Path) -> None:
+    """As if nothing had happened: the same bits."""
+    assert_clean(run_dir)
+    assert metrics(run_dir) == metrics(reference)
+    ours, theirs = weights(run_dir), weights(reference)
+    assert ours.keys() == theirs.keys()
+    assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
+
+
+def ledger(run_dir: Path) -> set[tuple[int, int, int, int, int]]:
+    """The images of every step: phase, epoch, positions and their digest."""
+    lines = map(json.loads, (run_dir / "ledger.jsonl").read_text().splitlines())
+    return {(line["phase"], line["epoch"], line["start"], line["stop"], line["digest"]) for line in lines}

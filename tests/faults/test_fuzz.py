@@ -1,0 +1,198 @@
+"""Whatever bytes a file holds, reading it ends in a result or in one of our own sentences, in bounded memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from images import noise
+from safetensors.torch import save
+
+from trajdist import bundle
+from trajdist.artifacts import METADATA_KEY, read_document, read_tensors
+from trajdist.audit import audit
+from trajdist.checkpoint import FILES, load_checkpoint, verify
+from trajdist.config import Config, load_config, parse_config
+from trajdist.data.decode import decode
+from trajdist.data.loader import SlotDataset
+from trajdist.errors import ArtifactError, ConfigError, UserError
+from trajdist.inspection import inspect
+from trajdist.runtime import peak_memory_bytes, reset_peak_memory
+from trajdist.sharding import Slots
+
+bounded = settings(max_examples=60)
+KEYS = st.sampled_from(["data", "imagenet", "path", "batch_size", "model", "seed", "train", "__class__"]) | st.text()
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@bounded
+@given(tree=st.dictionaries(KEYS, TREES, max_size=5))
+def test_config_trees(tree):
+    try:
+        assert isinstance(parse_config(tree), Config)
+    except ConfigError as error:
+        assert "\n" not in str(error).strip()
+
+
+@bounded
+@given(raw=st.binary(max_size=200) | st.text(max_size=200).map(str.encode), override=st.text(max_size=40))
+@example(raw=b"a: &a [*a]", override="=")
+@example(raw=b"seed: !!python/object/apply:os.system ['false']", override="a.b")
+def test_config_files(raw, override, folder):
+    (folder / "config.yaml").write_bytes(raw)
+    for overrides in ([], [override]):
+        try:
+            assert isinstance(load_config(folder / "config.yaml", overrides), Config)
+        except ConfigError as error:
+            assert str(error)
+
+
+@bounded
+@given(manifest=TREES, state=TREES)
+@example(manifest={"files": []}, state=[])
+@example(manifest={"files": {name: {"bytes": 10**400, "sha256": None} for name in FILES}}, state={})
+@example(manifest={"files": {"../../x": {"bytes": 0, "sha256": ""}}}, state={"cursor": 1e400})
+def test_checkpoints(manifest, state, folder):
+    """File names come from the program, never from a manifest."""
+    for name in FILES:
+        (folder / name).write_bytes(b"{}")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "state.json").write_text(json.dumps(state))
+    assert verify(folder)
+    with pytest.raises(ArtifactError):
+        load_checkpoint(folder)
+
+
+SOUND = save({"a": torch.zeros(3)}, metadata={METADATA_KEY: "{}"})
+
+
+def with_header(header: bytes, size: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if size is None else size) + header + bytes(64)
+
+
+HUGE = {"a": {"dtype": "F64", "shape": [2**40, 2**20], "data_offsets": [0, 2**63]}}
+SWOLLEN = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 2**50]}}
+STRANGE = {"a": {"dtype": "PICKLE", "shape": "x", "data_offsets": None}, "__metadata__": [1]}
+NESTED = b"[" * 100_000
+FILES_OF_STRANGERS = (
+    st.binary(max_size=200)
+    | TREES.map(lambda tree: with_header(json.dumps(tree).encode()))
+    | st.tuples(st.integers(0, len(SOUND) - 1), st.integers(0, 255)).map(
+        lambda flip: SOUND[: flip[0]] + bytes([flip[1]]) + SOUND[flip[0] + 1 :]
+    )
+    | st.integers(0, len(SOUND)).map(lambda stop: SOUND[:stop])
+)
+
+
+@bounded
+@given(raw=FILES_OF_STRANGERS)
+@example(raw=b"")
+@example(raw=with_header(b"{}", 2**63))
+@example(raw=with_header(NESTED))
+@example(raw=with_header(json.dumps(HUGE).encode()))
+@example(raw=with_header(json.dumps(SWOLLEN).encode()))
+@example(raw=with_header(json.dumps(STRANGE).encode()))
+@example(raw=save({"a": torch.zeros(3)}, metadata={METADATA_KEY: "[" * 100_000}))
+@example(raw=save({"a": torch.zeros(3)}, metadata={METADATA_KEY: '{"kind": "model", "hidden_dim": 1e9}'}))
+def test_safetensors(raw, folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(raw)
+    readers = [read_tensors, read_document, bundle.load_model, bundle.load_extractor, lambda path: list(inspect(path))]
+    for read in readers:
+        try:
+            read(path)
+        except ArtifactError as error:
+            assert "\n" not in str(error).strip()
+
+
+def test_a_hostile_header_takes_no_memory(folder):
+    """It claims 2**63 bytes; the sum of what is read stays small."""
+    path, device = folder / "huge.safetensors", torch.device("cpu")
+    reset_peak_memory(device)
+    before = peak_memory_bytes(device)
+    for header in (json.dumps(HUGE).encode(), json.dumps(SWOLLEN).encode()):
+        path.write_bytes(with_header(header))
+        with pytest.raises(ArtifactError, match="not a sound safetensors file"):
+            read_tensors(path)
+    with open(path, "wb") as sparse:
+        sparse.truncate(2**33)
+    with pytest.raises(ArtifactError, match="damaged: it has more than"):
+        load_checkpoint_state(path)
+    assert peak_memory_bytes(device) - before < 2**28
+
+
+def load_checkpoint_state(path: Path) -> None:
+    path.rename(path.with_name("state.json"))
+    load_checkpoint(path.parent)
+
+
+def encoded(kind: str) -> bytes:
+    stream = io.BytesIO()
+    noise(0, 24).save(stream, kind)
+    return stream.getvalue()
+
+
+PICTURES = [encoded(kind) for kind in ("PNG", "JPEG", "BMP", "WEBP", "TIFF")]
+
+
+class OneImage:
+    fingerprint = ""
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw = raw
+
+    def __len__(self) -> int:
+        return 1
+
+    def name(self, index: int) -> str:
+        return "x"
+
+    def load(self, index: int, size: int | None):
+        return decode(self._raw, size)
+
+
+@st.composite
+def damaged_pictures(draw) -> bytes:
+    raw = bytearray(draw(st.sampled_from(PICTURES)))
+    for place in draw(st.lists(st.integers(0, len(raw) - 1), max_size=8)):
+        raw[place] = draw(st.integers(0, 255))
+    return bytes(raw[: draw(st.integers(0, len(raw)))])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@bounded
+@given(raw=st.binary(max_size=100) | damaged_pictures())
+def test_image_bytes(raw):
+    """An image is used whole or leaves an empty slot and a reason."""
+    dataset = SlotDataset(OneImage(raw), lambda epoch, positions: np.zeros(len(positions), np.int64), 16, "crop")
+    batch = dataset[Slots(0, 0, 1, 2)]
+    assert batch.images.shape == (2, 3, 16, 16)
+    used = batch.weights.tolist() == [1.0, 0.0]
+    assert used != [index for index, _ in batch.failures].__contains__(0)
+    assert all("\n" not in reason for _, reason in batch.failures)
+
+
+@bounded
+@given(ledger=st.lists(TREES | st.fixed_dictionaries({"phase": st.integers(), "epoch": st.integers()}), max_size=4))
+@example(ledger=[{"phase": 1, "epoch": 0, "start": 0, "stop": 2**39, "images": 0, "digest": 0, "missing": [-1, 10**30]}])
+def test_ledgers(ledger, folder):
+    (folder / "run.json").write_text(json.dumps({"imagenet": {"num_images": 5}}))
+    (folder / "config.yaml").write_text("")
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger))
+    try:
+        assert bool(audit(folder).problems) == bool(ledger)
+    except UserError as error:
+        assert str(error)

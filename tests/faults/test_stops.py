@@ -1,0 +1,179 @@
+"""Requests to stop: every signal and the STOP file, in every part of a run, and what may change before it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from harness import arguments, assert_identical, begin, run_with, status
+
+from trajdist import loop, phases, statistics
+from trajdist.cli import main
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+def at_call(monkeypatch, module, name: str, number: int, accident) -> None:
+    """Have ``accident()`` happen at the given call of a function."""
+    function, calls = getattr(module, name), []
+
+    def with_accident(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            accident()
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, with_accident)
+
+
+def send(number: signal.Signals):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "number"),
+    [(statistics, "update_moments", 1), (loop, "update", 3), (statistics, "calibrate", 1)],
+    ids=["statistics", "step", "calibration"],
+)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, "STOP"])
+def test_stop_and_go_on(how, module, name, number, uninterrupted, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    accident = (run_dir / "STOP").touch if how == "STOP" else send(how)
+    where = phases if name == "calibrate" else module
+    with monkeypatch.context() as patch:
+        at_call(patch, where, name, number, accident)
+        assert main(arguments(run_dir)) == 75
+    assert status(run_dir) == "stopped"
+    why = json.loads((run_dir / "status.json").read_text())["why"]
+    assert why == ("the file STOP was created" if how == "STOP" else f"received {how.name}")
+    assert not (run_dir / "STOP").exists()
+    if how == "STOP":
+        assert main(arguments(run_dir)) == 0
+        assert_identical(run_dir, uninterrupted)
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path, monkeypatch):
+    at_call(monkeypatch, loop, "update", 2, send(signal.SIGINT))
+    at_call(monkeypatch, loop, "agree", 2, send(signal.SIGINT))
+    assert main(arguments(tmp_path / "run")) == 130
+    record = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (record["status"], record["why"]) == ("stopped", "received SIGINT twice")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert main(arguments(tmp_path / "run")) == 0
+
+
+def test_one_interrupt_is_no_second_one(tmp_path, monkeypatch):
+    at_call(monkeypatch, loop, "update", 2, send(signal.SIGTERM))
+    at_call(monkeypatch, loop, "agree", 2, send(signal.SIGINT))
+    assert main(arguments(tmp_path / "run")) == 75
+
+
+def wait_for(condition, timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+MANY_STEPS = ("data.imagenet.num_epochs=500", "checkpoint.every_steps=100")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_whose_launcher_ends_save_and_end(number, tmp_path):
+    """Told by the launcher, or left alone by it: either way a checkpoint is saved."""
+    job = begin(tmp_path / "run", 2, *MANY_STEPS)
+    wait_for((tmp_path / "run" / "ledger.jsonl").exists)
+    processes = job.descendants()
+    job.signal(number)
+    _, alive = psutil.wait_procs(processes, timeout=25)
+    job.end()
+    assert alive == []
+    assert status(tmp_path / "run") == "stopped"
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch) -> Path:
+    """A run that was stopped after three steps."""
+    with monkeypatch.context() as patch:
+        at_call(patch, loop, "update", 3, send(signal.SIGTERM))
+        assert main(arguments(tmp_path / "run")) == 75
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["seed=1", "data.imagenet.batch_size=4", "model.hidden_dim=32", "train.learning_rate=0.1", "data.image_size=32"],
+)
+def test_a_changed_key_is_refused(key, stopped, capsys):
+    before = sorted((stopped / "checkpoints").iterdir())
+    assert main(arguments(stopped, key)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"trajdist: {key.partition('=')[0]}=")
+    assert error.count("\n") == 1
+    assert sorted((stopped / "checkpoints").iterdir()) == before
+
+
+def test_keys_that_change_nothing_are_accepted(stopped, uninterrupted):
+    changed = ["data.num_workers=1", "checkpoint.keep=1", "checkpoint.every_steps=1", "runtime.timeout_s=100"]
+    assert main(arguments(stopped, *changed)) == 0
+    assert_identical(stopped, uninterrupted)
+
+
+def test_epochs_may_be_added_before_and_after_the_end(stopped, capsys):
+    assert main(arguments(stopped, "data.imagenet.num_epochs=3", "data.domain.num_epochs=1")) == 0
+    assert main(arguments(stopped, "data.imagenet.num_epochs=3", "data.domain.num_epochs=2")) == 0
+    assert "phase 2 has 1 epochs and goes on to 2" in capsys.readouterr().out
+    assert main(["audit", str(stopped)]) == 0
+    printed = capsys.readouterr().out
+    assert "phase 1: 3 epochs of 32 images" in printed
+    assert "phase 2: 2 epochs of 16 images" in printed
+
+
+def test_epochs_that_are_done_cannot_be_taken_back(tmp_path, capsys, monkeypatch):
+    at_call(monkeypatch, loop, "update", 6, send(signal.SIGTERM))
+    assert main(arguments(tmp_path / "run")) == 75
+    assert main(arguments(tmp_path / "run", "data.imagenet.num_epochs=1")) == 2
+    assert "data.imagenet.num_epochs=1, but the run is in epoch 2" in capsys.readouterr().err
+
+
+def test_what_is_done_is_not_repeated(uninterrupted, tmp_path, capsys):
+    run_dir = shutil.copytree(uninterrupted, tmp_path / "run")
+    assert main(arguments(run_dir)) == 0
+    printed = capsys.readouterr().out
+    assert "phase 1 is done (2 epochs): nothing to repeat" in printed
+    assert "phase 2 is done (2 epochs): nothing to repeat" in printed
+    assert_identical(run_dir, uninterrupted)
+
+
+def test_fresh_moves_the_old_run_aside(stopped, uninterrupted, capsys):
+    before = {file.name: file.read_bytes() for file in stopped.glob("*.jsonl")}
+    assert main([*arguments(stopped), "--fresh"]) == 0
+    aside = stopped.with_name("run.old-1")
+    assert repr(str(aside)) in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in aside.glob("*.jsonl")} == before
+    assert_identical(stopped, uninterrupted)
+
+
+def test_a_restart_by_the_launcher_is_not_fresh(stopped, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main([*arguments(stopped), "--fresh"]) == 0
+    assert "going on after 24 images" in capsys.readouterr().out
+
+
+def test_a_run_directory_has_one_run(tmp_path):
+    """Neither a second run nor --fresh disturbs the first."""
+    job = begin(tmp_path / "run", 1, *MANY_STEPS)
+    wait_for((tmp_path / "run" / "ledger.jsonl").exists)
+    for extra in ([], ["--fresh"]):
+        second = run_with("", tmp_path / "run", 1, *MANY_STEPS, *extra)
+        assert second.returncode == 4
+        assert "is in use by another run" in second.stderr
+    job.signal(signal.SIGTERM)
+    assert job.end().returncode == 75

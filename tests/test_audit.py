@@ -1,0 +1,181 @@
+"""The audit finds what a ledger gets wrong, by itself: nothing here asks the training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from images import write_images
+from jobs import REPOSITORY
+
+from trajdist.audit import audit
+from trajdist.cli import main
+from trajdist.sharding import Plan, Selection, digest
+
+CONFIG = """\
+seed: 7
+data: {imagenet: {path: x, num_samples: 50, num_epochs: 2}, domain: {path: y, num_epochs: 3}}
+"""
+TOTALS = {1: 100, 2: 23}
+EPOCHS = {1: 2, 2: 3}
+
+
+def selection(phase: int) -> Selection:
+    return Selection.draw(TOTALS[phase], 50 if phase == 1 else -1, 0.1, 7, phase)
+
+
+def records(phase: int, worlds: tuple[int, ...], missing: tuple[int, ...] = ()) -> list[dict]:
+    """The ledger of a phase in which every epoch's step was taken by another number of processes."""
+    chosen = selection(phase)
+    plan = Plan(chosen.num_train, EPOCHS[phase], 16, 1, 16)
+    lines = []
+    for step in plan.steps():
+        images = chosen.train(step.epoch, np.arange(step.start, step.stop))
+        absent = [int(image) for image in images if image in missing]
+        read = np.array([image for image in images if image not in missing], np.int64)
+        line = {"phase": phase, "epoch": step.epoch, "start": step.start, "stop": step.stop, "images": len(read)}
+        line |= {"digest": digest(read), "missing": absent, "num_processes": worlds[step.index % len(worlds)]}
+        lines.append(line)
+    return lines
+
+
+def write_run(folder: Path, lines: list[dict], done: tuple[int, ...] = (1, 2), status: str = "done") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(CONFIG)
+    facts = {"num_processes": 2, "imagenet": {"num_images": 100}, "domain": {"num_images": 23}}
+    (folder / "run.json").write_text(json.dumps(facts))
+    (folder / "summary.json").write_text(json.dumps({f"phase{phase}": {"epochs": EPOCHS[phase]} for phase in done}))
+    (folder / "status.json").write_text(json.dumps({"status": status}))
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def lines() -> list[dict]:
+    return records(1, (2,)) + records(2, (2, 1, 3))
+
+
+def test_a_clean_run(tmp_path, lines, capsys):
+    assert main(["audit", str(write_run(tmp_path, lines))]) == 0
+    printed = capsys.readouterr().out
+    assert "phase 1: 2 epochs of 50 images, 2 processes" in printed
+    assert "phase 2: 3 epochs of 21 images, 2, then 1, then 3" in printed
+    assert "clean" in printed
+
+
+def drop(lines: list[dict]) -> None:
+    del lines[1]
+
+
+def repeat(lines: list[dict]) -> None:
+    lines.insert(1, lines[1])
+
+
+def swap(lines: list[dict]) -> None:
+    lines[0]["digest"], lines[1]["digest"] = lines[1]["digest"], lines[0]["digest"]
+
+
+def shorten(lines: list[dict]) -> None:
+    lines[3]["stop"] -= 1
+
+
+def hide(lines: list[dict]) -> None:
+    """Nobody may call an image missing that was not in the range."""
+    stranger = int(selection(1).train(0, np.arange(20, 21))[0])
+    lines[0]["missing"], lines[0]["images"] = [stranger], 15
+    lines[0]["digest"] -= digest(np.array([stranger]))
+
+
+def miscount(lines: list[dict]) -> None:
+    lines[2]["images"] += 1
+
+
+def overrun(lines: list[dict]) -> None:
+    lines[3]["stop"] = 51
+
+
+def end_early(lines: list[dict]) -> None:
+    del lines[-1]
+
+
+def spoil(lines: list[dict]) -> None:
+    lines[0] = {"phase": "one"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (drop, "line 2: phase 1, epoch 1 leaves a gap: 16 images (epoch 1 position 16 to epoch 1 position 31)"),
+        (repeat, "line 3: phase 1, epoch 1 repeats images: 16 images (epoch 1 position 16 to epoch 1 position 31)"),
+        (swap, "line 1: phase 1, epoch 1 did not train on the images that positions 0 to 16 stand for"),
+        (shorten, "line 5: phase 1, epoch 2 leaves a gap: 1 images (epoch 1 position 49 to epoch 1 position 49)"),
+        (hide, "line 1: phase 1, epoch 1 did not train on the images that positions 0 to 16 stand for"),
+        (miscount, "line 3: phase 1, epoch 1 did not train on"),
+        (overrun, "line 4: phase 1, epoch 1 has only positions 0 to 50, not 48 to 51"),
+        (end_early, "phase 2 is incomplete: 5 images (epoch 3 position 16 to epoch 3 position 20) are in no line"),
+        (spoil, "ledger line 1 is not a record of this run"),
+    ],
+)
+def test_what_is_wrong_is_said(damage: Callable[[list[dict]], None], sentence, tmp_path, lines, capsys):
+    damage(lines)
+    assert main(["audit", str(write_run(tmp_path, lines))]) == 1
+    assert sentence in capsys.readouterr().out
+
+
+def test_a_run_under_way(tmp_path, lines, capsys):
+    """What is there is checked; a last line that a crash cut short belongs to no step that counts."""
+    run_dir = write_run(tmp_path, lines[:10], done=(1,), status="stopped")
+    with open(run_dir / "ledger.jsonl", "a") as handle:
+        handle.write('{"phase": 2, "ep')
+    assert main(["audit", str(run_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert "status: stopped" in printed
+    assert "phase 2: 1 epochs of 21 images, 2, then 1 processes; not finished: 0 images of epoch 2 so far" in printed
+
+
+def test_images_done_without_are_listed(tmp_path):
+    absent = int(selection(2).train(1, np.arange(1))[0])
+    run_dir = write_run(tmp_path, records(1, (1,)) + records(2, (1,), (absent,)))
+    record = {"set": "domain", "index": absent, "image": "a/broken.jpg", "reason": "OSError: truncated"}
+    (run_dir / "bad_images.jsonl").write_text(json.dumps(record) + '\n{"set": "dom')
+    found = audit(run_dir)
+    assert not found.problems
+    wanted = [f"phase 2, epoch {epoch} did without a/broken.jpg (OSError: truncated)" for epoch in (1, 2, 3)]
+    assert found.replaced == wanted
+
+
+def test_a_real_run_with_a_bad_image(tmp_path, fresh_accelerate):
+    images = write_images(tmp_path / "images", 12)
+    (images / "0003.png").write_bytes(b"spoilt")
+    overrides = [f"data.imagenet.path={images}", "data.imagenet.num_samples=-1", "calibration.holdout_fraction=0"]
+    overrides += ["data.max_bad_fraction=0.2", "runtime.mixed_precision=no"]
+    assert main(["train", "debug", f"run_dir={tmp_path / 'run'}", *overrides]) == 0
+    found = audit(tmp_path / "run")
+    assert not found.problems
+    assert [line.split(" (")[0] for line in found.replaced] == [
+        f"phase 1, epoch {epoch} did without 0003.png" for epoch in (1, 2)
+    ]
+
+
+def test_a_real_run_that_was_tampered_with(debug_run, tmp_path):
+    run_dir = shutil.copytree(debug_run, tmp_path / "run")
+    assert not audit(run_dir).problems
+    lines = (run_dir / "ledger.jsonl").read_text().splitlines()
+    (run_dir / "ledger.jsonl").write_text("\n".join(lines[:2] + lines[3:]) + "\n")
+    assert "leaves a gap" in audit(run_dir).problems[0]
+
+
+def test_no_run(tmp_path, capsys):
+    assert main(["audit", str(tmp_path)]) == 4
+    assert "name a run that has begun to train" in capsys.readouterr().err
+
+
+def test_no_torch_is_needed():
+    code = "import sys, trajdist.audit; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

@@ -1,0 +1,235 @@
+"""The command line as a user meets it: exit codes, one-sentence errors, what it prints, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from images import write_images
+from jobs import REPOSITORY, Finished, launch
+
+from trajdist.artifacts import read_tensors
+from trajdist.cli import main
+
+CONTROL = {chr(code) for code in range(32)} - {"\n"}
+
+
+def assert_sentence(text: str, *words: str) -> None:
+    """One line that names what is wrong, without a traceback."""
+    assert text.startswith("trajdist: ")
+    assert text.count("\n") == 1, text
+    assert text.endswith((".\n", "?\n")), text
+    assert "Traceback" not in text
+    assert all(word in text for word in words), text
+
+
+def without_torch(*args: str | Path, cwd: Path) -> Finished:
+    """Run a command in a process in which importing torch fails."""
+    code = "import sys; sys.modules['torch'] = None; from trajdist.cli import main; sys.exit(main(sys.argv[1:]))"
+    (cwd / "start.py").write_text(code)
+    return launch(args, module="start", cwd=cwd, timeout_s=60)
+
+
+MISTAKES = [
+    ("data.imagenet.path={folder}/nothing", 3, ["data.imagenet.path", "nothing", "does not exist"]),
+    ("data.imagenet.path={folder}/empty", 3, ["data.imagenet.path", "empty", "holds no images"]),
+    ("data.imagenet.path={folder}/texts", 3, ["data.imagenet.path", "texts", "holds no images"]),
+    ("data.imagenet.path=null", 3, ["data.imagenet.path is not set"]),
+    ("data.domain.path={folder}/nothing", 3, ["data.domain.path", "does not exist"]),
+    ("model.type=lstm", 2, ["model.type", "'lstm'", "'autoencoder'"]),
+    ("data.imagenet.batchsize=3", 2, ["data.imagenet.batchsize", "did you mean data.imagenet.batch_size?"]),
+    ("model.hidden_dim=-1", 2, ["model.hidden_dim", "-1"]),
+    ("model.num_heads=3", 2, ["model.num_heads=3", "model.hidden_dim=64"]),
+    ("model.hidden_dim", 2, ["'model.hidden_dim'", "key=value"]),
+]
+
+
+@pytest.mark.parametrize(("mistake", "code", "words"), MISTAKES, ids=[mistake for mistake, *_ in MISTAKES])
+def test_mistakes_end_before_torch_is_imported(tmp_path, mistake, code, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "readme.txt").write_text("no image")
+    overrides = ["model.type=transformer", mistake.format(folder=tmp_path), f"run_dir={tmp_path}/run"]
+    done = without_torch("run", "debug", *overrides, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert_sentence(done.stderr, *words)
+    assert done.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["This is no config, it is a letter.\n", "\x00\x01\x02", "a: [1,\n"])
+def test_a_text_that_is_called_yaml(tmp_path, text):
+    (tmp_path / "mine.yaml").write_text(text)
+    done = without_torch("run", tmp_path / "mine.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert_sentence(done.stderr, "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["--version"], ["run", "--help"], ["config", "debug"], ["config", "--schema"]]
+)
+def test_help_and_config_need_no_torch(tmp_path, args):
+    done = without_torch(*args, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+@pytest.mark.parametrize("args", [[], ["dance"], ["run"], ["run", "debug", "--no-such-option"]])
+def test_wrong_usage(tmp_path, args):
+    done = without_torch(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "usage: trajdist" in done.stderr
+
+
+def test_config_prints_what_it_reads(capsys, tmp_path):
+    assert main(["config", "debug", "seed=7"]) == 0
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    assert main(["config", str(tmp_path / "again.yaml")]) == 0
+    assert capsys.readouterr().out == (tmp_path / "again.yaml").read_text()
+    assert main(["config", "seed=7"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 7
+    assert main(["config", "--schema"]) == 0
+    assert "properties" in json.loads(capsys.readouterr().out)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = without_torch("run", "debug", "model.type=lstm", "--debug", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_a_run_on_no_terminal(tmp_path):
+    """From a folder of its own, with a config of its own: plain lines, all files, nothing on stderr."""
+    images = write_images(tmp_path / "images", 8)
+    shutil.copy(REPOSITORY / "configs" / "debug.yaml", tmp_path / "mine.yaml")
+    overrides = [f"data.{name}.path={images}" for name in ("imagenet", "domain")]
+    done = launch(["run", "mine.yaml", "run_dir=out", *overrides], cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not CONTROL & set(done.stdout)
+    assert "phase 1: epoch 2 step 2" in done.stdout
+    assert "phase 2: epoch 2 step 2" in done.stdout
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert (status["status"], status["phase"]) == ("done", 2)
+
+
+def test_run_directory(debug_run):
+    files = {str(file.relative_to(debug_run)) for file in debug_run.rglob("*") if file.is_file()}
+    assert files >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "status.json",
+        "phase1/model.safetensors",
+        "phase1/trajectory.safetensors",
+        "phase1/calibration.safetensors",
+        "phase2/calibration.safetensors",
+        "phase2/adapter/adapter_config.json",
+        "phase2/adapter/adapter_model.safetensors",
+        "checkpoints/step-00000012/manifest.json",
+    }
+    keys = {"phase", "epoch", "step", "images", "loss", "recon", "kl", "lr", "images_per_s", "peak_memory_bytes"}
+    for line in (debug_run / "metrics.jsonl").read_text().splitlines():
+        assert {*keys, "memory_bytes"} <= json.loads(line).keys()
+    summary = json.loads((debug_run / "summary.json").read_text())
+    assert (summary["phase1"]["images"], summary["phase2"]["images"]) == (64, 32)
+    assert (summary["phase1"]["steps"], summary["phase2"]["steps"]) == (8, 4)
+    assert set(summary["phase1"]["time"]) == {"data", "transfer", "backbone", "model", "optimizer", "sync"}
+
+
+def test_no_pickle_in_a_run_directory(debug_run):
+    for file in (file for file in debug_run.rglob("*") if file.is_file()):
+        raw = file.read_bytes()
+        assert not zipfile.is_zipfile(file), file
+        assert not raw.startswith((b"\x80", b"\x1f\x8b")), file
+        if file.suffix == ".safetensors":
+            read_tensors(file)
+        else:
+            raw.decode("utf-8")
+
+
+def test_a_second_run_does_nothing(debug_run, tmp_path, capsys, fresh_accelerate):
+    shutil.copytree(debug_run, tmp_path / "run")
+    before = (tmp_path / "run" / "summary.json").read_text()
+    command = ["run", "debug", f"run_dir={tmp_path}/run", "runtime.mixed_precision=no"]
+    assert main(command) == 0
+    assert "phase 1 is done" in capsys.readouterr().out
+    assert (tmp_path / "run" / "summary.json").read_text() == before
+    assert main([*command, "model.latent_dim=8"]) == 2
+    assert_sentence(capsys.readouterr().err, "model.latent_dim=8", "began with 16", "--fresh")
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("", ["phase1", "done", "model.safetensors"]),
+        ("phase1", ["autoencoder", "encoder.0.weight", "backbone_fingerprint"]),
+        ("phase1/model.safetensors", ["hidden_dim", "encoder.0.weight"]),
+        ("phase2/adapter", ["LORA", "lora_A.weight"]),
+        ("checkpoints/step-00000012", ["cursor", "hold"]),
+    ],
+)
+def test_inspect(debug_run, capsys, part, words):
+    assert main(["inspect", str(debug_run / part)]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in words), shown
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[12] ^= 0xFF
+    file.write_bytes(raw)
+
+
+DAMAGED = ["phase1/model.safetensors", "phase1/trajectory.safetensors"]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("damage", [cut, flip, lambda file: file.write_bytes(b""), Path.unlink])
+def test_damaged_artifacts(debug_run, tmp_path, capsys, fresh_accelerate, name, damage):
+    shutil.copytree(debug_run / "phase1", tmp_path / "old" / "phase1")
+    shutil.copy(debug_run / "summary.json", tmp_path / "old")
+    damage(tmp_path / "old" / name)
+    command = ["adapt", "debug", f"run_dir={tmp_path}/new", f"phase1={tmp_path}/old", "runtime.mixed_precision=no"]
+    assert main(command) == 4
+    assert_sentence(capsys.readouterr().err, Path(name).name)
+
+
+def test_damage_in_a_process_of_its_own(debug_run, tmp_path):
+    shutil.copy(debug_run / "phase1" / "model.safetensors", tmp_path)
+    cut(tmp_path / "model.safetensors")
+    shutil.copytree(debug_run, tmp_path / "run")
+    shutil.move(tmp_path / "model.safetensors", tmp_path / "run" / "phase1" / "model.safetensors")
+    done = launch(["score", tmp_path / "run", write_images(tmp_path / "images", 1), "--out", tmp_path / "scores"])
+    assert done.returncode == 4
+    assert_sentence(done.stderr, "model.safetensors", "restore it")
+
+
+def test_adapter_of_another_base(debug_run, tmp_path, capsys, fresh_accelerate):
+    """Two runs that differ in their seed alone: neither takes the other's adapter."""
+    command = ["train", "debug", f"run_dir={tmp_path}/other", "seed=1", "runtime.mixed_precision=no"]
+    assert main([*command, "data.imagenet.num_epochs=1"]) == 0
+    capsys.readouterr()
+    images = write_images(tmp_path / "images", 1)
+    adapter = debug_run / "phase2" / "adapter"
+    asked = ["score", str(tmp_path / "other"), str(images), "--out", str(tmp_path / "out"), "--adapter", str(adapter)]
+    assert main(asked) == 4
+    assert_sentence(capsys.readouterr().err, "adapter", "was trained on another base")
+
+
+def test_trajectories_of_another_run(debug_run, tmp_path, capsys, fresh_accelerate):
+    """A model beside the projection of another run meets noise: refused."""
+    command = ["train", "debug", f"run_dir={tmp_path}/other", "trajectory.projection=random"]
+    assert main([*command, "runtime.mixed_precision=no", "data.imagenet.num_epochs=1"]) == 0
+    shutil.copy(debug_run / "phase1" / "trajectory.safetensors", tmp_path / "other" / "phase1")
+    capsys.readouterr()
+    command = ["adapt", "debug", f"run_dir={tmp_path}/new", f"phase1={tmp_path}/other", "runtime.mixed_precision=no"]
+    assert main(command) == 4
+    assert_sentence(capsys.readouterr().err, "model.safetensors")

@@ -1,0 +1,69 @@
+"""Files written whole or not at all, and JSON read in bounded memory. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trajdist.errors import ArtifactError
+
+# Far more than trajdist writes; a hostile file must not fill the memory.
+LARGEST_JSON = 2**26
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or, whatever happens, as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"{str(path)!r} cannot be written ({error.strerror}): free some space or make the folder writable; "
+            "what was there before is untouched."
+        ) from None
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut, where the file system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass  # Some network file systems cannot sync folders; the files themselves are synced.
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document atomically."""
+    write_bytes(path, json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document.
+
+    Raises:
+        ArtifactError: the file is missing, is not JSON, or is too large to be any of trajdist's.
+    """
+    try:
+        with open(path, "rb") as handle:
+            raw = handle.read(LARGEST_JSON + 1)
+    except OSError as error:
+        raise ArtifactError(f"{str(path)!r} cannot be read ({error.strerror}).") from None
+    if len(raw) > LARGEST_JSON:
+        raise ArtifactError(f"{str(path)!r} is damaged: it has more than {LARGEST_JSON:,} bytes.")
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ArtifactError(f"{str(path)!r} is damaged: it is not JSON.") from None
