@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from trajdist.bundle import load_extractor
-from trajdist.data.decode import to_square
+from trajdist.data.decode import Fit, to_square
 from trajdist.data.labelled import GOOD, LabelledFolder
 from trajdist.data.sources import ImageFolder, ImageSource
 from trajdist.histogram import ScoreHistogram
@@ -31,7 +31,8 @@ from trajdist.metrics import PixelScores, curve
 from trajdist.trajectory import BlockMoments, TrajectoryExtractor
 
 SIZE, BATCH = 224, 32
-BANK_CELLS, BANK_BLOCKS = 20_000, (4, 10)  # Blocks 5 and 11, counted from one.
+BANK_CELLS, BANK_BLOCKS = 20_000, (5, 11)  # Two middle blocks, counted from zero.
+CROPPED: set[str] = set()  # Fingerprints of the sets of photographs.
 Cells = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -43,9 +44,11 @@ def trajdist(*arguments: str) -> float:
 
 
 def batches(source: ImageSource) -> Iterator[torch.Tensor]:
+    """All images; photographs are cropped and labelled or domain images squashed, as trajdist does it."""
+    fit: Fit = "crop" if source.fingerprint in CROPPED else "squash"
     for start in range(0, len(source), BATCH):
         numbers = range(start, min(start + BATCH, len(source)))
-        squares = [to_square(source.load(number, SIZE), SIZE, "squash") for number in numbers]
+        squares = [to_square(source.load(number, SIZE), SIZE, fit) for number in numbers]
         yield torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
 
 
@@ -147,6 +150,7 @@ def main() -> None:
             LabelledFolder(Path(arguments.road), "--road"),
         ),
     }
+    CROPPED.add(sets["patch"][0].fingerprint)
     for method in (gaussians, nearest_neighbour):
         with torch.no_grad():
             results[method.__name__] = {

@@ -15,5 +15,7 @@ command=(.venv/bin/accelerate launch "${options[@]}" -m trajdist run "$@")
 # The launcher refuses --multi_gpu for one process; one process needs no launcher.
 if [ "$NUM_PROCESSES" -eq 1 ]; then command=(.venv/bin/python -m trajdist run "$@"); fi
 echo "+ ${command[*]}"
+# Slurm's early warning (--signal=USR1@120) reaches the launcher, which passes on only the signals named here.
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "${command[@]}"

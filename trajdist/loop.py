@@ -35,8 +35,10 @@ from trajdist.sharding import Plan, Step, key64
 from trajdist.trajectory import TrajectoryExtractor
 from trajdist.watchdog import Watchdog
 
-# On CUDA, reading a flag waits for the device, so processes agree only every so many steps.
+# On CUDA, reading a flag waits for the device, so processes agree only every so many steps; but launchers kill soon
+# after they ask for the end, so slow steps agree more often.
 AGREE_EVERY_ON_CUDA = 10
+AGREE_WITHIN_S = 2.0
 
 
 @dataclass
@@ -96,6 +98,8 @@ class Job:
     seconds_before: float = 0.0
     started: float = field(default_factory=time.monotonic)
     last_saved: float = field(default_factory=time.monotonic)
+    agreed: tuple[int, float] = (0, 0.0)
+    agree_at: int = 0
 
 
 def fit(job: Job, cursor: int = 0) -> None:
@@ -211,18 +215,29 @@ def finish_step(job: Job, step: Step) -> None:
 
 def agree(job: Job, step: Step) -> tuple[bool, bool]:
     """Whether any process was asked to stop, and whether the main process finds a checkpoint overdue."""
-    every = AGREE_EVERY_ON_CUDA if job.processes.device.type == "cuda" else 1
-    if (step.index + 1) % every:
+    done = step.index + 1
+    if done < job.agree_at:
         return False, False
     stop = bool(job.stop)
     failed = job.writer.failed()
     overdue = job.processes.is_main and time.monotonic() - job.last_saved > job.rhythm.save_every_s
-    votes = torch.tensor([stop, overdue, failed], dtype=torch.int32, device=job.processes.device)
-    asked, due, broken = job.processes.sum(votes).tolist()
+    gap = steps_to_next_agreement(job, done) if job.processes.is_main else 0
+    votes = torch.tensor([stop, overdue, failed, gap], dtype=torch.int32, device=job.processes.device)
+    asked, due, broken, gap = job.processes.sum(votes).tolist()
+    job.agreed, job.agree_at = (done, time.monotonic()), done + gap
     if broken:
         job.writer.finish()
         raise StopRequested("the main process could not write a checkpoint")
     return asked > 0, due > 0
+
+
+def steps_to_next_agreement(job: Job, done: int) -> int:
+    if job.processes.device.type != "cuda":
+        return 1
+    before, at = job.agreed
+    step_s = (time.monotonic() - at) / max(1, done - before)
+    # Of the first stretch after a start the time says nothing.
+    return min(AGREE_EVERY_ON_CUDA, max(1, int(AGREE_WITHIN_S / max(step_s, 1e-6)))) if before else 1
 
 
 def write_line(job: Job, step: Step) -> None:

@@ -102,10 +102,10 @@ class ResidualModel(nn.Module):
 
     def fit(self, moments: PlaceMoments) -> None:
         """Set means, whitening and clean energies from the moments of clean residuals."""
-        covariance_FF = moments.covariance_FF.double().cpu()
+        covariance_FF = moments.covariance_FF.cpu().double()
         identity_FF = torch.eye(len(covariance_FF), dtype=torch.float64)
         # Of the variance over all places: that about the places' means is zero where there is but one image.
-        variance = moments.all.covariance_CC.diagonal().mean().double().cpu().clamp(min=1e-6)
+        variance = moments.all.covariance_CC.diagonal().mean().cpu().double().clamp(min=1e-6)
         shrunk_FF = covariance_FF + SHRINKAGE * variance * identity_FF
         order = deepest_first(self.widths)
         lower_FF = torch.linalg.cholesky(shrunk_FF[order][:, order])

@@ -24,7 +24,9 @@ def arguments(run_dir: Path, *overrides: str, command: str = "run") -> list[str]
 
 
 def environment(fault: str = "") -> dict[str, str]:
-    return {"PYTHONPATH": f"{REPOSITORY}:{HERE}", "FAULT": fault}
+    # As launch/multi_gpu.sh has it.
+    signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    return {"PYTHONPATH": f"{REPOSITORY}:{HERE}", "FAULT": fault, "TORCHELASTIC_SIGNALS_TO_HANDLE": signals}
 
 
 def run_with(fault: str, run_dir: Path, world: int = 1, *overrides: str) -> Finished:

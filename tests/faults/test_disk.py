@@ -16,7 +16,7 @@ import torch
 from harness import arguments, assert_identical
 from test_stops import at_call, send
 
-from trajdist import bundle, checkpoint, lora, loop
+from trajdist import bundle, checkpoint, loop, lora
 from trajdist.artifacts import write_tensors
 from trajdist.cli import main
 from trajdist.files import write_json

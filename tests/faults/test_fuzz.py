@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,14 @@ from safetensors.torch import save
 from trajdist import bundle
 from trajdist.artifacts import METADATA_KEY, read_document, read_tensors
 from trajdist.audit import audit
+from trajdist.backbones import build_backbone
 from trajdist.checkpoint import FILES, load_checkpoint, verify
-from trajdist.config import Config, load_config, parse_config
+from trajdist.config import load_config, parse_config
 from trajdist.data.decode import decode
 from trajdist.data.loader import SlotDataset
 from trajdist.errors import ArtifactError, ConfigError, UserError
 from trajdist.inspection import inspect
+from trajdist.lora import load_adapter
 from trajdist.runtime import peak_memory_bytes, reset_peak_memory
 from trajdist.sharding import Slots
 
@@ -38,13 +42,19 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
+def complaint(kind: type[UserError], read: Callable[..., object], *args: object) -> str:
+    """What an error of this kind says; nothing where there is none. Any other error fails the test."""
+    try:
+        read(*args)
+    except kind as error:
+        return str(error)
+    return ""
+
+
 @bounded
 @given(tree=st.dictionaries(KEYS, TREES, max_size=5))
 def test_config_trees(tree):
-    try:
-        assert isinstance(parse_config(tree), Config)
-    except ConfigError as error:
-        assert "\n" not in str(error).strip()
+    assert "\n" not in complaint(ConfigError, parse_config, tree)
 
 
 @bounded
@@ -54,10 +64,7 @@ def test_config_trees(tree):
 def test_config_files(raw, override, folder):
     (folder / "config.yaml").write_bytes(raw)
     for overrides in ([], [override]):
-        try:
-            assert isinstance(load_config(folder / "config.yaml", overrides), Config)
-        except ConfigError as error:
-            assert str(error)
+        assert "\n" not in complaint(ConfigError, load_config, folder / "config.yaml", overrides)
 
 
 @bounded
@@ -112,10 +119,7 @@ def test_safetensors(raw, folder):
     path.write_bytes(raw)
     readers = [read_tensors, read_document, bundle.load_model, bundle.load_extractor, lambda path: list(inspect(path))]
     for read in readers:
-        try:
-            read(path)
-        except ArtifactError as error:
-            assert "\n" not in str(error).strip()
+        assert "\n" not in complaint(ArtifactError, read, path)
 
 
 def test_a_hostile_header_takes_no_memory(folder):
@@ -180,19 +184,40 @@ def test_image_bytes(raw):
     dataset = SlotDataset(OneImage(raw), lambda epoch, positions: np.zeros(len(positions), np.int64), 16, "crop")
     batch = dataset[Slots(0, 0, 1, 2)]
     assert batch.images.shape == (2, 3, 16, 16)
-    used = batch.weights.tolist() == [1.0, 0.0]
-    assert used != [index for index, _ in batch.failures].__contains__(0)
+    assert batch.weights.tolist() == [0.0 if batch.failures else 1.0, 0.0]
     assert all("\n" not in reason for _, reason in batch.failures)
 
 
 @bounded
 @given(ledger=st.lists(TREES | st.fixed_dictionaries({"phase": st.integers(), "epoch": st.integers()}), max_size=4))
-@example(ledger=[{"phase": 1, "epoch": 0, "start": 0, "stop": 2**39, "images": 0, "digest": 0, "missing": [-1, 10**30]}])
+@example(
+    ledger=[{"phase": 1, "epoch": 0, "start": 0, "stop": 4, "images": 2, "digest": 0, "missing": [-1, 10**30]}],
+)
 def test_ledgers(ledger, folder):
     (folder / "run.json").write_text(json.dumps({"imagenet": {"num_images": 5}}))
     (folder / "config.yaml").write_text("")
     (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger))
-    try:
-        assert bool(audit(folder).problems) == bool(ledger)
-    except UserError as error:
-        assert str(error)
+    assert bool(audit(folder).problems) == bool(ledger)
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self._folder),)
+
+
+def test_a_pickle_runs_nothing(tmp_path):
+    torch.save({"fc.weight": Trap(tmp_path / "trap")}, tmp_path / "weights.pt")
+    with pytest.raises(ArtifactError, match=r"weights\.pt"):
+        build_backbone("resnet18", str(tmp_path / "weights.pt"), [], 64, 0)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    torch.save({"x": Trap(tmp_path / "trap")}, folder / "adapter_model.bin")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "trajdist:x"}))
+    with pytest.raises(ArtifactError, match="does not exist"):
+        load_adapter(torch.nn.Linear(1, 1), folder, "x")
+    assert not (tmp_path / "trap").exists()

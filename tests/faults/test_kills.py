@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import assert_clean, assert_identical, begin, ledger, metrics, run_with, status, weights
+from harness import arguments, assert_clean, assert_identical, begin, ledger, metrics, run_with, status, weights
 from jobs import Job
+
+from trajdist.cli import main
 
 STATISTICS = "trajdist.statistics:update_moments"
 STEP = "trajdist.loop:update"
@@ -26,11 +28,12 @@ def assert_killed(fault: str, run_dir: Path, world: int = 1) -> None:
     assert run_with(fault, run_dir, world).returncode not in (0, 75)
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_three_kills(uninterrupted, tmp_path):
     """In the statistics pass, while a checkpoint is being written, while the adapter is being saved."""
     for fault in (f"{STATISTICS}:2:SIGKILL", f"{WRITING}:3:SIGKILL", f"{SAVING_ADAPTER}:1:SIGKILL"):
         assert_killed(fault, tmp_path / "run")
-    assert run_with("", tmp_path / "run").returncode == 0
+    assert main(arguments(tmp_path / "run")) == 0
     assert_identical(tmp_path / "run", uninterrupted)
 
 
@@ -63,15 +66,15 @@ def test_two_then_one_then_three_processes(uninterrupted_by_two, tmp_path):
     assert ledger(run_dir) == ledger(uninterrupted_by_two)
 
 
-def test_a_process_that_hangs_is_named(tmp_path):
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_process_that_hangs_is_named(tmp_path, capsys):
     """The job ends, resumable, although nobody died."""
     hung = run_with(f"{STEP}:3:hang:1", tmp_path / "run", 2, "runtime.timeout_s=8")
     assert hung.returncode != 0
     assert "process 1 stood still for runtime.timeout_s=8 seconds" in hung.stderr
     assert status(tmp_path / "run") in ("failed", "running")
-    done = run_with("", tmp_path / "run", 1, "runtime.timeout_s=600")
-    assert done.returncode == 0
-    assert "going on after 32 images" in done.stdout
+    assert main(arguments(tmp_path / "run", "runtime.timeout_s=600")) == 0
+    assert "going on after 32 images" in capsys.readouterr().out
     assert_clean(tmp_path / "run")
 
 

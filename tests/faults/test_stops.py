@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import arguments, assert_identical, begin, run_with, status
+from harness import arguments, assert_identical, begin, status
 
 from trajdist import loop, phases, statistics
 from trajdist.cli import main
@@ -84,7 +84,9 @@ def wait_for(condition, timeout_s: float = 60) -> None:
 MANY_STEPS = ("data.imagenet.num_epochs=500", "checkpoint.every_steps=100")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_processes_whose_launcher_ends_save_and_end(number, tmp_path):
     """Told by the launcher, or left alone by it: either way a checkpoint is saved."""
     job = begin(tmp_path / "run", 2, *MANY_STEPS)
@@ -167,13 +169,12 @@ def test_a_restart_by_the_launcher_is_not_fresh(stopped, monkeypatch, capsys):
     assert "going on after 24 images" in capsys.readouterr().out
 
 
-def test_a_run_directory_has_one_run(tmp_path):
+def test_a_run_directory_has_one_run(tmp_path, capsys):
     """Neither a second run nor --fresh disturbs the first."""
     job = begin(tmp_path / "run", 1, *MANY_STEPS)
     wait_for((tmp_path / "run" / "ledger.jsonl").exists)
     for extra in ([], ["--fresh"]):
-        second = run_with("", tmp_path / "run", 1, *MANY_STEPS, *extra)
-        assert second.returncode == 4
-        assert "is in use by another run" in second.stderr
+        assert main([*arguments(tmp_path / "run", *MANY_STEPS), *extra]) == 4
+        assert "is in use by another run" in capsys.readouterr().err
     job.signal(signal.SIGTERM)
     assert job.end().returncode == 75

@@ -57,7 +57,7 @@ def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 def to_square(
     image: Image.Image, size: int, fit: Fit, resampling: Image.Resampling = Image.Resampling.BILINEAR
 ) -> npt.NDArray[np.uint8]:
-    """Resize an RGB image to uint8 ``[size, size, 3]``, a grey one to ``[size, size]``; ``fit`` as in ``data.domain.fit``.
+    """Resize an RGB image to uint8 ``[size, size, 3]``, a grey one to ``[size, size]``.
 
     Antialiased by default; masks take ``NEAREST``.
     """
