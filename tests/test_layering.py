@@ -19,7 +19,7 @@ LAYERS = (
     " models.registry losses schedules",
     "lora checkpoint bundle rundir histogram metrics calibration residuals report score_files",
     "runtime watchdog progress journal loop session scorer",
-    "statistics phases scoring evaluation reporting audit plan",
+    "statistics training phases scoring evaluation reporting audit plan",
     "cli __main__ inspection __init__",
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer.split()}

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trajdist.config import Config, parse_config, read_yaml
+from trajdist.config import SETS, Config, parse_config, read_yaml
 from trajdist.errors import ArtifactError
 from trajdist.rundir import RunDir
 from trajdist.sharding import Selection, digest
 
-SETS = {1: "imagenet", 2: "domain"}
 CHUNK = 2**16
 LARGEST_LINE = 2**24
 SHOWN = 20

@@ -23,6 +23,9 @@ Width = Annotated[int, Field(gt=0, le=65536)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0)]
 
+# The image set that each phase trains on, below ``data``.
+SETS = {1: "imagenet", 2: "domain"}
+
 # A key marked FREE may change when a run is resumed: it does not change what is learned from an image.
 FREE: dict[str, Any] = {"resume": "free"}
 

@@ -5,30 +5,23 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 from trajdist import bundle
 from trajdist.artifacts import fingerprint
-from trajdist.checkpoint import Checkpoint, CheckpointWriter
-from trajdist.config import Config
+from trajdist.config import SETS, Config
 from trajdist.data.sources import ImageSource
 from trajdist.errors import ArtifactError, ConfigError, StopRequested, UserError
-from trajdist.journal import Journal
-from trajdist.loop import Job, Position, Recipe, Rhythm, fit, restore, seconds, trainable
-from trajdist.progress import Progress, summary_table
-from trajdist.runtime import Clock, peak_memory_bytes, reset_peak_memory
+from trajdist.loop import Job, Position, seconds, trainable
+from trajdist.progress import summary_table
+from trajdist.runtime import peak_memory_bytes
 from trajdist.session import Session, open_session
-from trajdist.sharding import Plan, Selection, key64
+from trajdist.sharding import key64
 from trajdist.statistics import calibrate, load_extractor, prepare_extractor
-from trajdist.trajectory import TrajectoryExtractor
-
-SETS = {1: "imagenet", 2: "domain"}
+from trajdist.training import Trainee, train
 
 
 def run(config: Config, sources: dict[str, ImageSource], phases: Sequence[int], fresh: bool = False) -> dict[str, Any]:
@@ -176,169 +169,6 @@ def _check_same_model(config: Config, trajectory: Path, model: Path) -> None:
     for key, (mine, theirs) in pairs.items():
         if mine != theirs:
             raise ConfigError(f"{key}={mine!r}, but the Phase 1 in {str(model.parent)!r} has {theirs!r}: use that.")
-
-
-@dataclass(frozen=True)
-class Trainee:
-    """A model to train, how fast, and the fingerprint of what it stands on."""
-
-    model: nn.Module
-    learning_rate: float
-    weight_decay: float
-    base: str
-
-
-def train(
-    session: Session, at: Position, selection: Selection, extractor: TrajectoryExtractor, trainee: Trainee
-) -> Job:
-    """Build the job of a phase, resume it if a checkpoint is there, and run the loop to its end."""
-    config, processes, set_name = session.config, session.processes, SETS[at.phase]
-    plan = session.plan(set_name, selection.num_train, getattr(config.data, set_name).num_epochs)
-    checkpoint = _checkpoint_of(session, at.phase, trainee.base)
-    cursor = _cursor_of(checkpoint, plan, set_name) if checkpoint else 0
-    session.accelerator.gradient_accumulation_steps = plan.micro_batches
-    session.accelerator.step = 0
-    model = trainee.model.to(processes.device)
-    optimizer = make_optimizer(model, trainee.learning_rate, trainee.weight_decay, processes.device)
-    prepared_model, prepared_optimizer = session.accelerator.prepare(model, optimizer)
-    reset_peak_memory(processes.device)
-    session.say(_announcement(at.phase, plan, cursor, model, processes.world))
-    with Progress(session.console, f"phase {at.phase}", plan.total_images, cursor) as progress:
-        job = Job(
-            phase=at.phase,
-            accelerator=session.accelerator,
-            processes=processes,
-            plan=plan,
-            loader=session.loader(set_name, selection.train, plan, cursor),
-            extract=extractor,
-            model=prepared_model,
-            optimizer=prepared_optimizer,
-            recipe=_recipe(config, trainee.learning_rate),
-            rhythm=_rhythm(config),
-            journal=_journal(session, at.phase, plan, selection),
-            rundir=session.rundir,
-            writer=CheckpointWriter(session.rundir.checkpoints, config.checkpoint.keep),
-            stop=session.stop,
-            watchdog=session.watchdog,
-            progress=progress,
-            clock=Clock(processes.device),
-            at=at,
-            base=trainee.base,
-            first_checkpoint_number=_steps_before(session, at.phase),
-        )
-        if checkpoint:
-            restore(job, checkpoint)
-        fit(job, cursor)
-        job.writer.finish()
-    return job
-
-
-def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None:
-    """The checkpoint to resume this phase from, and the records cut back to it.
-
-    Raises:
-        ArtifactError: the checkpoint belongs to another model.
-    """
-    checkpoint = session.newest_checkpoint()
-    if checkpoint and checkpoint.state["phase"] != phase:
-        checkpoint = None
-    if checkpoint and checkpoint.state["base"] != base:
-        raise ArtifactError(
-            f"the checkpoints in {str(session.rundir.checkpoints)!r} belong to other weights than this run's: "
-            "restore the phase1 folder, or start over with --fresh."
-        )
-    if session.processes.is_main:
-        before = session.rundir.recall("records_after_phase1") if phase == 2 else None
-        session.rundir.rewind_records(checkpoint.state["file_sizes"] if checkpoint else before or {})
-    session.processes.wait()
-    return checkpoint
-
-
-def _cursor_of(checkpoint: Checkpoint, plan: Plan, set_name: str) -> int:
-    """Where to go on.
-
-    Raises:
-        ArtifactError: the checkpoint was made with other steps.
-        ConfigError: fewer epochs are wanted than are done.
-    """
-    cursor = int(checkpoint.state["cursor"])
-    if checkpoint.state["global_batch"] != plan.global_batch or not plan.is_between_steps(cursor):
-        raise ArtifactError(
-            f"the checkpoint at {cursor:,} images was made with steps of {checkpoint.state['global_batch']} images, "
-            f"this run takes {plan.global_batch}: restore the checkpoints folder, or start over with --fresh."
-        )
-    if cursor > plan.total_images:
-        raise ConfigError(
-            f"data.{set_name}.num_epochs={plan.num_epochs}, but the run is in epoch {-(-cursor // plan.num_images)}: "
-            "keep at least that many, or start over with --fresh."
-        )
-    return cursor
-
-
-def _announcement(phase: int, plan: Plan, cursor: int, model: nn.Module, world: int) -> str:
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    text = (
-        f"phase {phase}: {plan.num_images:,} images x {plan.num_epochs} epochs, {trained:,} weights, "
-        f"{plan.global_batch} images per step ({world} processes x {plan.slots} x {plan.micro_batches} micro-batches)"
-    )
-    return text + (f"; going on after {cursor:,} images" if cursor else "")
-
-
-def _journal(session: Session, phase: int, plan: Plan, selection: Selection) -> Journal:
-    source = session.sources[SETS[phase]]
-
-    def files_of(step_index: int) -> list[str]:
-        step = plan.step(step_index)
-        return [source.name(index) for index in selection.train(step.epoch, np.arange(step.start, step.stop)).tolist()]
-
-    return Journal(
-        phase,
-        session.rundir,
-        session.processes,
-        source.name,
-        files_of,
-        SETS[phase],
-        plan.num_images,
-        session.config.data.max_bad_fraction,
-    )
-
-
-def make_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); biases, gains and embeddings of depth are not decayed."""
-    weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    decayed = [weight for name, weight in weights if weight.ndim >= 2 and "depth_" not in name]
-    others = [weight for name, weight in weights if weight.ndim < 2 or "depth_" in name]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=learning_rate, fused=device.type == "cuda"
-    )
-
-
-def _recipe(config: Config, learning_rate: float) -> Recipe:
-    return Recipe(
-        learning_rate=learning_rate,
-        warmup_fraction=config.train.warmup_fraction,
-        max_grad_norm=config.train.max_grad_norm,
-        kl_weight=config.train.kl_weight,
-        kl_warmup_fraction=config.train.kl_warmup_fraction,
-        seed=config.seed,
-    )
-
-
-def _rhythm(config: Config) -> Rhythm:
-    return Rhythm(
-        log_every_steps=config.logging.every_steps,
-        save_every_steps=config.checkpoint.every_steps,
-        save_every_s=config.checkpoint.every_minutes * 60.0,
-        empty_cache_every=config.memory.empty_cache_every,
-    )
-
-
-def _steps_before(session: Session, phase: int) -> int:
-    """Checkpoints of Phase 2 are numbered after those of Phase 1."""
-    return int(session.rundir.read_summary().get("phase1", {}).get("steps", 0)) if phase == 2 else 0
 
 
 def _is_done(session: Session, phase: int) -> bool:
