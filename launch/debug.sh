@@ -2,6 +2,7 @@
 # One process on one GPU or the CPU, no workers, deterministic algorithms, tiny data; pdb works.
 #   bash launch/debug.sh [CONFIG.yaml] [key=value ...]      (without a config: the shipped one named debug)
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [ "${1:-}" = --help ]; then sed -n '2,3s/^# //p' "$0"; exit; fi
 config=debug

@@ -2,6 +2,7 @@
 # Every GPU of this machine: bash launch/multi_gpu.sh CONFIG.yaml [key=value ...]
 # NUM_PROCESSES sets another number of processes; with ACCELERATE_USE_CPU=true they run on the CPU.
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [ $# -eq 0 ] || [ "$1" = --help ]; then sed -n '2,3s/^# //p' "$0"; exit; fi
 make_environment quickstart

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv, installs, trains on an embedded data set, and looks for defects: bash launch/quickstart.sh [key=value ...]
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [ "${1:-}" = --help ]; then sed -n '2s/^# //p' "$0"; exit; fi
 make_environment quickstart

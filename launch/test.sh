@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv, installs with the test extras, and runs the tests: bash launch/test.sh [pytest options]
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment dev
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
