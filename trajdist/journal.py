@@ -116,7 +116,7 @@ class Journal:
         self.first_loss: float | None = None
         self.final_loss: float | None = None
         self.epoch_memory: list[float] = []
-        self._memory_readings: list[int] = []
+        self._memory_sum, self._memory_readings = 0, 0
         self._stretch_start: int | None = None
 
     def add(self, step: Step, batch: ImageBatch, losses: Losses) -> None:
@@ -156,13 +156,15 @@ class Journal:
             self._stretch_start = step.start
 
     def read_memory(self, memory_bytes: int) -> None:
-        self._memory_readings.append(memory_bytes)
+        """Count a reading towards the epoch's mean."""
+        self._memory_sum += memory_bytes
+        self._memory_readings += 1
 
     def end_epoch(self) -> Sums:
         """Close the epoch's books and return them."""
         if self._memory_readings:
-            self.epoch_memory.append(sum(self._memory_readings) / len(self._memory_readings))
-        self._memory_readings = []
+            self.epoch_memory.append(self._memory_sum / self._memory_readings)
+        self._memory_sum, self._memory_readings = 0, 0
         closed, self.epoch = self.epoch, Sums()
         return closed
 

@@ -195,6 +195,7 @@ def finish_step(job: Job, step: Step) -> None:
     job.watchdog.beat()
     rhythm, done = job.rhythm, step.index + 1
     job.at.step = done
+    job.journal.read_memory(memory_bytes(job.processes.device))
     stop, overdue = agree(job, step)
     save = stop or overdue or done % rhythm.save_every_steps == 0 or done == job.plan.total_steps
     log = done == 1 or done % rhythm.log_every_steps == 0 or step.ends_epoch
@@ -243,8 +244,6 @@ def steps_to_next_agreement(job: Job, done: int) -> int:
 def write_line(job: Job, step: Step) -> None:
     """A line of metrics.jsonl, and the same on the screen."""
     line = job.journal.take_line()
-    memory = memory_bytes(job.processes.device)
-    job.journal.read_memory(memory)
     record = {
         "event": "step",
         "phase": job.phase,
@@ -254,7 +253,7 @@ def write_line(job: Job, step: Step) -> None:
         **line.means(),
         "lr": job.optimizer.param_groups[0]["lr"],
         "images_per_s": job.progress.rate(job.plan.cursor_after(step)),
-        "memory_bytes": memory,
+        "memory_bytes": memory_bytes(job.processes.device),
         "peak_memory_bytes": peak_memory_bytes(job.processes.device),
     }
     if job.processes.is_main:

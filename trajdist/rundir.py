@@ -71,6 +71,8 @@ class RunDir:
         with self._writing("made"):
             for folder in (self.path, self.path / "phase1"):
                 folder.mkdir(parents=True, exist_ok=True)
+            # An empty list says that every image could be used.
+            self.bad_images.touch()
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:

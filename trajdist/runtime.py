@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import signal
@@ -220,13 +221,18 @@ class Clock:
             self._seconds[stage] += value
 
 
+@functools.cache
+def _this_process() -> psutil.Process:
+    return psutil.Process()
+
+
 def memory_bytes(device: torch.device) -> int:
     """Memory in use now: allocated on a CUDA or MPS device, else the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.current_allocated_memory()
-    return int(psutil.Process().memory_info().rss)
+    return int(_this_process().memory_info().rss)
 
 
 def reset_peak_memory(device: torch.device) -> None:
