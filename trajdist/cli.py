@@ -148,6 +148,7 @@ def _score(arguments: argparse.Namespace) -> int:
         report(job)
         job.console.print(score_table(job))
         job.console.print(f"the report is {job.out / 'report.html'}")
+    job.processes.leave()
     return 0
 
 
@@ -165,6 +166,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if job.processes.is_main:
         job.console.print(metrics_table(metrics))
         job.console.print(f"the report is {job.out / 'report.html'}")
+    job.processes.leave()
     return 0
 
 

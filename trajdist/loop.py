@@ -24,7 +24,7 @@ from trajdist.checkpoint import (
     restore_optimizer,
 )
 from trajdist.data.loader import ImageBatch
-from trajdist.errors import StopRequested
+from trajdist.errors import ArtifactError, StopRequested
 from trajdist.journal import Journal
 from trajdist.losses import Losses, trajectory_losses
 from trajdist.progress import Progress
@@ -228,7 +228,8 @@ def agree(job: Job, step: Step) -> tuple[bool, bool]:
     job.agreed, job.agree_at = (done, time.monotonic()), done + gap
     if broken:
         job.writer.finish()
-        raise StopRequested("the main process could not write a checkpoint")
+        # The main process has just said what is wrong; the others end with it.
+        raise SystemExit(ArtifactError.exit_code)
     return asked > 0, due > 0
 
 

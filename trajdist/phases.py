@@ -37,12 +37,16 @@ def run(config: Config, sources: dict[str, ImageSource], phases: Sequence[int], 
         try:
             _run_phases(session, at, phases)
             _record_end(session, at, None)
+        except StopRequested as stop:
+            _record_end(session, at, stop)
+            session.processes.leave()
+            raise
         except BaseException as error:
             _record_end(session, at, error)
             raise
         finally:
             session.rundir.unlock()
-    session.processes.wait()
+    session.processes.leave()
     return session.rundir.read_summary()
 
 

@@ -136,6 +136,15 @@ class Processes:
         if self.world > 1:
             torch.distributed.barrier()
 
+    def leave(self) -> None:
+        """All processes are done: end the group together, before the interpreter takes its threads apart.
+
+        A process that just exits may find the connections of a quicker one cut and be aborted in its last moment.
+        """
+        if self.world > 1 and torch.distributed.is_initialized():
+            self.wait()
+            torch.distributed.destroy_process_group()
+
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """The main process runs the block before the others, which then find what it downloaded."""
