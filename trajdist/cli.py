@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     command: Command = arguments.command
     try:
-        return command(arguments)
+        return _end(command(arguments))
     except UserError as error:
         if arguments.debug:
             raise
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except StopRequested as stop:
         # A launcher takes any code but 0 for a crash, and would start the job again.
-        return 0 if _under_launcher() else stop.exit_code
+        return _end(0 if _under_launcher() else stop.exit_code)
     except KeyboardInterrupt:
         return 130
 
@@ -213,6 +213,19 @@ def _config(arguments: argparse.Namespace) -> int:
         source, overrides = None, [source, *overrides]
     print(json_schema() if arguments.schema else dump_yaml(load_config(source, overrides)), end="")
     return 0
+
+
+def _end(code: int) -> int:
+    """The work is done and on disk. One process of several ends here and now.
+
+    While the interpreter is taken apart, a thread of the communication libraries now and then aborts the process, and
+    the launcher would take the finished job for a crash.
+    """
+    if _under_launcher():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _under_launcher() -> bool:
