@@ -2,12 +2,12 @@
 # One process on one GPU or the CPU, no workers, deterministic algorithms, tiny data; pdb works.
 #   bash launch/debug.sh [CONFIG.yaml] [key=value ...]      (without a config: the shipped one named debug)
 set -euo pipefail
+if [ "${1:-}" = --help ]; then sed -n '2,3s/^# //p' "$0"; exit; fi
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-if [ "${1:-}" = --help ]; then sed -n '2,3s/^# //p' "$0"; exit; fi
 config=debug
 case ${1:-} in *=* | -* | '') ;; *) config=$1; shift ;; esac
 make_environment quickstart
-command=(.venv/bin/python -X faulthandler -m trajdist run "$config" data.num_workers=0 runtime.deterministic=true "$@")
+command=("$venv"/bin/python -X faulthandler -m trajdist run "$config" data.num_workers=0 runtime.deterministic=true "$@")
 echo "+ ${command[*]}"
 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} CUDA_LAUNCH_BLOCKING=1 exec "${command[@]}"

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # Makes .venv beside this checkout and installs trajdist with the extras named in $1. Sourced by the other scripts.
 # A second call is quick: the installation is skipped while setup.cfg and the extras stay as they are.
+# TRAJDIST_VENV=DIR uses an environment that has everything already, as it is.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck disable=SC2034  # For the scripts that source this file.
+venv=${TRAJDIST_VENV:-.venv}
 
 make_environment() {
   local extras=$1 stamp
+  [ -z "${TRAJDIST_VENV:-}" ] || return 0
   stamp=".venv/.installed-$extras-$(cksum setup.cfg pyproject.toml | cksum | cut -d' ' -f1)"
   [ -e "$stamp" ] && return
   local python=${PYTHON:-python3}

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Makes .venv, installs with the test extras, and runs the tests: bash launch/test.sh [pytest options]
 set -euo pipefail
+if [ "${1:-}" = --help ]; then sed -n '2s/^# //p' "$0"; exit; fi
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment dev
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/mypy trajdist
+"$venv"/bin/ruff check .
+"$venv"/bin/ruff format --check .
+"$venv"/bin/mypy trajdist
 echo "+ pytest $*"
-.venv/bin/python -m pytest -m "not slow" "$@"
+"$venv"/bin/python -m pytest -m "not slow" "$@"

@@ -17,12 +17,15 @@ from trajdist.runtime import Processes, StopFlag
 INTERVAL_S = 1.0
 # Signs of life this far apart tell a slow process from a lost one.
 LISTEN_S = 3.0
+# The store lies with process 0; where the network is cut it never answers.
+ANSWER_S = 10.0
 GO_ON = "run the same command again to go on from the last checkpoint"
 
 
 class Watchdog:
-    """A thread that shows this process's signs of life to the others and ends the process when it stands still.
+    """Shows this process's signs of life to the others, and ends the process when it stands still.
 
+    Each has a thread of its own: one that talks to another machine may be kept waiting.
     The training calls :meth:`beat` wherever it gets on. All processes beat equally often, so the one with the fewest
     beats is the one that the others wait for.
     """
@@ -31,7 +34,7 @@ class Watchdog:
         self._processes, self._stop, self._timeout_s = processes, stop, timeout_s
         self._beats, self._ticks = 0, 0
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._live, self._watch)]
         self._store = _store() if processes.world > 1 else None
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
@@ -50,7 +53,8 @@ class Watchdog:
             TrainingError: another process, or a decoding process, is gone.
         """
         self._on_end = on_end
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         try:
             yield
         except RuntimeError as error:
@@ -61,7 +65,8 @@ class Watchdog:
         finally:
             # A thread inside the store's C++ when the interpreter ends would abort the process.
             self._done.set()
-            self._thread.join(LISTEN_S)
+            for thread in self._threads:
+                thread.join(LISTEN_S)
 
     def _explain(self, error: RuntimeError) -> str | None:
         if "DataLoader worker" in str(error):
@@ -70,11 +75,14 @@ class Watchdog:
             return f"{self._who_is_missing()}: {GO_ON}."
         return None
 
+    def _live(self) -> None:
+        while not self._done.wait(INTERVAL_S):
+            self._show()
+
     def _watch(self) -> None:
         seen, waited_s = 0, 0.0
         # Waits are counted, not read off a clock: a job that was suspended as a whole has not waited.
         while not self._done.wait(INTERVAL_S):
-            self._show()
             if self._parent is not None and os.getppid() != self._parent:
                 self._stop.ask("the launcher is gone")
             waited_s = waited_s + INTERVAL_S if seen == self._beats else 0.0
@@ -102,10 +110,15 @@ class Watchdog:
     def _who_is_missing(self) -> str:
         if self._store is None:
             return "the training stands still"
+        answers: list[str] = []
+        asking = threading.Thread(target=lambda: answers.append(self._compare()), daemon=True)
+        asking.start()
+        asking.join(ANSWER_S)
+        return answers[0] if answers else "the machine of process 0 did not answer"
+
+    def _compare(self) -> str:
         before = self._signs()
-        for _ in range(round(LISTEN_S / INTERVAL_S)):
-            threading.Event().wait(INTERVAL_S)
-            self._show()
+        threading.Event().wait(LISTEN_S)
         after = self._signs()
         silent = [rank for rank, sign in after.items() if sign == (0, 0) or sign[0] == before[rank][0]]
         if silent:
