@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import urllib.error
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 
 from trajdist.backbones import Backbone, build_backbone, find_blocks
@@ -93,11 +95,12 @@ def test_random_weights_are_the_same_for_a_seed() -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_weight_files(tmp_path: Path, suffix: str) -> None:
-    reference = build_backbone("resnet18", "none", [], 64, seed=5)
+    torch.manual_seed(5)
+    network = torchvision.models.resnet18()
     path = tmp_path / f"weights{suffix}"
-    state = {name: value.contiguous() for name, value in reference.network.state_dict().items()}
+    state = {name: value.contiguous() for name, value in network.state_dict().items()}
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    assert build_backbone("resnet18", str(path), [], 64, seed=0).fingerprint == reference.fingerprint
+    assert build_backbone("resnet18", str(path), [], 64, seed=0).fingerprint == Backbone(network, [], 64).fingerprint
     with pytest.raises(ArtifactError, match="does not fit"):
         build_backbone("mobilenet_v2", str(path), [], 64, seed=0)
     path.write_bytes(path.read_bytes()[:1000])
@@ -126,3 +129,72 @@ def test_offline_names_the_file_to_put_where(monkeypatch: pytest.MonkeyPatch, tm
 def test_wrong_names(name: str, weights: str, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         build_backbone(name, weights, [], 64, seed=0)
+
+
+def unfolded(name: str, size: int, seed: int) -> tuple[Backbone, torch.nn.Module]:
+    """A backbone whose statistics are not the initial ones, and a copy of its network from before the folding."""
+    from trajdist.backbones import _efficientnet_lite0, _timm, _torchvision
+
+    torch.manual_seed(seed)
+    builders = {"efficientnet_lite0": lambda: _efficientnet_lite0("none"), "timm:": lambda: _timm(name, "none")}
+    network = builders.get("timm:" if name.startswith("timm:") else name, lambda: _torchvision(name, "none"))()[0]
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor, low, high in ((module.running_mean, -0.5, 0.5), (module.running_var, 0.5, 2.0)):
+                tensor.uniform_(low, high)
+            with torch.no_grad():
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.5, 0.5)
+    reference = copy.deepcopy(network).eval()
+    return Backbone(network, [], size), reference
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v2", "densenet121", "timm:efficientnet_lite0", "efficientnet_lite0"]
+)
+def test_batchnorm_is_folded_and_nothing_changes(name: str) -> None:
+    size = 64
+    if name == "densenet121":  # Has no residual blocks; its BatchNorms stand before the convolutions.
+        network = build_backbone(name, "none", ["features.denseblock*"], size, seed=0).network
+        assert any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+        return
+    backbone, reference = unfolded(name, size, seed=3)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.network.modules())
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in reference.modules())
+    blocks = [block.name for block in backbone.blocks]
+    assert backbone.fingerprint == Backbone(copy.deepcopy(reference), blocks, size).fingerprint
+    expected: list[torch.Tensor] = []
+    for block in blocks:
+        reference.get_submodule(block).register_forward_hook(lambda m, i, output: expected.append(output.clone()))
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    found: list[torch.Tensor] = []
+    with torch.inference_mode():
+        backbone(images, lambda number, activation: found.append(activation.clone()))
+        reference((images.float() - backbone.mean_C11) / backbone.std_C11)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max()
+
+
+def test_an_observed_convolution_is_not_folded() -> None:
+    network = build("resnet18", patterns=("layer1.0.conv1", "layer1.0.bn2")).network
+    assert isinstance(network.get_submodule("layer1.0.bn1"), torch.nn.BatchNorm2d)
+    assert isinstance(network.get_submodule("layer1.0.bn2"), torch.nn.Identity)
+
+
+class Twice(torch.nn.Module):
+    """A convolution that is read by its BatchNorm and once more, unseen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+        self.norm.running_mean += 1.0
+        self.head = torch.nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return self.head(self.norm(y) + y)
+
+
+def test_a_network_that_folding_would_change_is_left_alone() -> None:
+    backbone = Backbone(Twice(), ["head"], 32)
+    assert isinstance(backbone.network.norm, torch.nn.BatchNorm2d)

@@ -6,7 +6,6 @@ Shape suffixes: B images, C channels, H W grid, S image side.
 from __future__ import annotations
 
 import fnmatch
-import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import nn
 
 from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.errors import ArtifactError, ConfigError
+from trajdist.folding import fold_batchnorm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -53,6 +53,10 @@ class Backbone(nn.Module):
         patterns: globs of module names; empty finds the blocks by structure.
         image_size: side of the images it will see, in pixels.
         mean, std: normalisation of RGB values in 0..1.
+
+    Attributes:
+        blocks: what is observed, in order.
+        fingerprint: identifies weights, buffers and observed blocks.
     """
 
     mean_C11: torch.Tensor
@@ -67,11 +71,16 @@ class Backbone(nn.Module):
         std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.network = network.eval().requires_grad_(False)
         self.register_buffer("mean_C11", torch.tensor(mean).view(3, 1, 1) * 255.0, persistent=False)
         self.register_buffer("std_C11", torch.tensor(std).view(3, 1, 1) * 255.0, persistent=False)
         self._visit: Visit | None = None
         self.blocks = self._discover(find_blocks(network, patterns), image_size)
+        names = [block.name for block in self.blocks]
+        # Of the network as it came, whatever is folded.
+        self.fingerprint = fingerprint(self.network.state_dict(), {"blocks": names})
+        fold_batchnorm(self.network, names, lambda: self._outputs(names, image_size))
+        self.network.to(memory_format=torch.channels_last)
         for number, block in enumerate(self.blocks):
             self.network.get_submodule(block.name).register_forward_hook(self._hook(number))
 
@@ -85,8 +94,8 @@ class Backbone(nn.Module):
         The activation is ``[B, C, H, W]`` (any memory format) without prefix tokens. The caller reduces it at once
         and keeps no reference: that is what holds memory to one block's activation.
         """
-        x = images_BCSS.to(memory_format=torch.channels_last)
-        x = (x.float() - self.mean_C11) / self.std_C11
+        x = images_BCSS.contiguous(memory_format=torch.channels_last)
+        x = x.to(torch.float32, copy=True).sub_(self.mean_C11).div_(self.std_C11)
         self._visit = visit
         try:
             self.network(x)
@@ -94,11 +103,6 @@ class Backbone(nn.Module):
             pass
         finally:
             self._visit = None
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Identifies weights, buffers and observed blocks."""
-        return fingerprint(self.network.state_dict(), {"blocks": [block.name for block in self.blocks]})
 
     def _hook(self, number: int) -> Callable[..., None]:
         layout, last = self.blocks[number].layout, number == len(self.blocks) - 1
@@ -114,25 +118,12 @@ class Backbone(nn.Module):
 
     def _discover(self, names: list[str], image_size: int) -> list[Block]:
         """Run one image to learn the order, shapes and layouts of the blocks."""
-        found: dict[str, Block] = {}
-        shapes: dict[str, torch.Size] = {}
-
-        def recorder(name: str) -> Callable[..., None]:
-            def record(module: nn.Module, inputs: Any, output: Any) -> None:
-                shapes.setdefault(name, first_tensor(output).shape)
-
-            return record
-
-        handles = [self.network.get_submodule(name).register_forward_hook(recorder(name)) for name in names]
         try:
-            with torch.inference_mode():
-                self.network(torch.zeros(1, 3, image_size, image_size).contiguous(memory_format=torch.channels_last))
+            shapes = {name: output.shape for name, output in self._run_once(names, image_size).items()}
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"data.image_size={image_size} does not suit this backbone: {reason}") from None
-        finally:
-            for handle in handles:
-                handle.remove()
+        found: list[Block] = []
         for name, shape in shapes.items():
             layout = _layout(shape, self.network.get_submodule(name))
             if layout is None:
@@ -140,8 +131,33 @@ class Backbone(nn.Module):
                     f"backbone.blocks matches {name!r}, whose output {tuple(shape)} is no map of the image: "
                     "name modules that give [B, C, H, W] or tokens."
                 )
-            found[name] = Block(name, shape[1] if layout == "BCHW" else shape[-1], layout)
-        return list(found.values())
+            found.append(Block(name, shape[1] if layout == "BCHW" else shape[-1], layout))
+        return found
+
+    def _outputs(self, names: list[str], image_size: int) -> list[torch.Tensor]:
+        return list(self._run_once(names, image_size).values())
+
+    @torch.inference_mode()
+    def _run_once(self, names: list[str], image_size: int) -> dict[str, torch.Tensor]:
+        """The named modules' outputs, in the order they come, for one image of fixed noise."""
+        outputs: dict[str, torch.Tensor] = {}
+
+        def recorder(name: str) -> Callable[..., None]:
+            def record(module: nn.Module, inputs: Any, output: Any) -> None:
+                # A copy: the next layer may work in place.
+                outputs.setdefault(name, first_tensor(output).clone())
+
+            return record
+
+        noise = torch.Generator().manual_seed(0)
+        image = torch.randn(1, 3, image_size, image_size, generator=noise)
+        handles = [self.network.get_submodule(name).register_forward_hook(recorder(name)) for name in names]
+        try:
+            self.network(image)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
 
 
 def first_tensor(output: Any) -> torch.Tensor:

@@ -90,9 +90,13 @@ class ResidualModel(nn.Module):
     def energies(self, residual_NF: torch.Tensor) -> torch.Tensor:
         """Energy of each block at each place, ``[B, P, L]``, about 1 for clean images."""
         residual_BPF = residual_NF.unflatten(0, (-1, len(self.mean_PF))) - self.mean_PF
-        white_BPF = (residual_BPF.flatten(0, 1) @ self.whitening_FF).view_as(residual_BPF)
-        parts = white_BPF.square().split(self.widths, dim=-1)
-        return torch.stack([part.sum(-1) for part in parts], -1) / self.energy_L
+        centred_NF = residual_BPF.flatten(0, 1)
+        energies: list[torch.Tensor] = []
+        for start, width in zip(starts(self.widths), self.widths, strict=True):
+            # The whitening of a block has no entries for shallower ones.
+            white_NF = centred_NF[:, start:] @ self.whitening_FF[start:, start : start + width]
+            energies.append(white_NF.square().sum(-1))
+        return torch.stack(energies, -1).view(*residual_BPF.shape[:2], -1) / self.energy_L
 
     def cells(self, energies_BPL: torch.Tensor) -> torch.Tensor:
         """Score of every place, ``[B, P]``: about 0 on average and 1 in spread for clean images."""
@@ -134,9 +138,13 @@ def roots(energies_BPL: torch.Tensor) -> torch.Tensor:
 
 def deepest_first(widths: list[int]) -> torch.Tensor:
     """Entry numbers with the blocks from the last to the first, each block's own entries in order."""
-    starts = [sum(widths[:block]) for block in range(len(widths))]
-    blocks = [torch.arange(start, start + width) for start, width in zip(starts, widths, strict=True)]
+    blocks = [torch.arange(start, start + width) for start, width in zip(starts(widths), widths, strict=True)]
     return torch.cat(blocks[::-1])
+
+
+def starts(widths: list[int]) -> list[int]:
+    """Number of each block's first entry."""
+    return [sum(widths[:block]) for block in range(len(widths))]
 
 
 def image_scores(cells_BP: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,133 @@
+"""How close does scoring come to the backbone's forward alone? Ratios of one process, interleaved, on the same images.
+
+    python benchmarks/scoring.py --run RUN_DIR --images DIR [--rounds 5] [--json FILE]
+
+For each round: the plain network's forward alone (channels last, as torchvision or timm builds it, images decoded
+beforehand), the same with BatchNorm folded, and ``trajdist score`` without pictures and with all of them, decoding
+included. Prints images per second (median over the rounds), ratios with their spread, and what the arithmetic allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from trajdist import backbones, bundle
+from trajdist.data.decode import to_square
+from trajdist.data.sources import open_source
+from trajdist.rundir import RunDir
+from trajdist.scoring import Options, Scoring, open_scoring, score
+
+BATCH = 32
+
+
+def plain_network(run_dir: str) -> torch.nn.Module:
+    """The run's network as it is built, before trajdist touches it."""
+    document = bundle.read(RunDir(run_dir).trajectory, bundle.TrajectoryDocument)
+    build = {"efficientnet_lite0": lambda weights: backbones._efficientnet_lite0(weights)}.get(
+        document.backbone, lambda weights: backbones._torchvision(document.backbone, weights)
+    )
+    torch.manual_seed(document.seed)
+    network, _, _ = build(document.weights)
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def folded_network(job: Scoring) -> torch.nn.Module:
+    """The same network as trajdist runs it, head included."""
+    return job.scorer.extractor.backbone.network
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def forward_all(network: torch.nn.Module, images_BCSS: torch.Tensor) -> None:
+    with torch.inference_mode():
+        for batch in images_BCSS.split(BATCH):
+            network(batch.float())
+
+
+def score_all(arguments: argparse.Namespace, overlays: str) -> float:
+    """Seconds of a whole scoring, from its first batch to its last."""
+    with tempfile.TemporaryDirectory() as out:
+        job = opened(arguments, out, overlays)
+        return seconds(lambda: score(job))
+
+
+def opened(arguments: argparse.Namespace, out: str, overlays: str) -> Scoring:
+    source = open_source(arguments.images, "IMAGES")
+    return open_scoring(arguments.run, source, arguments.images, out, Options(batch_size=BATCH, overlays=overlays))
+
+
+def flops_per_image(job: Scoring, image_1CSS: torch.Tensor) -> tuple[int, int]:
+    """Floating-point operations of the backbone's forward, and of everything after it."""
+    with FlopCounterMode(display=False) as network, torch.no_grad():
+        folded_network(job)(image_1CSS.float())
+    with FlopCounterMode(display=False) as all_of_it, torch.no_grad():
+        job.scorer.score_batch(image_1CSS)
+    return network.get_total_flops(), all_of_it.get_total_flops() - network.get_total_flops()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="a finished run")
+    parser.add_argument("--images", required=True, help="a folder of images")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+
+    with tempfile.TemporaryDirectory() as out:
+        job = opened(arguments, out, "none")
+    count = len(job.source)
+    squares = [to_square(job.source.load(i, job.scorer.size), job.scorer.size, job.scorer.fit) for i in range(count)]
+    images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+    plain, folded = plain_network(arguments.run), folded_network(job)
+    backbone_flops, other_flops = flops_per_image(job, images[:1])
+    works: dict[str, Callable[[], float]] = {
+        "forward alone": lambda: seconds(lambda: forward_all(plain, images)),
+        "forward alone, folded": lambda: seconds(lambda: forward_all(folded, images)),
+        "score": lambda: score_all(arguments, "none"),
+        "score, all pictures": lambda: score_all(arguments, "all"),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    for name, work in itertools.chain.from_iterable([works.items()] * (arguments.rounds + 1)):
+        rates[name].append(count / work())
+    # The first round warms up.
+    rates = {name: values[1:] for name, values in rates.items()}
+    result = {
+        "images": count,
+        "threads": torch.get_num_threads(),
+        "images_per_s": {name: statistics.median(values) for name, values in rates.items()},
+        "ratios": {
+            f"{one} / {other}": ratio(rates[one], rates[other]) for one in works for other in works if one > other
+        },
+        "gflop_per_image": {"backbone": backbone_flops / 1e9, "projection, model, calibration": other_flops / 1e9},
+        "arithmetic_bound": backbone_flops / (backbone_flops + other_flops),
+    }
+    print(json.dumps(result, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def ratio(ones: list[float], others: list[float]) -> dict[str, float]:
+    """Median, least and greatest of the rounds' ratios."""
+    ratios = [one / other for one, other in zip(ones, others, strict=True)]
+    return {"median": statistics.median(ratios), "least": min(ratios), "greatest": max(ratios)}
+
+
+if __name__ == "__main__":
+    main()
