@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One process on one GPU or the CPU, no workers, deterministic algorithms, tiny data; pdb works.
+# One process on one GPU or the CPU, no workers, deterministic algorithms, anomaly detection, tiny data; pdb works.
 #   bash launch/debug.sh [CONFIG.yaml] [key=value ...]      (without a config: the shipped one named debug)
 set -euo pipefail
 if [ "${1:-}" = --help ]; then sed -n '2,3s/^# //p' "$0"; exit; fi
@@ -8,6 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 config=debug
 case ${1:-} in *=* | -* | '') ;; *) config=$1; shift ;; esac
 make_environment quickstart
-command=("$venv"/bin/python -X faulthandler -m trajdist run "$config" data.num_workers=0 runtime.deterministic=true "$@")
+settings=(data.num_workers=0 runtime.deterministic=true runtime.detect_anomaly=true)
+command=("$venv"/bin/python -X faulthandler -m trajdist run "$config" "${settings[@]}" "$@")
 echo "+ ${command[*]}"
 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} CUDA_LAUNCH_BLOCKING=1 exec "${command[@]}"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from trajdist import loop
 from trajdist.cli import main
+from trajdist.losses import trajectory_losses
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 KINDS = ("autoencoder", "vae", "transformer")
@@ -145,3 +146,16 @@ def test_golden_losses(kind, tmp_path, fresh_accelerate):
         GOLDEN.write_text(json.dumps({**golden, kind: losses(tmp_path)}, indent=2) + "\n")
     else:
         assert losses(tmp_path) == pytest.approx(golden[kind], rel=1e-4)
+
+
+def test_anomaly_detection_names_the_operation(images, tmp_path, monkeypatch, fresh_accelerate):
+    def broken(*arguments):
+        found = trajectory_losses(*arguments)
+        return found._replace(loss=(found.loss * 0.0).sqrt())  # Infinite slope times zero.
+
+    monkeypatch.setattr(loop, "trajectory_losses", broken)
+    try:
+        with pytest.raises(RuntimeError, match="SqrtBackward0.*nan"), pytest.warns(UserWarning, match="Error detected"):
+            main(arguments("train", images, tmp_path / "run", "runtime.detect_anomaly=true"))
+    finally:
+        torch.autograd.set_detect_anomaly(False)

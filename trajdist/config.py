@@ -209,6 +209,8 @@ class Runtime(Section):
     """`auto` takes Accelerate's setting, and without one bf16 on CUDA devices that have it."""
     deterministic: bool = Field(False, json_schema_extra=FREE)
     """Deterministic algorithms only (slower on CUDA)."""
+    detect_anomaly: bool = Field(False, json_schema_extra=FREE)
+    """Autograd names the operation that first gave a NaN gradient (slow)."""
     timeout_s: Rate = Field(1800.0, json_schema_extra=FREE)
     """Seconds after which a process that waits for a lost or hung peer gives up."""
 

@@ -43,6 +43,7 @@ def train(
     model = trainee.model.to(processes.device)
     optimizer = make_optimizer(model, trainee.learning_rate, trainee.weight_decay, processes.device)
     prepared_model, prepared_optimizer = session.accelerator.prepare(model, optimizer)
+    torch.autograd.set_detect_anomaly(config.runtime.detect_anomaly)
     reset_peak_memory(processes.device)
     session.say(_announcement(at.phase, plan, cursor, model, processes.world))
     with Progress(session.console, f"phase {at.phase}", plan.total_images, cursor) as progress:
@@ -154,7 +155,7 @@ def make_optimizer(
     others = [weight for name, weight in weights if weight.ndim < 2 or "depth_" in name]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=learning_rate, fused=device.type == "cuda"
+        [group for group in groups if group["params"]], lr=learning_rate, fused=device.type in ("cuda", "cpu")
     )
 
 
