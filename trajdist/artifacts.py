@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,10 @@ def read_document(path: Path) -> Any:
 def _damaged(path: Path, error: Exception) -> ArtifactError:
     if not path.is_file():
         return ArtifactError(f"{str(path)!r} does not exist.")
+    if "\ufffd" in os.fsencode(path).decode(errors="replace"):
+        return ArtifactError(
+            f"{str(path)!r} is a name that is no UTF-8, which safetensors cannot open: rename the folder."
+        )
     reason = " ".join(str(error).split())[:200]
     return ArtifactError(f"{str(path)!r} is not a sound safetensors file ({reason}): restore it or make it again.")
 

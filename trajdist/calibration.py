@@ -10,6 +10,7 @@ Shape suffixes: K bins.
 
 from __future__ import annotations
 
+from decimal import ROUND_CEILING, Context, Decimal
 from functools import cached_property
 
 import torch
@@ -34,6 +35,11 @@ class QuantileSketch:
     def count(self) -> int:
         """n, the number of clean scores."""
         return int(self._at_least_K[0])
+
+    @property
+    def least_rate(self) -> Decimal:
+        """The smallest false-alarm rate that n scores can answer for, 1 / (n + 1), rounded up to two digits."""
+        return Context(prec=2, rounding=ROUND_CEILING).divide(Decimal(1), Decimal(self.count + 1))
 
     @cached_property
     def _at_least_K(self) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
@@ -12,6 +13,8 @@ from trajdist import __version__
 from trajdist.errors import StopRequested, UserError
 
 if TYPE_CHECKING:
+    from trajdist.config import Config
+    from trajdist.data.sources import ImageSource
     from trajdist.scoring import Options
 
 EPILOG = """\
@@ -33,10 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         _complain(str(error))
-        return error.exit_code
+        return _end(error.exit_code)
     except StopRequested as stop:
         # A launcher takes any code but 0 for a crash, and would start the job again.
         return _end(0 if _under_launcher() else stop.exit_code)
+    except SystemExit as end:
+        # Another process has said what is wrong.
+        return _end(end.code if isinstance(end.code, int) else 1)
     except KeyboardInterrupt:
         return 130
 
@@ -53,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(commands, "run", "Phase 1, then Phase 2; resumes by itself", [1, 2])
     _add_training(commands, "train", "Phase 1 only", [1])
     _add_training(commands, "adapt", "Phase 2 only, on an existing Phase 1 (phase1=DIR)", [2])
+    _add_plan(commands)
     score = _add_scoring(commands, "score", "unlabelled images -> scores.jsonl, heat maps", _score)
     score.add_argument("images", metavar="IMAGES", help="a folder of images, one image, or skimage:NAME/heldout")
     evaluate = _add_scoring(commands, "evaluate", "labelled images in MVTec layout -> metrics.json as well", _evaluate)
@@ -81,6 +88,21 @@ def _add_training(commands: Commands, name: str, text: str, phases: list[int]) -
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
     parser.add_argument("--fresh", action="store_true", help="start over; an old run directory is moved aside")
     parser.set_defaults(phases=phases)
+
+
+def _add_plan(commands: Commands) -> None:
+    plan = _add(commands, "plan", "dry run: memory per process, steps, time, bytes; trains nothing", _plan)
+    plan.add_argument("config", metavar="CONFIG.yaml", help="a path, or the name of a shipped config")
+    plan.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    plan.add_argument("--memory", type=_size, metavar="SIZE", help="such as 80GiB: finds the largest batch that fits")
+    plan.add_argument(
+        "--processes", type=_positive, metavar="N", help="in the whole job (default: the launcher's, or 1)"
+    )
+    plan.add_argument("--device", choices=("cpu", "cuda"), help="to plan for (default: what a run would use here)")
+    plan.add_argument("--images-per-second", type=_speed, metavar="X", help="of one process; nothing is measured then")
+    plan.add_argument("--no-probe", action="store_true", help="measure no speed")
+    plan.set_defaults(phases=[1, 2])
 
 
 def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> argparse.ArgumentParser:
@@ -117,7 +139,34 @@ def _positive(text: str) -> int:
     return value
 
 
+def _speed(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _size(text: str) -> int:
+    """Bytes: ``80GiB``, ``24 GB``, ``500MB``, or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 80GiB, 24GB or 500MB")
+    number, prefix, binary = match.groups()
+    power = " KMGT".index(prefix.upper()) if prefix else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
 def _train(arguments: argparse.Namespace) -> int:
+    config, sources, phases = _open(arguments)
+    # From here on torch is needed, which takes seconds to import.
+    from trajdist.phases import run
+
+    run(config, sources, phases, arguments.fresh)
+    return 0
+
+
+def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource], list[int]]:
+    """The config, its image sets, and the phases that it asks for."""
     from trajdist.config import load_config
     from trajdist.data.sources import open_sets
 
@@ -127,11 +176,32 @@ def _train(arguments: argparse.Namespace) -> int:
     if 1 in phases and 2 in phases and (adaptation is False or (adaptation is None and not config.data.domain.path)):
         phases.remove(2)
     wanted = {1: ("imagenet", config.data.imagenet.path), 2: ("domain", config.data.domain.path)}
-    sources = open_sets(dict(wanted[phase] for phase in phases), config.data.read_retries)
-    # From here on torch is needed, which takes seconds to import.
-    from trajdist.phases import run
+    return config, open_sets(dict(wanted[phase] for phase in phases), config.data.read_retries), phases
 
-    run(config, sources, phases, arguments.fresh)
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import json
+
+    config, sources, phases = _open(arguments)
+    from trajdist.plan import Options, make_plan, plan_table, plan_text
+    from trajdist.progress import make_console
+
+    options = Options(
+        memory_bytes=arguments.memory,
+        processes=arguments.processes,
+        device=arguments.device,
+        images_per_s=arguments.images_per_second,
+        measure=not arguments.no_probe,
+    )
+    plans = make_plan(config, sources, phases, options)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    if arguments.json:
+        print(json.dumps(plans, indent=2))
+    else:
+        console = make_console(True)
+        console.print(plan_table(plans))
+        console.print(plan_text(plans))
     return 0
 
 
@@ -144,8 +214,8 @@ def _score(arguments: argparse.Namespace) -> int:
 
     job = open_scoring(arguments.run_dir, source, arguments.images, arguments.out, _scoring_options(arguments))
     score(job)
+    job.processes.main_does(lambda: report(job))
     if job.processes.is_main:
-        report(job)
         job.console.print(score_table(job))
         job.console.print(f"the report is {job.out / 'report.html'}")
     job.processes.leave()
@@ -195,12 +265,12 @@ def _audit(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from rich.console import Console
-
     from trajdist.inspection import inspect
+    from trajdist.progress import make_console
 
+    console = make_console(True)
     for item in inspect(Path(arguments.path)):
-        Console(highlight=False).print(item)
+        console.print(item)
     return 0
 
 
@@ -216,7 +286,7 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _end(code: int) -> int:
-    """The work is done and on disk. One process of several ends here and now.
+    """The work is done and on disk, or refused. One process of several ends here and now.
 
     While the interpreter is taken apart, a thread of the communication libraries now and then aborts the process, and
     the launcher would take the finished job for a crash.

@@ -42,8 +42,13 @@ def evaluate(job: Scoring, dataset: LabelledFolder) -> dict[str, Any]:
     score(job, visit=count_pixels)
     for scores in pixels.values():
         _all_reduce(scores, job.processes)
-    if not job.processes.is_main:
-        return {}
+    metrics: dict[str, Any] = {}
+    job.processes.main_does(lambda: metrics.update(_conclude(job, dataset, pixels)))
+    return metrics
+
+
+def _conclude(job: Scoring, dataset: LabelledFolder, pixels: dict[str, PixelScores]) -> dict[str, Any]:
+    """Measure and write ``metrics.json`` and the report."""
     images, alarms, unreadable = count_images(job, dataset)
     metrics = measure(images, alarms, pixels) | {
         "num_unreadable": unreadable,

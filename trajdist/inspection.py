@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from trajdist.artifacts import METADATA_KEY
 from trajdist.errors import ArtifactError
@@ -95,11 +96,11 @@ def _inspect_safetensors(path: Path) -> Iterator[RenderableType]:
     document = header.pop("__metadata__", {}).get(METADATA_KEY)
     if document is not None:
         yield _facts(str(path), _document(path, document))
-    table = Table(title=f"tensors of {path}", title_justify="left")
+    table = Table(title=_plain(f"tensors of {path}", "table.title"), title_justify="left")
     for column in ("name", "type", "shape"):
         table.add_column(column)
     for name, entry in sorted(header.items()):
-        table.add_row(name, str(entry["dtype"]), " x ".join(map(str, entry["shape"])) or "scalar")
+        table.add_row(_plain(name), _plain(str(entry["dtype"])), " x ".join(map(str, entry["shape"])) or "scalar")
     yield table
 
 
@@ -140,9 +141,14 @@ def _is_entry(name: str, entry: object) -> bool:
 
 
 def _facts(title: str, facts: Mapping[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=_plain(title, "table.title"), title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     for key, value in facts.items():
-        table.add_row(key, str(value))
+        table.add_row(_plain(key), _plain(str(value)))
     return table
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Shown as it is, although names may look like rich's markup or be no Unicode."""
+    return Text(text.encode(errors="replace").decode(), style)

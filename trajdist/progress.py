@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import Any
 
 from rich.console import Console
@@ -16,9 +17,12 @@ GIB = 2**30
 
 
 def make_console(is_main: bool) -> Console:
-    """Where the job talks to the user; other processes are silent."""
+    """Where the job talks to the user; other processes are silent. Text is shown as it is: names may be anything."""
     width = None if sys.stdout.isatty() else 120
-    return Console(quiet=not is_main, highlight=False, soft_wrap=True, width=width)
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A name that the terminal cannot show does not end the job.
+        sys.stdout.reconfigure(errors="replace")
+    return Console(quiet=not is_main, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
 
 
 class Progress:

@@ -5,9 +5,12 @@ Shape suffixes: N images, H W grid.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,24 @@ def read_rows(out: Path) -> Iterator[Row]:
     with open(out / "scores.jsonl", encoding="utf-8") as handle:
         for line in handle:
             yield json.loads(line)
+
+
+def count_rows(out: Path) -> int:
+    """How many whole lines scores.jsonl has, if it is there."""
+    rows = out / "scores.jsonl"
+    if not rows.exists():
+        return 0
+    with open(rows, "rb") as handle:
+        return sum(line.endswith(b"\n") for line in handle)
+
+
+def keep_rows(out: Path, count: int) -> None:
+    """Cut scores.jsonl, if it is there, after the first ``count`` lines."""
+    rows = out / "scores.jsonl"
+    if rows.exists():
+        with open(rows, "rb") as handle:
+            kept = sum(len(line) for line in islice(handle, count))
+        os.truncate(rows, kept)
 
 
 def most_anomalous(out: Path, count: int) -> list[tuple[int, Row]]:
@@ -44,7 +65,21 @@ def picture_name(image: str) -> str:
     """A flat file name that is unique for the image's path: ``a/b.jpg`` -> ``a__b.jpg``."""
     flat = image.replace("_", "_u").replace("/", "__").replace("\\", "__")
     # Most file systems allow 255 bytes; the hash keeps shortened names apart.
-    return flat if len(flat.encode()) <= 200 else f"{flat.encode()[:150].decode(errors='ignore')}-{hash_of(image)[:16]}"
+    raw = os.fsencode(flat)
+    return flat if len(raw) <= 200 else f"{raw[:150].decode(errors='ignore')}-{hash_of(image)[:16]}"
+
+
+def files_fingerprint(root: Path, names: Iterable[str]) -> str:
+    """Tells files of the same names apart, without reading them: where they are, their sizes and times."""
+    digest = hashlib.sha256(os.fsencode(root.resolve()))
+    for name in names:
+        try:
+            stat = os.stat(root / name)
+        except OSError:
+            digest.update(b"none|")
+        else:
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}|".encode())
+    return digest.hexdigest()
 
 
 def hash_of(text: str) -> str:
@@ -52,23 +87,32 @@ def hash_of(text: str) -> str:
 
 
 class MapsFile:
-    """``maps.safetensors``: one float32 tensor ``maps`` ``[N, H, W]``, filled in place, NaN where an image failed."""
+    """``maps.safetensors``: one float32 tensor ``maps`` ``[N, H, W]``, filled in place, NaN where an image failed.
 
-    def __init__(self, path: Path, count: int, side: int, writes: bool) -> None:
-        self._maps: np.memmap[Any, np.dtype[np.float32]] | None = None
-        if not writes:
-            return
-        shape = (count, side, side)
-        entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, count * side * side * 4]}
+    Attributes:
+        is_there: whether the file of an earlier process can go on being filled.
+    """
+
+    def __init__(self, path: Path, count: int, side: int) -> None:
+        self._path, self._shape = path, (count, side, side)
+        entry = {"dtype": "F32", "shape": self._shape, "data_offsets": [0, count * side * side * 4]}
         header = json.dumps({"maps": entry}).encode()
         header += b" " * (-len(header) % 8)
-        prefix = len(header).to_bytes(8, "little") + header
-        total = len(prefix) + count * side * side * 4
-        if not path.exists() or path.stat().st_size != total:
-            with open(path, "wb") as handle:
-                handle.write(prefix)
-                handle.truncate(total)
-        self._maps = np.memmap(path, np.float32, "r+", offset=len(prefix), shape=shape)
+        self._prefix = len(header).to_bytes(8, "little") + header
+        self._size = len(self._prefix) + count * side * side * 4
+        self._maps: np.memmap[Any, np.dtype[np.float32]] | None = None
+
+    @property
+    def is_there(self) -> bool:
+        return self._path.is_file() and self._path.stat().st_size == self._size
+
+    def open(self) -> None:
+        """Make the file where it is missing; one process does."""
+        if not self.is_there:
+            with open(self._path, "wb") as handle:
+                handle.write(self._prefix)
+                handle.truncate(self._size)
+        self._maps = np.memmap(self._path, np.float32, "r+", offset=len(self._prefix), shape=self._shape)
 
     def write(self, maps: list[tuple[int, Floats | None]]) -> None:
         assert self._maps is not None

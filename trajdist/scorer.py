@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from trajdist import bundle, residuals
 from trajdist.artifacts import load_state, read_document, read_tensors, write_tensors
 from trajdist.calibration import QuantileSketch
 from trajdist.data.decode import to_rgb, to_square
-from trajdist.errors import ArtifactError
+from trajdist.errors import ArtifactError, ConfigError, DataError
 from trajdist.histogram import ScoreHistogram
 from trajdist.rundir import RunDir
 from trajdist.trajectory import TrajectoryExtractor
@@ -107,6 +108,9 @@ class Detector:
         tensors = read_tensors(path)
         own = {name.removeprefix("residual."): t for name, t in tensors.items() if name.startswith("residual.")}
         load_state(self.residual, own, path)
+        for name, tensor in own.items():
+            if not bool(tensor.isfinite().all()):
+                raise ArtifactError(f"{str(path)!r} holds {name!r} that is not finite: make the calibration again.")
         self.cells = QuantileSketch(ScoreHistogram.from_tensors(tensors, "cells", path))
         self.images = QuantileSketch(ScoreHistogram.from_tensors(tensors, "images", path))
         self.held_out = bool(document.get("held_out", False))
@@ -135,34 +139,73 @@ class Scorer:
         valid_LD = self.extractor.projection.valid_LD
         return [detector.score(trajectories, valid_LD) for detector in self.detectors]
 
-    def __call__(self, images: Sequence[Any]) -> Scores:
+    def __call__(self, images: Any, batch_size: int = 32) -> Scores:
         """Score PIL images, arrays or tensors with the first detector.
 
         Args:
-            images: PIL images, uint8 arrays ``[H, W, 3]`` or ``[H, W]``, or tensors ``[3, H, W]`` (uint8, or float in
-                0..1), of any sizes; a tensor or an array with a leading batch dimension is such a sequence.
+            images: any number of PIL images, arrays ``[H, W, 3]`` or ``[H, W]``, or tensors ``[3, H, W]`` or
+                ``[H, W]``, of any sizes: integers in 0..255, 16-bit integers, or floats in 0..1. A tensor or an array
+                with a leading batch dimension is such a sequence; one picture is a batch of one.
+            batch_size: how many go through the backbone at once.
+
+        Raises:
+            ConfigError: a batch size below 1.
+            DataError: what cannot be a picture.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} is no batch: name a positive number.")
+        waiting, parts = iter([images] if _is_one(images) else images), [self._empty()]
+        while batch := list(islice(waiting, batch_size)):
+            parts.append(self._score(batch))
+        return Scores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def _score(self, images: list[Any]) -> tuple[npt.NDArray[Any], ...]:
+        """The arrays of :class:`Scores`."""
         squares = np.stack([to_square(_to_pil(image), self.size, self.fit) for image in images])
-        batch = torch.from_numpy(squares).permute(0, 3, 1, 2).to(self.device)
-        result = self.score_batch(batch)[0]
+        result = self.score_batch(torch.from_numpy(squares).permute(0, 3, 1, 2).to(self.device))[0]
         maps = residuals.upsample(result.cells_BHW, self.size)
         p_values = self.detectors[0].images.p_values(result.images_B)
-        return Scores(maps.cpu().numpy(), result.images_B.cpu().numpy(), p_values.numpy())
+        return maps.cpu().numpy(), result.images_B.cpu().numpy(), p_values.numpy()
+
+    def _empty(self) -> tuple[npt.NDArray[Any], ...]:
+        return np.zeros((0, self.size, self.size), np.float32), np.zeros(0, np.float32), np.zeros(0, np.float64)
+
+
+def _is_one(images: Any) -> bool:
+    return isinstance(images, Image.Image) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim in (2, 3))
 
 
 def _to_pil(image: Any) -> Image.Image:
+    """Upright RGB, as :func:`trajdist.data.decode.decode` makes it of a file."""
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
-        pixels = image.numpy() if image.ndim == 2 else image.permute(1, 2, 0).numpy()
+        image = image.float() if image.is_floating_point() else image  # NumPy has no bfloat16.
+        pixels = (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy()
     else:
         pixels = np.asarray(image)
-    if pixels.dtype.kind == "f":
-        pixels = np.rint(pixels.clip(0.0, 1.0) * 255.0)
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    return to_rgb(Image.fromarray(pixels.astype(np.uint8)))
+    if pixels.ndim not in (2, 3) or not pixels.size or (pixels.ndim == 3 and pixels.shape[2] > 4):
+        kind = "tensors [3, H, W]" if isinstance(image, torch.Tensor) else "arrays [H, W, 3]"
+        raise DataError(f"a picture of shape {list(np.shape(image))} is none: pictures are {kind} or [H, W].")
+    eight_bits = _to_eight_bits(pixels)
+    return to_rgb(Image.fromarray(eight_bits[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else eight_bits))
+
+
+def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Floats are in 0..1, 16-bit integers use their range; numbers that are neither are refused, not wrapped."""
+    if pixels.dtype.kind in "fb":
+        pixels = pixels.astype(np.float32)
+        low, high = pixels.min(), pixels.max()
+        # Resampling overshoots a little; what was normalised, or is in 0..255, or NaN, is something else.
+        if not (low >= -0.5 and high <= 1.5):
+            raise DataError(f"a picture of floats holds {low:.3g} to {high:.3g}: its values are to be from 0 to 1.")
+        return np.rint(pixels.clip(0, 1) * 255.0).astype(np.uint8)
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
+        return np.rint(pixels / 257.0).astype(np.uint8)
+    if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 255:
+        raise DataError(f"a picture of type {pixels.dtype} is to hold integers from 0 to 255, or be uint16 or float.")
+    return pixels.astype(np.uint8)
 
 
 def load(
@@ -181,7 +224,10 @@ def load(
 
     Raises:
         ArtifactError: something is missing, damaged, or belongs to another run.
+        ConfigError: phase 1 together with an adapter, or the same adapter twice.
     """
+    if adapter and phase == 1:
+        raise ConfigError("phase 1 is the model without an adapter: name either phase 1 or an adapter.")
     rundir = RunDir(run_dir)
     if not rundir.trajectory.is_file():
         raise ArtifactError(f"{str(run_dir)!r} has no phase1/trajectory.safetensors: name a run whose Phase 1 is done.")
@@ -192,34 +238,62 @@ def load(
         adapters = [rundir.adapter]
     if phase == 2 and not adapters:
         raise ArtifactError(f"{str(run_dir)!r} has no phase2/adapter: run Phase 2 first, or use --phase 1.")
-    chosen: list[Path | None] = [*adapters] or [None]
-    detectors = [_load_detector(rundir, extractor, folder) for folder in chosen]
+    detectors = [_load_adapted(rundir, extractor, *named) for named in _names(adapters).items()]
+    detectors = detectors or [_load_detector(rundir, extractor)]
     scorer = Scorer(extractor, detectors, document.image_size, document.fit)
     return scorer.to(_device(device))
 
 
-def _load_detector(rundir: RunDir, extractor: TrajectoryExtractor, adapter: Path | None) -> Detector:
+def _load_base(rundir: RunDir, extractor: TrajectoryExtractor) -> tuple[nn.Module, str]:
+    """The sequence model without adapters, and its fingerprint."""
     model, document = bundle.load_model(rundir.model)
     bundle.check_trajectories(rundir, document, extractor)
-    base = bundle.base_fingerprint(model, document)
-    residual = residuals.ResidualModel(extractor.projection.valid_LD, extractor.resolution)
-    if adapter is None:
-        detector = Detector("phase1", model, residual)
-        detector.load(rundir.calibration(1), base)
-        return detector
+    return model, bundle.base_fingerprint(model, document)
+
+
+def _load_detector(rundir: RunDir, extractor: TrajectoryExtractor) -> Detector:
+    model, base = _load_base(rundir, extractor)
+    detector = Detector("phase1", model, residuals.ResidualModel(extractor.projection.valid_LD, extractor.resolution))
+    detector.load(rundir.calibration(1), base)
+    return detector
+
+
+def _load_adapted(rundir: RunDir, extractor: TrajectoryExtractor, name: str, adapter: Path) -> Detector:
     # PEFT takes longer to import than torch; the base model does without.
     from trajdist import lora
 
+    model, base = _load_base(rundir, extractor)
     adapted = lora.load_adapter(model, adapter, base)
-    detector = Detector(_adapter_name(adapter), adapted, residual)
+    detector = Detector(name, adapted, residuals.ResidualModel(extractor.projection.valid_LD, extractor.resolution))
     detector.load(adapter.parent / "calibration.safetensors", lora.adapter_fingerprint(adapted, base))
     return detector
 
 
-def _adapter_name(folder: Path) -> str:
-    """``runs/gravel/phase2/adapter`` is called ``gravel``."""
-    parts = [part for part in folder.resolve().parts if part not in ("adapter", "phase2")]
-    return parts[-1] if parts else str(folder)
+def _names(adapters: list[Path]) -> dict[str, Path]:
+    """``runs/gravel/phase2/adapter`` is called ``gravel``, with as much before it as keeps it apart from the others.
+
+    Raises:
+        ConfigError: the same adapter twice.
+    """
+    paths = {folder: _without(folder.resolve(), "adapter", "phase2") for folder in adapters}
+    if len({folder.resolve() for folder in adapters}) < len(adapters):
+        raise ConfigError(f"an adapter is named twice among {[str(folder) for folder in adapters]}: drop one.")
+    return {_shortest(path, list(paths.values())) or str(folder.resolve()): folder for folder, path in paths.items()}
+
+
+def _without(path: Path, *endings: str) -> Path:
+    for ending in endings:
+        path = path.parent if path.name == ending else path
+    return path
+
+
+def _shortest(path: Path, others: list[Path]) -> str | None:
+    """The shortest end of ``path`` that only one of ``others``, itself, has."""
+    for count in range(1, len(path.parts) + 1):
+        end = path.parts[-count:]
+        if sum(other.parts[-count:] == end for other in others) == 1:
+            return str(Path(*end))
+    return None
 
 
 def _device(name: str) -> torch.device:

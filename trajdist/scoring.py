@@ -20,11 +20,20 @@ from trajdist import pictures, residuals
 from trajdist.artifacts import fingerprint
 from trajdist.data.loader import ImageBatch, build_loader, resolve_workers
 from trajdist.data.sources import ImageSource
-from trajdist.errors import ArtifactError, ConfigError
+from trajdist.errors import ArtifactError, ConfigError, UserError
 from trajdist.files import read_json, write_json
 from trajdist.progress import Progress, make_console
 from trajdist.runtime import Processes, start_accelerator
-from trajdist.score_files import MapsFile, Row, most_anomalous, picture_name, read_rows
+from trajdist.score_files import (
+    MapsFile,
+    Row,
+    count_rows,
+    files_fingerprint,
+    keep_rows,
+    most_anomalous,
+    picture_name,
+    read_rows,
+)
 from trajdist.scorer import CellScores, Detector, Scorer, load
 from trajdist.sharding import Int64s, Plan
 
@@ -93,16 +102,16 @@ class Scoring:
 
 
 def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, options: Options) -> Scoring:
-    """Start the processes and load the run; ``title`` is what the images are called on the report.
+    """Start the processes and load the run; ``title`` is what the user called the images: their path.
 
     Raises:
-        ArtifactError: a run that is not finished or damaged, an output folder that cannot be written.
+        ArtifactError: a run that is not finished or damaged.
+        ConfigError: options that do not go together.
     """
     accelerator = start_accelerator("no", options.timeout_s, False)
     processes = Processes(accelerator)
     console = make_console(processes.is_main)
-    with processes.main_first():
-        scorer = load(run_dir, list(options.adapters) or None, options.phase, str(processes.device))
+    scorer = _load(run_dir, options, processes)
 
     def loader_of(plan: Plan, cursor: int) -> Any:
         loader = build_loader(
@@ -124,6 +133,19 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     return job
 
 
+def _load(run_dir: str, options: Options, processes: Processes) -> Scorer:
+    """The main process first: the others find what it downloaded, and do not wait for it where it cannot go on."""
+    loaded: list[Scorer] = []
+
+    def load_here() -> None:
+        loaded.append(load(run_dir, list(options.adapters) or None, options.phase, str(processes.device)))
+
+    processes.main_does(load_here)
+    if not loaded:
+        load_here()
+    return loaded[0]
+
+
 def in_order(epoch: int, positions: Int64s) -> Int64s:
     """The order of the source itself."""
     return positions
@@ -143,7 +165,7 @@ def _announce(job: Scoring) -> None:
         if threshold == float("inf"):
             job.console.print(
                 f"{detector.images.count} clean images are too few for this rate: no image can be called anomalous; "
-                f"use --false-alarm-rate {1 / (detector.images.count + 1):.2g} or more"
+                f"use --false-alarm-rate {detector.images.least_rate} or more"
             )
 
 
@@ -154,14 +176,22 @@ def score(job: Scoring, visit: Visit | None = None) -> None:
         visit: called with each image on the process that scored it; the scoring then starts over instead of going on.
 
     Raises:
+        ArtifactError: the output folder cannot be written.
         ConfigError: the output folder holds the scores of something else.
     """
-    num_images, batch_size = len(job.source), job.options.batch_size
-    done = _prepare_out(job, _identity(job), resumable=visit is None)
-    plan = Plan(num_images, 1, job.processes.world * batch_size, job.processes.world, batch_size)
-    done -= done % plan.global_batch if done < num_images else 0
-    _truncate_rows(job, done)
-    maps = MapsFile(job.out / "maps.safetensors", num_images, job.scorer.extractor.resolution, job.processes.is_main)
+    num_images, world = len(job.source), job.processes.world
+    # A few images do not fill a batch: no time goes into empty slots.
+    batch_size = min(job.options.batch_size, -(-num_images // world))
+    plan = Plan(num_images, 1, world * batch_size, world, batch_size)
+    maps = MapsFile(job.out / "maps.safetensors", num_images, job.scorer.extractor.resolution)
+    done = 0
+
+    def prepare() -> None:
+        nonlocal done
+        done = _prepare_out(job, plan, maps, resumable=visit is None)
+
+    job.processes.main_does(prepare)
+    done = job.processes.broadcast(done)
     if done < num_images:
         _walk(job, plan, done, maps, visit)
     maps.close()
@@ -174,16 +204,27 @@ def _walk(job: Scoring, plan: Plan, cursor: int, maps: MapsFile, visit: Visit | 
         for step, batch in zip(plan.steps(cursor), job.loader_of(plan, cursor), strict=True):
             slots = plan.micro_batch(step, 0, job.processes.rank)
             scored = list(score_batch(job, batch, slots.start, slots.stop))
-            _show(job, scored, visit)
+            for image in scored:
+                _draw(job, image)
+            if visit is not None:
+                _visit_all(job.processes, visit, scored)
             _write(job, maps, scored, batch, slots.start)
             progress.advance(step.stop)
 
 
-def _show(job: Scoring, scored: list[Scored], visit: Visit | None) -> None:
-    for image in scored:
-        _draw(job, image)
-        if visit is not None:
+def _visit_all(processes: Processes, visit: Visit, scored: list[Scored]) -> None:
+    """A user error on one process ends them all; who found it says it."""
+    failure: UserError | None = None
+    try:
+        for image in scored:
             visit(image)
+    except UserError as error:
+        failure = error
+    codes = processes.gather([failure.exit_code] if failure else [])
+    if failure:
+        raise failure
+    if codes:
+        raise SystemExit(codes[0])
 
 
 def score_batch(job: Scoring, batch: ImageBatch, start: int, stop: int) -> Iterator[Scored]:
@@ -288,48 +329,57 @@ def _identity(job: Scoring) -> dict[str, Any]:
     """What must be the same for an interrupted scoring to go on."""
     return {
         "images": job.source.fingerprint,
+        "files": _files(job),
         "num_images": len(job.source),
         "detectors": [fingerprint(d.residual.state_dict(), {"name": d.name}) for d in job.scorer.detectors],
         "false_alarm_rates": job.rates,
         "thresholds": [str(threshold) for threshold in job.thresholds],
         "explain": job.options.explain,
+        "overlays": job.options.overlays,
     }
 
 
-def _prepare_out(job: Scoring, identity: dict[str, Any], resumable: bool) -> int:
-    """Make the output folder; returns the number of images that an interrupted scoring has done.
+def _files(job: Scoring) -> str | None:
+    """Tells other images of the same names apart; the sample photos never change."""
+    path = Path(job.images_title).expanduser()
+    if not path.exists():
+        return None
+    root = path if path.is_dir() else path.parent
+    return files_fingerprint(root, (job.source.name(position) for position in range(len(job.source))))
+
+
+def _prepare_out(job: Scoring, plan: Plan, maps: MapsFile, resumable: bool) -> int:
+    """Bring the output folder to the state after whole steps; returns the number of images done by then."""
+    _claim_out(job)
+    done = 0
+    if resumable and maps.is_there:
+        rows = count_rows(job.out)
+        done = plan.num_images if rows >= plan.num_images else rows - rows % plan.global_batch
+    keep_rows(job.out, done)
+    maps.open()
+    if done:
+        job.console.print(f"{done} images are scored already: going on")
+    return done
+
+
+def _claim_out(job: Scoring) -> None:
+    """Make the output folder and note what it is for.
 
     Raises:
-        ConfigError: the folder holds the scores of something else.
+        ArtifactError: it cannot be made or written.
+        ConfigError: it holds the scores of something else.
     """
-    done = 0
-    if job.processes.is_main:
-        try:
-            (job.out / "maps").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArtifactError(f"--out {str(job.out)!r} cannot be made ({error.strerror}).") from None
-        marker = job.out / "scoring.json"
-        if marker.exists() and read_json(marker) != identity:
-            raise ConfigError(f"--out {str(job.out)!r} holds the scores of other images or another run: name another.")
-        write_json(marker, identity)
-        rows = job.out / "scores.jsonl"
-        done = rows.read_bytes().count(b"\n") if rows.exists() and resumable else 0
-    return int(job.processes.broadcast(done))
-
-
-def _truncate_rows(job: Scoring, count: int) -> None:
-    """Keep the first ``count`` rows: those of whole steps."""
-    rows = job.out / "scores.jsonl"
-    if not job.processes.is_main or not rows.exists():
-        return
-    kept = 0
-    with open(rows, "rb") as handle:
-        for _ in range(count):
-            kept += len(handle.readline())
-    with open(rows, "r+b") as handle:
-        handle.truncate(kept)
-    if count:
-        job.console.print(f"{count} images are scored already: going on")
+    marker, identity = job.out / "scoring.json", _identity(job)
+    try:
+        (job.out / "maps").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"--out {str(job.out)!r} cannot be made ({error.strerror}).") from None
+    if marker.exists() and read_json(marker) != identity:
+        raise ConfigError(
+            f"--out {str(job.out)!r} holds the scores of other images, of another run or with other options: "
+            "name another."
+        )
+    write_json(marker, identity)
 
 
 def score_table(job: Scoring) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +25,16 @@ from trajdist.trajectory import BlockMoments, TrajectoryExtractor, fit_projectio
 
 def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtractor:
     """The extractor of Phase 1: statistics first, unless an earlier attempt has saved them."""
-    if session.rundir.trajectory.exists():
-        return load_extractor(session)
+    if not session.rundir.trajectory.exists():
+        _make_projection(session, selection)
+        # The backbone and its hooks hold each other: without this, two backbones stay in memory.
+        gc.collect()
+    # Eigenvectors differ in their last bits from machine to machine: all processes read the main one's.
+    return load_extractor(session)
+
+
+def _make_projection(session: Session, selection: Selection) -> None:
+    """Measure the statistics and write the projection that follows from them."""
     with session.processes.main_first():
         extractor = bundle.new_extractor(session.config)
     extractor.to(session.processes.device)
@@ -38,8 +47,6 @@ def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtra
         bundle.save_trajectory(session.rundir.trajectory, extractor, document)
 
     session.processes.main_does(save)
-    # Eigenvectors differ in their last bits from machine to machine: all processes read the main one's.
-    return load_extractor(session)
 
 
 def load_extractor(session: Session) -> TrajectoryExtractor:

@@ -67,10 +67,10 @@ def write_labelled(source: ImageSource, folder: Path) -> None:
         image = source.load(index, SIDE).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
         kind = kinds[index % len(kinds)]
         drawn = DEFECTS[kind](image, np.random.default_rng(key64(index, kinds.index(kind))))
-        changed = ImageChops.difference(image, drawn).convert("L").point(lambda value: 255 * (value > 2))
+        changed = np.asarray(ImageChops.difference(image, drawn)).max(-1) > 2
         image.save(folder / "test" / "good" / f"{index:03d}.png")
         drawn.save(folder / "test" / kind / f"{index:03d}.png")
-        changed.save(folder / "ground_truth" / kind / f"{index:03d}_mask.png")
+        Image.fromarray(changed).save(folder / "ground_truth" / kind / f"{index:03d}_mask.png")
 
 
 def main() -> None:

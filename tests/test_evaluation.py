@@ -1,0 +1,362 @@
+"""``trajdist evaluate``: the numbers of scikit-learn, whatever the processes; what is wrong with a set is said."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from images import noise, write_images
+from jobs import launch
+from PIL import Image
+from safetensors.numpy import load_file
+from scipy import ndimage
+from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+
+from trajdist.cli import main
+from trajdist.data.defects import write_labelled
+from trajdist.data.sources import open_source
+
+KEYS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
+KINDS = ("foreign", "scratch", "stain")
+CROPS, SIZE = 12, 64
+OPTIONS = ("--batch-size", "7", "--overlays", "none", "--false-alarm-rate", "0.25")
+
+
+def evaluate(run_dir: Path, dataset: Path, out: Path, *options: str) -> int:
+    return main(["evaluate", str(run_dir), str(dataset), "--out", str(out), *OPTIONS, *options])
+
+
+def read_metrics(out: Path) -> dict[str, Any]:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """Twelve crops of gravel, clean and with one of three defects, in MVTec layout."""
+    folder = tmp_path_factory.mktemp("set")
+    (folder / "crops").mkdir()
+    source = open_source("skimage:gravel/heldout", "source")
+    for index in range(CROPS):
+        source.load(index, None).save(folder / "crops" / f"{index:02d}.png")
+    write_labelled(open_source(str(folder / "crops"), "source"), folder / "labelled")
+    return folder / "labelled"
+
+
+@pytest.fixture(scope="module")
+def measured(debug_run, dataset, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("measured") / "out"
+    assert evaluate(debug_run, dataset, out) == 0
+    return out
+
+
+@pytest.fixture
+def copied(dataset, tmp_path) -> Path:
+    """For tests that spoil it."""
+    return Path(shutil.copytree(dataset, tmp_path / "labelled"))
+
+
+# ------------------------------------------------------------------------------------------- what was scored
+
+
+def kinds_of(out: Path) -> np.ndarray:
+    return np.array([row["image"].split("/")[1] for row in read_rows(out)])
+
+
+def image_scores(out: Path) -> np.ndarray:
+    return np.array([row["score"] for row in read_rows(out)], np.float32)
+
+
+def pixel_maps(out: Path) -> np.ndarray:
+    cells = torch.from_numpy(load_file(out / "maps.safetensors")["maps"])
+    return F.interpolate(cells[:, None], (SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0].numpy()
+
+
+def masks_of(out: Path, dataset: Path) -> np.ndarray:
+    masks = []
+    for row in read_rows(out):
+        _, kind, name = row["image"].split("/")
+        mask = Image.new("L", (SIZE, SIZE))
+        if kind != "good":
+            file = dataset / "ground_truth" / kind / name.replace(".png", "_mask.png")
+            mask = Image.open(file).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+        masks.append(np.asarray(mask) > 0)
+    return np.stack(masks)
+
+
+def best_f1(labels: np.ndarray, scores: np.ndarray) -> float:
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    return float((2 * precision * recall / np.maximum(precision + recall, 1e-12)).max())
+
+
+def aupro(masks: np.ndarray, maps: np.ndarray, limit: float = 0.3) -> float:
+    """Recall of pixels that weigh 1 / size of their region, over the false positive rate."""
+    weights = np.ones(masks.shape)
+    for mask, weight in zip(masks, weights, strict=True):
+        regions, count = ndimage.label(mask, np.ones((3, 3)))
+        for region in range(1, count + 1):
+            weight[regions == region] = 1 / (regions == region).sum()
+    rates, overlaps, _ = roc_curve(masks.ravel(), maps.ravel(), sample_weight=weights.ravel(), drop_intermediate=False)
+    kept = rates <= limit
+    rates_in = np.append(rates[kept], limit)
+    overlaps_in = np.append(overlaps[kept], np.interp(limit, rates, overlaps))
+    return float(auc(rates_in, overlaps_in) / limit)
+
+
+def chosen(out: Path, kind: str | None) -> np.ndarray:
+    """All images, or the good ones and those of one kind."""
+    kinds = kinds_of(out)
+    return np.ones(len(kinds), bool) if kind is None else (kinds == kind) | (kinds == "good")
+
+
+def found(out: Path, kind: str | None) -> dict[str, Any]:
+    metrics = read_metrics(out)
+    return metrics if kind is None else metrics["defects"][kind]
+
+
+def assert_like_sklearn(values: dict[str, Any], prefix: str, labels: np.ndarray, scores: np.ndarray) -> None:
+    error = values["binning_error"]
+    assert values[f"{prefix}_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=error + 1e-9)
+    assert values[f"{prefix}_ap"] == pytest.approx(average_precision_score(labels, scores), abs=5e-3)
+    exact = best_f1(labels, scores)
+    assert exact - 5e-3 <= values[f"{prefix}_f1_max"] <= exact + 1e-9, "never overstated"
+
+
+# ------------------------------------------------------------------------------------------------ the numbers
+
+
+def test_the_keys_of_the_contract(measured):
+    metrics = read_metrics(measured)
+    assert metrics.keys() >= {*KEYS, "num_images", "threshold", "defects", "binning_error"}
+    assert set(metrics["defects"]) == set(KINDS)
+    for values in (metrics, *metrics["defects"].values()):
+        assert all(0 <= values[key] <= 1 for key in KEYS)
+        assert 0 <= values["binning_error"] < 0.01
+        assert values.keys() >= {*KEYS, "num_images"}
+
+
+def test_counts_alarms_and_threshold(measured):
+    metrics, rows, kinds = read_metrics(measured), read_rows(measured), kinds_of(measured)
+    alarms = np.array([row["is_anomalous"] for row in rows])
+    assert (metrics["num_images"], metrics["num_good"], metrics["num_unreadable"]) == (2 * CROPS, CROPS, 0)
+    assert metrics["requested_false_alarm_rate"] == 0.25
+    assert metrics["false_alarm_rate"] == pytest.approx(alarms[kinds == "good"].mean())
+    assert metrics["detection_rate"] == pytest.approx(alarms[kinds != "good"].mean())
+    np.testing.assert_array_equal(alarms, image_scores(measured) >= metrics["threshold"])
+    for kind in KINDS:
+        values = metrics["defects"][kind]
+        assert (values["num_images"], values["num_detected"]) == (CROPS // 3, alarms[kinds == kind].sum())
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_image_metrics_are_those_of_sklearn(measured, kind):
+    which = chosen(measured, kind)
+    labels, scores = kinds_of(measured)[which] != "good", image_scores(measured)[which]
+    assert_like_sklearn(found(measured, kind), "image", labels, scores)
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_pixel_metrics_are_those_of_sklearn(measured, dataset, kind):
+    which = chosen(measured, kind)
+    masks, maps = masks_of(measured, dataset)[which], pixel_maps(measured)[which]
+    values = found(measured, kind)
+    assert_like_sklearn(values, "pixel", masks.ravel(), maps.ravel())
+    assert values["aupro"] == pytest.approx(aupro(masks, maps), abs=values["binning_error"] * 2 / 0.3 + 1e-6)
+
+
+def test_intervals_hold_the_estimate(measured):
+    metrics = read_metrics(measured)
+    for key in ("image_auroc", "image_ap"):
+        low, high = metrics[f"{key}_interval"]
+        assert 0 <= low <= metrics[key] <= high <= 1
+        assert low < high
+    # 12 against 12 images: Hanley & McNeil (1982) give a spread of 0.05 to 0.12.
+    low, high = metrics["image_auroc_interval"]
+    assert 0.1 < high - low < 0.6
+
+
+def test_the_report_shows_the_same_numbers(measured):
+    page = (measured / "report.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', page, re.DOTALL).group(1))
+    metrics = read_metrics(measured)
+    assert [card["value"] for card in data["metrics"]] == pytest.approx([metrics[key] for key in KEYS])
+    assert {row["image"]: row["kind"] for row in data["rows"]} == dict(
+        zip((row["image"] for row in read_rows(measured)), kinds_of(measured).tolist(), strict=True)
+    )
+
+
+def test_the_table_on_the_terminal(debug_run, dataset, measured, tmp_path, capsys, fresh_accelerate):
+    assert evaluate(debug_run, dataset, tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    for key, value in read_metrics(measured)["defects"]["stain"].items():
+        if key in KEYS:
+            assert f"{value:.3f}" in shown
+    assert all(kind in shown for kind in KINDS)
+
+
+def test_what_everybody_sees_is_found(debug_run, dataset, tmp_path, fresh_accelerate):
+    """Colourful blotches where gravel should be: not a matter of luck."""
+    for index in range(6):
+        for part in ("test/good", "test/blotch", "ground_truth/blotch"):
+            (tmp_path / "set" / part).mkdir(parents=True, exist_ok=True)
+        good = Image.open(dataset / f"test/good/{index:03d}.png")
+        good.save(tmp_path / f"set/test/good/{index}.png")
+        mask = Image.new("L", good.size)
+        mask.paste(255, (112, 0, 224, 112))
+        Image.composite(noise(index, 224), good, mask).save(tmp_path / f"set/test/blotch/{index}.png")
+        mask.save(tmp_path / f"set/ground_truth/blotch/{index}.png")
+    assert evaluate(debug_run, tmp_path / "set", tmp_path / "out") == 0
+    metrics = read_metrics(tmp_path / "out")
+    assert metrics["image_auroc"] == pytest.approx(1.0)
+    assert metrics["pixel_auroc"] > 0.8
+    assert metrics["image_auroc_interval"] == pytest.approx([1.0, 1.0])
+
+
+# ---------------------------------------------------------------------------- processes, again, and broken off
+
+
+def assert_same_metrics(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Scores differ in their last digits, which may move one into the next bin."""
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        if isinstance(value, dict):
+            assert_same_metrics(value, other[key])
+        elif isinstance(value, int) or value is None:
+            assert value == other[key], key
+        else:
+            assert value == pytest.approx(other[key], abs=1e-3), key
+
+
+def test_two_processes_measure_what_one_does(debug_run, dataset, measured, tmp_path):
+    """24 images in steps of 10: the last step leaves slots empty on both."""
+    options = [*OPTIONS, "--batch-size", "5"]
+    done = launch(["evaluate", debug_run, dataset, "--out", tmp_path / "out", *options], num_processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_same_metrics(read_metrics(tmp_path / "out"), read_metrics(measured))
+    assert [row["image"] for row in read_rows(tmp_path / "out")] == [row["image"] for row in read_rows(measured)]
+    np.testing.assert_allclose(image_scores(tmp_path / "out"), image_scores(measured), rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("kept", [24, 13, 0])
+def test_an_evaluation_starts_over(debug_run, dataset, measured, tmp_path, fresh_accelerate, kept):
+    """Pixels were only counted in memory: none may be missing or count twice."""
+    out = Path(shutil.copytree(measured, tmp_path / "out"))
+    rows = (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "scores.jsonl").write_bytes(b"".join(rows[:kept]))
+    (out / "metrics.json").unlink()
+    assert evaluate(debug_run, dataset, out) == 0
+    assert read_metrics(out) == read_metrics(measured)
+    assert len(read_rows(out)) == 2 * CROPS
+
+
+def test_scored_before_it_was_evaluated(debug_run, dataset, measured, tmp_path, fresh_accelerate):
+    command = ["score", str(debug_run), str(dataset / "test"), "--out", str(tmp_path / "out"), *OPTIONS]
+    assert main(command) == 0
+    code = evaluate(debug_run, dataset, tmp_path / "out")
+    assert code == 2 or read_metrics(tmp_path / "out") == read_metrics(measured)
+
+
+# --------------------------------------------------------------------------------------------- defective sets
+
+
+def test_nothing_but_good_images(debug_run, copied, tmp_path, fresh_accelerate):
+    for kind in KINDS:
+        shutil.rmtree(copied / "test" / kind)
+    assert evaluate(debug_run, copied, tmp_path / "out") == 0
+    metrics = read_metrics(tmp_path / "out")
+    assert [metrics[key] for key in KEYS] == [None] * len(KEYS)
+    assert metrics["image_auroc_interval"] is None
+    assert metrics["detection_rate"] is None
+    assert (metrics["num_images"], metrics["defects"]) == (CROPS, {})
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_damaged_images_are_counted_and_left_out(debug_run, copied, tmp_path, fresh_accelerate):
+    for name in ("good/000.png", "stain/002.png"):
+        assert (copied / "test" / name).is_file()
+        (copied / "test" / name).write_bytes(b"no picture")
+    assert evaluate(debug_run, copied, tmp_path / "out") == 0
+    metrics, rows = read_metrics(tmp_path / "out"), read_rows(tmp_path / "out")
+    counts = [metrics[key] for key in ("num_unreadable", "num_good", "num_images")]
+    assert counts == [2, CROPS - 1, 2 * CROPS - 2]
+    read = np.array([row["score"] is not None for row in rows])
+    labels = kinds_of(tmp_path / "out")[read] != "good"
+    scores = image_scores(tmp_path / "out")[read]
+    assert_like_sklearn(metrics, "image", labels, scores)
+    masks, maps = masks_of(tmp_path / "out", copied)[read], pixel_maps(tmp_path / "out")[read]
+    assert_like_sklearn(metrics, "pixel", masks.ravel(), maps.ravel())
+
+
+def test_a_kind_of_which_nothing_can_be_read(debug_run, copied, tmp_path, fresh_accelerate):
+    for file in (copied / "test" / "stain").iterdir():
+        file.write_bytes(b"")
+    assert evaluate(debug_run, copied, tmp_path / "out") == 0
+    stain = read_metrics(tmp_path / "out")["defects"]["stain"]
+    assert (stain["num_images"], stain["num_detected"]) == (0, 0)
+    assert [stain[key] for key in KEYS] == [None] * len(KEYS)
+
+
+def test_no_good_image_can_be_read(debug_run, copied, tmp_path, capsys, fresh_accelerate):
+    for file in (copied / "test" / "good").iterdir():
+        file.write_bytes(b"")
+    assert evaluate(debug_run, copied, tmp_path / "out") == 3
+    assert "none of the good images could be scored" in capsys.readouterr().err
+
+
+def test_a_missing_mask_is_named(debug_run, copied, tmp_path, capsys):
+    (copied / "ground_truth" / "foreign" / "003_mask.png").unlink()
+    assert evaluate(debug_run, copied, tmp_path / "out") == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "ground_truth/foreign/003_mask.png" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_mask_is_named(debug_run, copied, tmp_path, capsys, fresh_accelerate):
+    (copied / "ground_truth" / "foreign" / "003_mask.png").write_bytes(b"no picture")
+    assert evaluate(debug_run, copied, tmp_path / "out") == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "ground_truth/foreign/003_mask.png" in error
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_damaged_mask_under_a_launcher_is_one_sentence(debug_run, copied, tmp_path):
+    """The process that reads it says it; the other does not wait for it."""
+    mask = copied / "ground_truth" / "stain" / "002_mask.png"
+    mask.write_text("no picture")
+    done = launch(["evaluate", debug_run, copied, "--out", tmp_path / "out", *OPTIONS], num_processes=2, timeout_s=60)
+    assert done.returncode != 0
+    assert done.stderr.count("trajdist: ") == 1
+    assert "002_mask.png" in done.stderr
+    assert "[rank0]: Traceback" not in done.stderr
+    assert "[rank1]: Traceback" not in done.stderr
+
+
+def test_a_folder_without_labels(debug_run, tmp_path, capsys):
+    folder = write_images(tmp_path / "images", 2)
+    assert evaluate(debug_run, folder, tmp_path / "out") == 3
+    assert "has no folder test" in capsys.readouterr().err
+    assert evaluate(debug_run, tmp_path / "missing", tmp_path / "out") == 3
+    assert "missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_clean_images_for_a_threshold(debug_run, dataset, tmp_path, fresh_accelerate):
+    """JSON has no infinity: null, and nothing is called anomalous."""
+    assert evaluate(debug_run, dataset, tmp_path / "out", "--false-alarm-rate", "0.001") == 0
+    metrics = read_metrics(tmp_path / "out")
+    assert metrics["threshold"] is None
+    assert (metrics["false_alarm_rate"], metrics["detection_rate"]) == (0.0, 0.0)
+    assert metrics["image_auroc"] is not None

@@ -1,0 +1,401 @@
+"""The Python API: the same picture in any form gives the same score, and what is wrong with a run is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import noise, write_images
+from PIL import ExifTags, Image
+
+import trajdist
+from trajdist.artifacts import read_document, read_tensors, write_tensors
+from trajdist.cli import main
+from trajdist.data.sources import open_source
+from trajdist.errors import ArtifactError, ConfigError, DataError, UserError
+from trajdist.scorer import Scorer, Scores, _names
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def scorer(debug_run) -> Scorer:
+    return trajdist.load(debug_run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def crops() -> list[Image.Image]:
+    source = open_source("skimage:gravel/heldout", "source")
+    return [source.load(index, None) for index in range(12)]
+
+
+def assert_same(one: Scores, other: Scores, tolerance: float = 1e-4) -> None:
+    np.testing.assert_allclose(one.scores, other.scores, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(one.maps, other.maps, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+# --------------------------------------------------------------------------------------------- what comes out
+
+
+def test_shapes_types_and_ranges(scorer, crops):
+    scores = scorer(crops)
+    assert scores.maps.shape == (12, SIZE, SIZE)
+    assert scores.maps.dtype == np.float32
+    assert (scores.scores.shape, scores.scores.dtype) == ((12,), np.float32)
+    assert (scores.p_values.shape, scores.p_values.dtype) == ((12,), np.float64)
+    assert ((scores.p_values > 0) & (scores.p_values <= 1)).all()
+    assert np.isfinite(scores.maps).all()
+    assert np.unique(scores.scores).size == 12, "different pictures score differently"
+
+
+def test_p_values_are_ranks_among_the_clean_scores(scorer, crops):
+    scores = scorer(crops)
+    order = np.argsort(scores.scores)
+    assert (np.diff(scores.p_values[order]) <= 0).all()
+    steps = scores.p_values * (scorer.detectors[0].images.count + 1)
+    np.testing.assert_allclose(steps, np.rint(steps), atol=1e-9)
+
+
+def test_the_score_is_read_off_the_hottest_cell(scorer, crops):
+    """On a 4 x 4 grid 4 % of the places is one: the map's peak, which interpolation hardly lowers."""
+    scores = scorer(crops)
+    peaks = scores.maps.max((1, 2))
+    assert (peaks <= scores.scores + 1e-4).all()
+    np.testing.assert_allclose(peaks, scores.scores, rtol=0.1, atol=0.2)
+
+
+def test_an_image_does_not_depend_on_its_company(scorer, crops):
+    together = scorer(crops)
+    alone = [scorer([crop]) for crop in crops]
+    np.testing.assert_allclose([one.scores[0] for one in alone], together.scores, rtol=1e-4, atol=1e-4)
+
+
+def test_scoring_repeats_itself_and_changes_nothing(scorer, crops):
+    before = {name: tensor.clone() for name, tensor in scorer.detectors[0].residual.state_dict().items()}
+    one, other = scorer(crops), scorer(crops)
+    np.testing.assert_array_equal(one.scores, other.scores)
+    np.testing.assert_array_equal(one.maps, other.maps)
+    for name, tensor in scorer.detectors[0].residual.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_foreign_patch_raises_the_score_and_lights_up(scorer, crops):
+    clean = [crop.resize((SIZE, SIZE), Image.Resampling.BILINEAR) for crop in crops]
+    patched = []
+    for image in clean:
+        patch = np.asarray(image).copy()
+        patch[32:48, 16:32] = np.random.default_rng(0).integers(0, 256, (16, 16, 3))
+        patched.append(patch)
+    before, after = scorer(clean), scorer(patched)
+    assert (after.scores > before.scores).mean() > 0.8
+    gain = (after.maps - before.maps).mean(0)
+    assert gain[32:48, 16:32].mean() > 2 * gain.mean()
+
+
+# ---------------------------------------------------------------------------------------------- what goes in
+
+COLOUR: dict[str, Callable[[Image.Image], object]] = {
+    "array": np.asarray,
+    "array that is not contiguous": lambda image: np.asarray(image)[::-1][::-1],
+    "float array": lambda image: np.asarray(image, np.float32) / 255,
+    "double array": lambda image: np.asarray(image, np.float64) / 255,
+    "uint8 tensor": lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1),
+    "float tensor": lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255,
+    "tensor with a gradient": lambda image: (
+        torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    ).requires_grad_(),
+    "with alpha": lambda image: image.convert("RGBA"),
+    "array with alpha": lambda image: np.asarray(image.convert("RGBA")),
+}
+GREY: dict[str, Callable[[Image.Image], object]] = {
+    "array": np.asarray,
+    "array with one channel": lambda image: np.asarray(image)[..., None],
+    "float array": lambda image: np.asarray(image, np.float32) / 255,
+    "tensor": lambda image: torch.from_numpy(np.array(image)),
+    "tensor with one channel": lambda image: torch.from_numpy(np.array(image))[None].float() / 255,
+    "three channels": lambda image: image.convert("RGB"),
+    "16 bits": lambda image: Image.fromarray(np.asarray(image).astype(np.uint16) * 257),
+}
+
+
+@pytest.mark.parametrize("form", COLOUR)
+@pytest.mark.parametrize("side", [(SIZE, SIZE), (90, 41)], ids=["square", "oblong"])
+def test_forms_of_a_colour_picture(scorer, form, side):
+    pictures = [noise(seed).resize(side) for seed in (0, 1)]
+    assert_same(scorer([COLOUR[form](picture) for picture in pictures]), scorer(pictures))
+
+
+@pytest.mark.parametrize("form", GREY)
+def test_forms_of_a_grey_picture(scorer, form):
+    picture = noise(2).convert("L")
+    assert_same(scorer([GREY[form](picture)]), scorer([picture]))
+
+
+def test_a_deep_grey_array_is_the_deep_grey_picture(scorer):
+    deep = np.asarray(noise(2).convert("L")).astype(np.uint16) * 257 // 3
+    assert_same(scorer([deep]), scorer([Image.fromarray(deep)]))
+
+
+@pytest.mark.parametrize("form", ["uint8 tensor", "float tensor", "array"])
+def test_a_batch_is_a_sequence(scorer, form):
+    pictures = [noise(seed) for seed in range(3)]
+    forms = [COLOUR[form](picture) for picture in pictures]
+    batch = np.stack(forms) if form == "array" else torch.stack(forms)
+    assert_same(scorer(batch), scorer(pictures))
+
+
+def test_pictures_of_many_sizes_and_forms_in_one_call(scorer):
+    mixed = [noise(0, 17), np.asarray(noise(1, 200)), noise(2).convert("L"), torch.zeros(3, 1, 1), noise(3, 1)]
+    scores = scorer(mixed)
+    assert scores.maps.shape == (5, SIZE, SIZE)
+    for index, image in enumerate(mixed):
+        np.testing.assert_allclose(scorer([image]).scores[0], scores.scores[index], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["array", "float tensor"])
+def test_one_picture_is_not_a_batch(scorer, form):
+    """Forgotten brackets: refused, or one score."""
+    try:
+        scores = scorer(COLOUR[form](noise(0)))
+    except (TypeError, ValueError):
+        return
+    np.testing.assert_allclose(scores.scores, scorer([noise(0)]).scores, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["picture", "grey array", "grey tensor", "uint8 tensor", "array"])
+def test_one_picture_is_a_batch_of_one(scorer, form):
+    forms = {"picture": lambda image: image, "grey array": lambda image: np.asarray(image.convert("L")), **COLOUR}
+    forms["grey tensor"] = lambda image: torch.from_numpy(np.array(image.convert("L")))
+    image = noise(0)
+    assert_same(scorer(forms[form](image)), scorer([image.convert("L") if "grey" in form else image]))
+
+
+@pytest.mark.parametrize("nothing", [[], (), np.zeros((0, 8, 8, 3)), torch.zeros(0, 3, 8, 8), iter([])])
+def test_no_pictures_have_no_scores(scorer, nothing):
+    scores = scorer(nothing)
+    assert (scores.maps.shape, scores.maps.dtype) == ((0, SIZE, SIZE), np.float32)
+    assert (scores.scores.shape, scores.p_values.shape) == ((0,), (0,))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_floats_of_any_precision(scorer, kind):
+    rounded = (COLOUR["float tensor"](noise(0))).to(kind)
+    assert_same(scorer([rounded]), scorer([rounded.float()]))
+
+
+def test_a_long_sequence_goes_in_batches(scorer, crops, monkeypatch):
+    whole, sizes, score_batch = scorer(crops), [], scorer.score_batch
+
+    def recorded(images_BCSS):
+        sizes.append(len(images_BCSS))
+        return score_batch(images_BCSS)
+
+    monkeypatch.setattr(scorer, "score_batch", recorded)
+    assert_same(scorer((crop for crop in crops), batch_size=5), whole)
+    assert sizes == [5, 5, 2]
+
+
+def test_a_batch_of_none_is_refused(scorer, crops):
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        scorer(crops, batch_size=0)
+
+
+NO_PICTURES = {
+    "nan": torch.full((3, 8, 8), torch.nan),
+    "one nan": torch.cat([torch.zeros(3, 7, 8), torch.full((3, 1, 8), torch.nan)], 1),
+    "infinite": np.full((8, 8, 3), np.inf),
+    "normalised": torch.linspace(-1, 1, 192).view(3, 8, 8),
+    "0 to 255 as floats": np.full((8, 8, 3), 200.0),
+    "too large": np.full((8, 8, 3), 300),
+    "negative": torch.full((3, 8, 8), -1),
+    "channels first": np.zeros((3, 8, 8), np.uint8),
+    "channels last": torch.zeros(8, 8, 3),
+    "nothing in it": np.zeros((0, 8, 3), np.uint8),
+    "a number": 3,
+    "a name": "0001.png",
+}
+
+
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_what_is_no_picture_is_refused(scorer, name):
+    with pytest.raises(DataError, match="a picture of"):
+        scorer([NO_PICTURES[name]])
+
+
+def test_deep_colour_is_not_wrapped(scorer):
+    deep = np.asarray(noise(2)).astype(np.uint16)
+    assert_same(scorer([deep * 257]), scorer([noise(2)]))
+
+
+# ---------------------------------------------------------------------------- as the command line has it
+
+
+def command_line(run_dir: Path, images: Path | str, out: Path, *options: str) -> list[dict[str, object]]:
+    assert main(["score", str(run_dir), str(images), "--out", str(out), "--overlays", "none", *options]) == 0
+    return [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_scores_of_the_command_line_are_those_of_the_api(debug_run, tmp_path, fresh_accelerate, phase):
+    folder = write_images(tmp_path / "images", 3)
+    noise(9, 300).resize((300, 120)).save(folder / "wide.jpg", quality=95)
+    noise(8).convert("L").save(folder / "grey.png")
+    rows = command_line(debug_run, folder, tmp_path / "out", "--phase", str(phase))
+    api = trajdist.load(debug_run, phase=phase, device="cpu")
+    scores = api([Image.open(folder / str(row["image"])) for row in rows])
+    assert len(rows) == 5
+    # A large JPEG is decoded at a reduced scale on the command line.
+    np.testing.assert_allclose([row["score"] for row in rows], scores.scores, rtol=5e-2, atol=0.1)
+    exact = [index for index, row in enumerate(rows) if str(row["image"]).endswith(".png")]
+    np.testing.assert_allclose([rows[index]["score"] for index in exact], scores.scores[exact], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose([rows[index]["p_value"] for index in exact], scores.p_values[exact], atol=1e-9)
+
+
+def test_a_photograph_on_its_side_scores_alike(debug_run, scorer, tmp_path, fresh_accelerate):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    (tmp_path / "images").mkdir()
+    file = tmp_path / "images" / "phone.png"
+    noise(5).save(file, exif=exif)
+    rows = command_line(debug_run, tmp_path / "images", tmp_path / "out")
+    assert scorer([Image.open(file)]).scores[0] == pytest.approx(rows[0]["score"], rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------- phases and adapters
+
+
+def test_phase_1_is_without_the_adapter(debug_run, scorer, crops):
+    unadapted, adapted = (trajdist.load(debug_run, phase=phase, device="cpu") for phase in (1, 2))
+    assert [each.detectors[0].name for each in (unadapted, adapted)] == ["phase1", "run"]
+    assert_same(adapted(crops), scorer(crops))
+    # Calibrated on photographs or on gravel: the same pictures are not equally odd.
+    assert np.abs(unadapted(crops).scores - adapted(crops).scores).min() > 1e-3
+
+
+def test_an_adapter_by_name_is_the_runs_own(debug_run, scorer, crops):
+    named = trajdist.load(debug_run, adapter=debug_run / "phase2" / "adapter", device="cpu")
+    assert_same(named(crops), scorer(crops))
+
+
+def test_phase_1_with_an_adapter_is_refused(debug_run):
+    with pytest.raises(UserError):
+        trajdist.load(debug_run, adapter=debug_run / "phase2" / "adapter", phase=1, device="cpu")
+
+
+def test_an_adapter_twice_is_refused(debug_run):
+    with pytest.raises(ConfigError, match="twice"):
+        trajdist.load(debug_run, adapter=[debug_run / "phase2" / "adapter", debug_run / "phase1/../phase2/adapter"])
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["/runs/gravel/phase2/adapter", "/runs/brick/phase2/adapter"], ["gravel", "brick"]),
+        (["/a/run/phase2/adapter", "/b/run/phase2/adapter", "/b/c/phase2/adapter"], ["a/run", "b/run", "c"]),
+        (["/run/phase2/adapter", "/b/run/phase2/adapter"], ["/run", "b/run"]),
+        (["/run/phase2/adapter", "/run/adapter"], ["/run/phase2/adapter", "/run/adapter"]),
+    ],
+)
+def test_adapters_are_called_so_that_they_can_be_told_apart(folders, names):
+    assert list(_names([Path(folder) for folder in folders])) == names
+
+
+def test_a_run_without_phase_2(debug_run, tmp_path, crops):
+    shutil.copytree(debug_run / "phase1", tmp_path / "run" / "phase1")
+    only = trajdist.load(tmp_path / "run", device="cpu")
+    assert_same(only(crops), trajdist.load(debug_run, phase=1, device="cpu")(crops))
+    with pytest.raises(ArtifactError, match=r"phase2/adapter.*--phase 1"):
+        trajdist.load(tmp_path / "run", phase=2, device="cpu")
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture
+def copied(debug_run, tmp_path) -> Path:
+    for part in ("phase1", "phase2"):
+        shutil.copytree(debug_run / part, tmp_path / "run" / part)
+    return tmp_path / "run"
+
+
+def test_no_run_there(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ArtifactError, match=r"has no phase1/trajectory\.safetensors"):
+            trajdist.load(folder)
+
+
+def test_a_run_whose_name_is_no_unicode(debug_run, tmp_path):
+    """The safetensors library opens no such file."""
+    shutil.copytree(debug_run, tmp_path / "caf\udce9")
+    with pytest.raises(ArtifactError, match="rename the folder"):
+        trajdist.load(tmp_path / "caf\udce9")
+
+
+def test_no_adapter_there(debug_run, tmp_path):
+    with pytest.raises(ArtifactError, match="nothing"):
+        trajdist.load(debug_run, adapter=tmp_path / "nothing")
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def change(file: Path, **tensors: torch.Tensor | None) -> None:
+    changed = {**read_tensors(file), **{name.replace("__", "."): tensor for name, tensor in tensors.items()}}
+    write_tensors(file, {name: t for name, t in changed.items() if t is not None}, read_document(file))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut": (cut, "not a sound safetensors file"),
+    "empty": (lambda file: file.write_bytes(b""), "not a sound safetensors file"),
+    "missing": (Path.unlink, "does not exist"),
+    "text": (lambda file: file.write_text('{"kind": "calibration"}'), "not a sound safetensors file"),
+    "no document": (lambda file: write_tensors(file, read_tensors(file)), "not a trajdist calibration"),
+    "another kind": (lambda file: write_tensors(file, read_tensors(file), {"kind": "model"}), "not a trajdist calib"),
+    "a list": (lambda file: write_tensors(file, read_tensors(file), ["calibration"]), "not a trajdist calibration"),
+    "a tensor too few": (lambda file: change(file, residual__spread=None), "lacks tensor 'spread'"),
+    "a tensor too many": (lambda file: change(file, residual__extra=torch.ones(1)), "unknown tensor 'extra'"),
+    "another grid": (lambda file: change(file, residual__usual_P=torch.zeros(49)), "usual_P"),
+    "another type": (lambda file: change(file, residual__spread=torch.ones((), dtype=torch.float64)), "spread"),
+    "no clean scores": (lambda file: change(file, images__edges=None), "lacks the score histogram 'images'"),
+}
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_calibration(copied, damage, phase):
+    spoil, words = DAMAGES[damage]
+    spoil(copied / f"phase{phase}" / "calibration.safetensors")
+    with pytest.raises(ArtifactError, match=words) as caught:
+        trajdist.load(copied, phase=phase)
+    assert f"phase{phase}/calibration.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_the_calibration_of_another_model(copied, phase):
+    target, other = (copied / f"phase{which}" / "calibration.safetensors" for which in (phase, 3 - phase))
+    shutil.copy(other, target)
+    with pytest.raises(ArtifactError, match="was made for another model") as caught:
+        trajdist.load(copied, phase=phase)
+    assert str(target) in str(caught.value)
+
+
+def test_weights_that_changed_after_the_calibration(copied):
+    file = copied / "phase2" / "adapter" / "adapter_model.safetensors"
+    tensors = read_tensors(file)
+    name = sorted(tensors)[0]
+    write_tensors(file, {**tensors, name: tensors[name] + 1e-3}, read_document(file))
+    with pytest.raises(ArtifactError, match=r"phase2/calibration\.safetensors' was made for another model"):
+        trajdist.load(copied)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_calibration_that_is_not_finite(copied, value):
+    change(copied / "phase2" / "calibration.safetensors", residual__spread=torch.tensor(value))
+    with pytest.raises(ArtifactError, match=r"phase2/calibration\.safetensors"):
+        trajdist.load(copied)

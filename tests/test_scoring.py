@@ -1,0 +1,610 @@
+"""``trajdist score``: rows in input order whatever the processes and kills; alarms as often as asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from images import noise, write_images
+from jobs import launch, start
+from PIL import Image
+from safetensors.numpy import load_file
+from scipy.stats import betabinom
+
+import trajdist
+from trajdist.artifacts import read_document, read_tensors, write_tensors
+from trajdist.calibration import QuantileSketch
+from trajdist.cli import main
+from trajdist.data.sources import open_source
+from trajdist.histogram import ScoreHistogram
+from trajdist.residuals import upsample
+from trajdist.score_files import picture_name
+from trajdist.scorer import Scorer
+
+Rows = list[dict[str, Any]]
+COUNT, DAMAGED = 11, 5
+
+
+def score(run_dir: Path, images: Path | str, out: Path, *options: str) -> int:
+    return main(["score", str(run_dir), str(images), "--out", str(out), *options])
+
+
+def read_rows(out: Path) -> Rows:
+    return [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+
+
+def read_maps(out: Path) -> np.ndarray:
+    tensors = load_file(out / "maps.safetensors")
+    assert set(tensors) == {"maps"}
+    return tensors["maps"]
+
+
+def drawn(out: Path) -> set[str]:
+    return {file.name for file in (out / "maps").iterdir()}
+
+
+def assert_same_scores(one: Path, other: Path) -> None:
+    """Up to the last digits, which depend on how many images are in a batch."""
+    assert [row["image"] for row in read_rows(one)] == [row["image"] for row in read_rows(other)]
+    for mine, theirs in zip(read_rows(one), read_rows(other), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert mine["is_anomalous"] == theirs["is_anomalous"]
+        for key in ("score", "p_value"):
+            assert mine[key] == (theirs[key] and pytest.approx(theirs[key], rel=1e-4, abs=1e-4))
+    np.testing.assert_allclose(read_maps(one), read_maps(other), rtol=1e-3, atol=1e-3)
+    assert {str(file.relative_to(one)) for file in one.rglob("*")} == {
+        str(file.relative_to(other)) for file in other.rglob("*")
+    }
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Crops of gravel and one file that is no picture, in folders; names that sort otherwise than numbers."""
+    folder = tmp_path_factory.mktemp("images")
+    source = open_source("skimage:gravel/heldout", "source")
+    (folder / "b").mkdir()
+    for index in range(COUNT):
+        place = folder / ("b" if index > 6 else "") / f"{index}.png"
+        source.load(index, None).resize((64, 64)).save(place)
+    (folder / f"{DAMAGED}.png").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(debug_run, images, tmp_path_factory) -> Path:
+    """One process, several batches, everything written."""
+    out = tmp_path_factory.mktemp("scored") / "out"
+    assert score(debug_run, images, out, "--explain", "--batch-size", "4", "--false-alarm-rate", "0.4") == 0
+    return out
+
+
+# -------------------------------------------------------------------------------------------------- the rows
+
+
+def test_one_row_per_image_in_input_order(scored, images):
+    names = sorted(str(file.relative_to(images)) for file in images.rglob("*.png"))
+    assert [row["image"] for row in read_rows(scored)] == names
+    assert len(names) == COUNT
+
+
+def test_the_fields_of_a_row(scored):
+    for row in read_rows(scored):
+        assert row.keys() >= {"image", "score", "p_value", "is_anomalous"}
+        if row["image"] == f"{DAMAGED}.png":
+            assert row.keys() == {"image", "score", "p_value", "is_anomalous", "error"}
+            assert [row[key] for key in ("score", "p_value", "is_anomalous")] == [None] * 3
+            assert "cannot identify" in row["error"]
+        else:
+            assert row.keys() == {"image", "score", "p_value", "is_anomalous", "hottest", "blocks"}
+            assert math.isfinite(row["score"])
+            assert 0 < row["p_value"] <= 1
+
+
+def test_the_threshold_and_the_p_value_agree(scored):
+    rows = [row for row in read_rows(scored) if row["score"] is not None]
+    assert [row["is_anomalous"] for row in rows] == [row["p_value"] <= 0.4 for row in rows]
+    assert {row["is_anomalous"] for row in rows} == {True, False}, "the set is to show both"
+    assert min(row["score"] for row in rows if row["is_anomalous"]) > max(
+        row["score"] for row in rows if not row["is_anomalous"]
+    )
+
+
+def test_explained_blocks_are_those_of_the_hottest_place(scored, debug_run, images):
+    scorer = trajdist.load(debug_run, device="cpu")
+    names = [block.name for block in scorer.extractor.backbone.blocks]
+    maps = read_maps(scored)
+    for position, row in enumerate(read_rows(scored)):
+        if row["score"] is None:
+            continue
+        y, x = row["hottest"]
+        assert maps[position, y, x] == maps[position].max()
+        pixels = torch.from_numpy(np.asarray(Image.open(images / row["image"])).copy()).permute(2, 0, 1)[None]
+        energies = scorer.score_batch(pixels)[0].energies_BHWL[0, y, x]
+        assert list(row["blocks"]) == names
+        np.testing.assert_allclose(list(row["blocks"].values()), energies, rtol=1e-3, atol=1e-4)
+
+
+def test_maps_are_those_of_the_api(scored, debug_run, images):
+    maps, rows = read_maps(scored), read_rows(scored)
+    assert (maps.shape, maps.dtype) == ((COUNT, 4, 4), np.float32)
+    scorer = trajdist.load(debug_run, device="cpu")
+    for position, row in enumerate(rows):
+        if row["score"] is None:
+            assert np.isnan(maps[position]).all()
+        else:
+            expected = scorer([Image.open(images / row["image"])]).maps[0]
+            shown = upsample(torch.from_numpy(maps[position : position + 1]), 64)[0]
+            np.testing.assert_allclose(shown, expected, rtol=1e-3, atol=1e-3)
+            # 4 % of 16 places is the hottest one.
+            assert maps[position].max() == pytest.approx(row["score"], rel=1e-5)
+
+
+def test_a_damaged_image_changes_no_other_row(scored, debug_run, images, tmp_path, fresh_accelerate):
+    shutil.copytree(images, tmp_path / "sound")
+    (tmp_path / "sound" / f"{DAMAGED}.png").unlink()
+    options = ("--explain", "--batch-size", "4", "--false-alarm-rate", "0.4")
+    assert score(debug_run, tmp_path / "sound", tmp_path / "out", *options) == 0
+    alone = {row["image"]: row["score"] for row in read_rows(tmp_path / "out")}
+    both = {row["image"]: row["score"] for row in read_rows(scored) if row["score"] is not None}
+    assert both == pytest.approx(alone, rel=1e-4, abs=1e-4)
+
+
+def test_nothing_but_damaged_images(debug_run, tmp_path, capsys, fresh_accelerate):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    noise(0).save(tmp_path / "images" / "b.png")
+    (tmp_path / "images" / "b.png").write_bytes((tmp_path / "images" / "b.png").read_bytes()[:60])
+    assert score(debug_run, tmp_path / "images", tmp_path / "out") == 0
+    assert [row["score"] for row in read_rows(tmp_path / "out")] == [None, None]
+    assert np.isnan(read_maps(tmp_path / "out")).all()
+    assert "2 unreadable" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+# ---------------------------------------------------------------------------------------------- the pictures
+
+
+@pytest.mark.parametrize("which", ["all", "anomalous", "none"])
+def test_overlays(debug_run, scored, images, tmp_path, fresh_accelerate, which):
+    options = ("--false-alarm-rate", "0.4", "--overlays", which)
+    assert score(debug_run, images, tmp_path, *options) == 0
+    rows = [row for row in read_rows(scored) if row["score"] is not None]
+    wanted = {"all": rows, "anomalous": [row for row in rows if row["is_anomalous"]], "none": []}[which]
+    assert drawn(tmp_path) == {f"{picture_name(row['image'])}.png" for row in wanted}
+    assert 0 < sum(row["is_anomalous"] for row in rows) < len(rows)
+
+
+def test_pictures_show_the_image_and_its_map(scored, images):
+    rows = [row for row in read_rows(scored) if row["score"] is not None]
+    names = {picture_name(row["image"]) for row in rows}
+    assert drawn(scored) == {f"{name}{end}" for name in names for end in (".png", ".depth.png")}
+    assert len(names) == len(rows)
+    for row in rows:
+        with Image.open(scored / "maps" / f"{picture_name(row['image'])}.png") as panel:
+            shown = np.asarray(panel.convert("RGB")).astype(int)
+        original = np.asarray(Image.open(images / row["image"])).astype(int)
+        np.testing.assert_array_equal(shown[:, :64], original)
+        y, x = row["hottest"]
+        overlay, grey = shown[:, 72:136], original.mean(-1, keepdims=True)
+        # Clear places are a quarter dark, hot ones take on colours: where the row says so, most of all.
+        tint = (overlay.max(-1) - overlay.min(-1)).reshape(4, 16, 4, 16).mean((1, 3))
+        assert tint.shape == (4, 4)
+        assert tint[y, x] >= np.median(tint)
+        assert np.abs(overlay - grey).max() > 0
+
+
+def test_names_of_pictures_are_flat_short_and_unlike():
+    names = ["a/b.png", "a__b.png", "a_b.png", "a/_b.png", "a_/b.png", "a_u_ub.png", "x" * 300 + ".png", "ä" * 140]
+    names += ["x" * 301 + ".png", "y/" * 120 + "z.png"]
+    flat = [picture_name(name) for name in names]
+    assert len(set(flat)) == len(names)
+    assert all("/" not in name and len(f"{name}.depth.png".encode()) <= 255 for name in flat)
+
+
+def test_a_name_that_is_no_unicode(debug_run, tmp_path, fresh_accelerate):
+    folder = write_images(tmp_path / "images", 2)
+    os.rename(folder / "0001.png", os.fsencode(folder) + b"/caf\xe9.png")
+    assert score(debug_run, folder, tmp_path / "out") == 0
+    assert [row["image"] for row in read_rows(tmp_path / "out")] == ["0000.png", "caf\udce9.png"]
+    assert len(drawn(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("name", ["[bold]a.png", "x[/bold].png", ":smile:.png"])
+def test_a_name_that_looks_like_markup(debug_run, tmp_path, capsys, fresh_accelerate, name):
+    """``x[/bold].png`` is ``bold].png`` in the folder ``x[``."""
+    file = tmp_path / "images" / name
+    file.parent.mkdir(parents=True)
+    noise(0).save(file)
+    assert score(debug_run, tmp_path / "images", tmp_path / "out") == 0
+    assert name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["[red]out", "out[/red]"])
+def test_an_output_folder_that_looks_like_markup(debug_run, tmp_path, capsys, fresh_accelerate, name):
+    folder = write_images(tmp_path / "images", 1)
+    assert score(debug_run, folder, tmp_path / name) == 0
+    assert str(tmp_path / name / "report.html") in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_write_what_one_does(debug_run, scored, images, tmp_path):
+    """They go on after the 4 images that one process did; of 11, one is damaged, and the last step is not full."""
+    out = tmp_path / "out"
+    shutil.copytree(scored, out, ignore=shutil.ignore_patterns("maps", "maps.safetensors", "report.html"))
+    shutil.copytree(scored / "maps", out / "maps", ignore=lambda _, names: [name for name in names if name > "4"])
+    (out / "scores.jsonl").write_text("".join((scored / "scores.jsonl").read_text().splitlines(True)[:4]))
+    maps = read_maps(scored)
+    maps[4:] = 0.0
+    raw = (scored / "maps.safetensors").read_bytes()
+    (out / "maps.safetensors").write_bytes(raw[: -maps.nbytes] + maps.tobytes())
+    options = ("--explain", "--batch-size", "2", "--false-alarm-rate", "0.4")
+    done = launch(["score", debug_run, images, "--out", out, *options], num_processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("threshold") == 1
+    assert "4 images are scored already" in done.stdout
+    assert_same_scores(out, scored)
+
+
+def test_more_processes_than_images(debug_run, scored, images, tmp_path):
+    done = launch(["score", debug_run, images / "3.png", "--out", tmp_path], num_processes=2)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_rows(tmp_path)
+    assert row["image"] == "3.png"
+    expected = {row["image"]: row for row in read_rows(scored)}["3.png"]
+    assert row["score"] == pytest.approx(expected["score"], rel=1e-4)
+    assert read_maps(tmp_path).shape == (1, 4, 4)
+    assert drawn(tmp_path) == {"3.png.png"}
+
+
+def test_an_error_under_a_launcher_is_one_sentence(images, tmp_path):
+    done = launch(["score", tmp_path / "nothing", images, "--out", tmp_path / "out"], num_processes=2, timeout_s=60)
+    assert done.returncode != 0
+    assert done.stderr.count("trajdist: ") == 1
+    assert "name a run whose Phase 1 is done" in done.stderr
+    assert "[rank1]: Traceback" not in done.stderr
+
+
+def test_an_output_folder_of_something_else_under_a_launcher(debug_run, scored, images, tmp_path):
+    shutil.copytree(scored, tmp_path / "out")
+    done = launch(["score", debug_run, images, "--out", tmp_path / "out"], num_processes=2, timeout_s=60)
+    assert done.returncode != 0
+    assert done.stderr.count("trajdist: ") == 1
+    assert "[rank1]: Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+def test_killed_and_started_again(debug_run, tmp_path, capsys, fresh_accelerate):
+    """Two processes are killed on the way; one goes on."""
+    folder = write_images(tmp_path / "images", 70)
+    options = ("--batch-size", "1", "--explain", "--overlays")
+    command = ["score", debug_run, folder, "--out", tmp_path / "out", *options, "all"]
+    job = start(command, num_processes=2)
+    rows, deadline = tmp_path / "out" / "scores.jsonl", time.monotonic() + 60
+    while not rows.exists() or rows.read_bytes().count(b"\n") < 7:
+        assert time.monotonic() < deadline
+        assert job.process.poll() is None
+        time.sleep(0.002)
+    job.kill()
+    job.end()
+    seen = rows.read_bytes().count(b"\n")
+    assert 7 <= seen < 70, "it was to be killed on the way"
+    begun = rows.read_bytes()[: rows.read_bytes().index(b"\n")]
+    assert score(debug_run, folder, tmp_path / "out", *options, "all") == 0
+    assert "images are scored already: going on" in capsys.readouterr().out
+    assert rows.read_bytes().startswith(begun), "what was done is not done again"
+    assert score(debug_run, folder, tmp_path / "whole", *options, "all") == 0
+    assert_same_scores(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("kept", "torn"), [(0, b'{"im'), (3, b""), (4, b'{"image": "b'), (9, b'{"score": 1.0}')])
+def test_going_on_from_any_row(debug_run, scored, images, tmp_path, fresh_accelerate, kept, torn):
+    """A kill may tear the last line, and comes before or after the maps of a step."""
+    shutil.copytree(scored, tmp_path / "out")
+    rows = tmp_path / "out" / "scores.jsonl"
+    whole = rows.read_bytes()
+    rows.write_bytes(b"".join(whole.splitlines(keepends=True)[:kept]) + torn)
+    raw = bytearray((scored / "maps.safetensors").read_bytes())
+    done = kept - kept % 4
+    raw[len(raw) - (COUNT - done) * 64 :] = bytes((COUNT - done) * 64)
+    (tmp_path / "out" / "maps.safetensors").write_bytes(raw)
+    options = ("--explain", "--batch-size", "4", "--false-alarm-rate", "0.4")
+    assert score(debug_run, images, tmp_path / "out", *options) == 0
+    assert_same_scores(tmp_path / "out", scored)
+    assert rows.read_bytes().count(b"\n") == COUNT
+    np.testing.assert_array_equal(read_maps(tmp_path / "out")[:done], read_maps(scored)[:done])
+
+
+def test_a_finished_scoring_is_not_repeated(debug_run, scored, images, tmp_path, fresh_accelerate):
+    shutil.copytree(scored, tmp_path / "out")
+    before = (tmp_path / "out" / "scores.jsonl").read_bytes()
+    (tmp_path / "out" / "report.html").unlink()
+    options = ("--explain", "--batch-size", "3", "--false-alarm-rate", "0.4")
+    assert score(debug_run, images, tmp_path / "out", *options) == 0
+    assert (tmp_path / "out" / "scores.jsonl").read_bytes() == before
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("other", ["images", "rate", "phase", "explain"])
+def test_scores_of_something_else_are_not_mixed_in(
+    debug_run, scored, images, tmp_path, capsys, fresh_accelerate, other
+):
+    shutil.copytree(scored, tmp_path / "out")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    folder = write_images(tmp_path / "images", 3) if other == "images" else images
+    options = ["--batch-size", "4", "--false-alarm-rate", "0.3" if other == "rate" else "0.4"]
+    options += [] if other == "explain" else ["--explain"]
+    options += ["--phase", "1"] if other == "phase" else []
+    assert score(debug_run, folder, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("trajdist: --out")
+    assert str(tmp_path / "out") in error
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
+
+
+def test_other_images_of_the_same_names(debug_run, tmp_path, capsys, fresh_accelerate):
+    """Such as 0001.png of Monday and 0001.png of Tuesday: refused, or scored anew."""
+    monday, tuesday = write_images(tmp_path / "monday", 2), write_images(tmp_path / "tuesday", 2)
+    for number, file in enumerate(sorted(tuesday.iterdir())):
+        noise(100 + number).save(file)
+    assert score(debug_run, monday, tmp_path / "out") == 0
+    code = score(debug_run, tuesday, tmp_path / "out")
+    if code == 0:
+        assert score(debug_run, tuesday, tmp_path / "fresh") == 0
+        assert_same_scores(tmp_path / "out", tmp_path / "fresh")
+    else:
+        assert code == 2
+        assert str(tmp_path / "out") in capsys.readouterr().err
+
+
+def test_an_image_that_was_changed(debug_run, tmp_path, capsys, fresh_accelerate):
+    folder = write_images(tmp_path / "images", 2)
+    assert score(debug_run, folder, tmp_path / "out") == 0
+    noise(7).save(folder / "0001.png")
+    assert score(debug_run, folder, tmp_path / "out") == 2
+    assert str(tmp_path / "out") in capsys.readouterr().err
+
+
+def test_a_batch_is_no_larger_than_the_set(debug_run, tmp_path, fresh_accelerate, monkeypatch):
+    sizes, score_batch = [], Scorer.score_batch
+
+    def recorded(scorer, images_BCSS):
+        sizes.append(len(images_BCSS))
+        return score_batch(scorer, images_BCSS)
+
+    monkeypatch.setattr(Scorer, "score_batch", recorded)
+    assert score(debug_run, write_images(tmp_path / "images", 2), tmp_path / "out") == 0
+    assert max(sizes) == 2
+
+
+def test_asking_for_pictures_later(debug_run, tmp_path, fresh_accelerate):
+    folder = write_images(tmp_path / "images", 2)
+    assert score(debug_run, folder, tmp_path / "out", "--overlays", "none") == 0
+    assert score(debug_run, folder, tmp_path / "out", "--overlays", "all") == 2 or len(drawn(tmp_path / "out")) == 2
+
+
+def test_maps_that_were_lost(debug_run, scored, images, tmp_path, fresh_accelerate):
+    """Made again or missed, but not zero."""
+    shutil.copytree(scored, tmp_path / "out")
+    (tmp_path / "out" / "maps.safetensors").unlink()
+    options = ("--explain", "--batch-size", "4", "--false-alarm-rate", "0.4")
+    if score(debug_run, images, tmp_path / "out", *options) == 0:
+        np.testing.assert_allclose(read_maps(tmp_path / "out"), read_maps(scored), rtol=1e-3, atol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------- what is refused
+
+
+def test_no_images(debug_run, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    assert score(debug_run, tmp_path / "images", tmp_path / "out") == 3
+    assert "holds no images" in capsys.readouterr().err
+    assert score(debug_run, tmp_path / "missing", tmp_path / "out") == 3
+    assert "missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_cannot_be_made(debug_run, images, tmp_path, capsys, fresh_accelerate):
+    (tmp_path / "file").write_text("in the way")
+    assert score(debug_run, images, tmp_path / "file" / "out") == 4
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_a_damaged_marker(debug_run, images, tmp_path, capsys, fresh_accelerate):
+    (tmp_path / "scoring.json").write_text("{")
+    assert score(debug_run, images, tmp_path) == 4
+    assert "scoring.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", ["0", "1", "-0.1", "nan", "often"])
+def test_a_rate_that_is_none(debug_run, images, tmp_path, capsys, rate):
+    with pytest.raises(SystemExit) as caught:
+        score(debug_run, images, tmp_path / "out", f"--false-alarm-rate={rate}")
+    assert caught.value.code == 2
+    assert "--false-alarm-rate" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ several adapters
+
+
+@pytest.fixture(scope="module")
+def brick(debug_run, tmp_path_factory) -> Path:
+    """An adapter to another domain, on the same base."""
+    run_dir = tmp_path_factory.mktemp("adapted") / "brick"
+    command = ["adapt", "debug", f"run_dir={run_dir}", f"phase1={debug_run}", "data.domain.path=skimage:brick"]
+    assert main([*command, "runtime.mixed_precision=no"]) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def compared(debug_run, brick, tmp_path_factory) -> Path:
+    """Six crops of brick, then six of gravel, scored with the adapters for both."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for name in ("brick", "gravel"):
+        source = open_source(f"skimage:{name}/heldout", "source")
+        for index in range(6):
+            source.load(index, None).save(folder / f"{name}-{index}.png")
+    adapters = [option for run in (debug_run, brick) for option in ("--adapter", str(run / "phase2" / "adapter"))]
+    assert score(debug_run, folder, folder / "out", *adapters, "--overlays", "none") == 0
+    return folder
+
+
+def test_a_column_per_adapter(compared, debug_run, brick):
+    rows = read_rows(compared / "out")
+    pictures = [Image.open(compared / row["image"]) for row in rows]
+    assert len(rows) == 12
+    for name, run in (("run", debug_run), ("brick", brick)):
+        alone = trajdist.load(run, device="cpu")(pictures)
+        columns = [row["adapters"][name] for row in rows]
+        np.testing.assert_allclose([column["score"] for column in columns], alone.scores, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose([column["p_value"] for column in columns], alone.p_values)
+    for row in rows:
+        assert set(row["adapters"]) == {"run", "brick"}
+        assert {key: row[key] for key in ("score", "p_value")} == row["adapters"]["run"], "the first one decides"
+
+
+def test_the_best_fitting_domain_is_named(compared):
+    rows = read_rows(compared / "out")
+    for row in rows:
+        best = max(row["adapters"].items(), key=lambda item: (item[1]["p_value"], -item[1]["score"]))
+        assert row["best_adapter"] == best[0]
+    own = {"brick": "brick", "gravel": "run"}
+    assert sum(row["best_adapter"] == own[row["image"].split("-")[0]] for row in rows) >= 10
+
+
+def test_adapters_of_runs_that_are_called_alike(debug_run, brick, images, tmp_path, fresh_accelerate):
+    shutil.copytree(brick / "phase2", tmp_path / "run" / "phase2")
+    adapters = [
+        option for run in (debug_run, tmp_path / "run") for option in ("--adapter", str(run / "phase2" / "adapter"))
+    ]
+    assert score(debug_run, images, tmp_path / "out", *adapters, "--overlays", "none") == 0
+    assert all(len(row["adapters"]) == 2 for row in read_rows(tmp_path / "out") if row["score"] is not None)
+
+
+# ------------------------------------------------------------------------------------------- the guarantee
+
+
+def alarm_interval(num_clean: int, num_new: int, rate: float) -> tuple[float, float]:
+    """What 99.9 % of calibration sets and new images give, were scores continuous: a beta-binomial count."""
+    called = math.floor(rate * (num_clean + 1) + 1e-9)
+    law = betabinom(num_new, called, num_clean + 1 - called)
+    return float(law.ppf(0.0005)), float(law.ppf(0.9995))
+
+
+@pytest.mark.parametrize(("num_clean", "rate"), [(19, 0.05), (30, 0.1), (99, 0.05), (400, 0.01)])
+def test_alarms_of_exchangeable_scores(num_clean, rate):
+    """Many calibrations, a few new scores of each: on average as often as asked, and not more often."""
+    generator = np.random.default_rng(num_clean)
+    repeats, num_new = 300, 50
+    alarms = p_alarms = 0
+    for _ in range(repeats):
+        # One draw for both: nothing but exchangeability is used.
+        scores = torch.from_numpy(generator.gamma(2.0, size=num_clean + num_new).astype(np.float32))
+        histogram = ScoreHistogram()
+        histogram.update(scores[:num_clean])
+        sketch = QuantileSketch(histogram)
+        alarms += int((scores[num_clean:] >= sketch.threshold(rate)).sum())
+        p_alarms += int((sketch.p_values(scores[num_clean:]) <= rate).sum())
+    assert alarms == p_alarms
+    called = math.floor(rate * (num_clean + 1) + 1e-9)
+    law = betabinom(num_new, called, num_clean + 1 - called)
+    expected, spread = repeats * law.mean(), math.sqrt(repeats * law.var())
+    assert expected <= repeats * num_new * rate * (1 + 1e-9)
+    assert alarms <= expected + 3.3 * spread
+    # All of a bin counts as at least the score: at most 0.1 % of the score's worth of alarms is lost.
+    assert alarms >= 0.97 * expected - 3.3 * spread
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3])
+def test_ties_never_raise_more_alarms(rate):
+    """Scores of five values only, as of a blank product."""
+    generator = np.random.default_rng(7)
+    alarms, repeats, num_new = 0, 200, 50
+    for _ in range(repeats):
+        scores = torch.from_numpy(generator.integers(1, 6, 60 + num_new).astype(np.float32))
+        histogram = ScoreHistogram()
+        histogram.update(scores[:60])
+        alarms += int((QuantileSketch(histogram).p_values(scores[60:]) <= rate).sum())
+    called = math.floor(rate * 61)
+    law = betabinom(num_new, called, 61 - called)
+    assert alarms <= repeats * law.mean() + 3.3 * math.sqrt(repeats * law.var())
+
+
+CLEAN, FRESH = 200, 400
+
+
+@pytest.fixture(scope="module")
+def clean_run(tmp_path_factory) -> Path:
+    """Trained on so few pictures that it knows them by heart, calibrated on 200 others."""
+    folder = tmp_path_factory.mktemp("clean")
+    write_images(folder / "images", 2 * CLEAN)
+    command = ["train", "debug", f"run_dir={folder / 'run'}", f"data.imagenet.path={folder / 'images'}"]
+    command += ["data.imagenet.num_samples=20", "data.imagenet.batch_size=20", "calibration.holdout_fraction=0.5"]
+    assert main([*command, "runtime.mixed_precision=no", "data.imagenet.num_epochs=1"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def fresh(clean_run, tmp_path_factory) -> Path:
+    """400 more pictures of the kind, scored."""
+    folder = tmp_path_factory.mktemp("fresh")
+    for number in range(FRESH):
+        noise(10_000 + number).save(folder / f"{number:04d}.png")
+    options = ("--overlays", "none", "--false-alarm-rate", "0.1", "--batch-size", "50")
+    assert score(clean_run, folder, folder / "out", *options) == 0
+    return folder / "out"
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.05, 0.1, 0.25, 0.5])
+def test_false_alarms_of_a_run_are_as_often_as_asked(clean_run, fresh, rate):
+    scorer = trajdist.load(clean_run, device="cpu")
+    assert scorer.detectors[0].images.count == CLEAN
+    assert scorer.detectors[0].held_out
+    rows = read_rows(fresh)
+    assert len(rows) == FRESH
+    low, high = alarm_interval(CLEAN, FRESH, rate)
+    assert low <= sum(row["p_value"] <= rate for row in rows) <= high
+    if rate == 0.1:
+        assert sum(row["is_anomalous"] for row in rows) == sum(row["p_value"] <= rate for row in rows)
+
+
+def few_clean_scores(run: Path, folder: Path, count: int) -> Path:
+    """The run, with a calibration from this many images."""
+    shutil.copytree(run / "phase1", folder / "phase1")
+    file = folder / "phase1" / "calibration.safetensors"
+    histogram = ScoreHistogram()
+    histogram.update(torch.arange(1.0, count + 1.0))
+    write_tensors(file, read_tensors(file) | histogram.to_tensors("images"), read_document(file))
+    return folder
+
+
+def test_too_few_clean_images_declare_nothing_and_say_so(clean_run, tmp_path, capsys, fresh_accelerate):
+    run = few_clean_scores(clean_run, tmp_path / "run", 9)
+    folder = write_images(tmp_path / "images", 2)
+    assert score(run, folder, tmp_path / "out", "--false-alarm-rate", "0.05", "--overlays", "anomalous") == 0
+    assert "9 clean images are too few" in capsys.readouterr().out
+    assert not any(row["is_anomalous"] for row in read_rows(tmp_path / "out"))
+    assert score(run, folder, tmp_path / "default") == 0
+    assert "for a false-alarm rate of 0.1" in capsys.readouterr().out, "the least that 9 images can answer for"
+
+
+def test_the_advised_rate_is_enough(clean_run, tmp_path, capsys, fresh_accelerate):
+    run = few_clean_scores(clean_run, tmp_path / "run", 6)
+    folder = write_images(tmp_path / "images", 1)
+    assert score(run, folder, tmp_path / "out", "--false-alarm-rate", "0.01") == 0
+    advised = re.search(r"--false-alarm-rate ([\d.]+) or more", capsys.readouterr().out)
+    assert advised
+    assert score(run, folder, tmp_path / "again", "--false-alarm-rate", advised.group(1)) == 0
+    assert "too few" not in capsys.readouterr().out

@@ -1,0 +1,332 @@
+"""How many bytes a phase will hold, counted before anything of that size exists.
+
+The very code of a training step runs on fake tensors, which have shapes and no contents, while every storage that is
+born or dies is counted: that gives the peak for any batch, device and precision on any machine.
+
+Shape suffixes: B images, P places, N = B x P rows, L blocks, D channels of a trajectory, F its valid entries, S image
+side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trajdist import bundle
+from trajdist.config import Config
+from trajdist.losses import trajectory_losses
+from trajdist.models.registry import build_model
+from trajdist.residuals import PlaceMoments, ResidualModel
+from trajdist.trajectory import BlockMoments, TrajectoryExtractor, pca_whitening
+
+# The C library gives blocks of this size back to the system when they are freed; smaller ones stay with the process.
+HEAP_LIMIT = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Live:
+    """Most bytes that lived at once: all; and of each kind by itself, storages of and below :data:`HEAP_LIMIT`."""
+
+    total: int = 0
+    large: int = 0
+    small: int = 0
+
+    def __or__(self, other: Live) -> Live:
+        """The peak of both, one after the other."""
+        return Live(max(self.total, other.total), max(self.large, other.large), max(self.small, other.small))
+
+    def __add__(self, other: Live) -> Live:
+        """The peak of both at the same time."""
+        return Live(self.total + other.total, self.large + other.large, self.small + other.small)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, while they live; views count once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._now = {True: 0, False: 0}
+        self._peak = Live()
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf)
+        return result
+
+    @property
+    def now(self) -> int:
+        """Bytes that live."""
+        return sum(self._now.values())
+
+    def take(self) -> Live:
+        """The peak since the last call; what lives now begins the next one."""
+        peak, self._peak = self._peak, self._current()
+        return peak
+
+    def left_over(self) -> Live:
+        """What the peak has more than what lives now: freed since."""
+        peak, now = self.take(), self._current()
+        return Live(peak.total - now.total, peak.large - now.large, peak.small - now.small)
+
+    def _current(self) -> Live:
+        return Live(self.now, self._now[True], self._now[False])
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self._now[size >= HEAP_LIMIT] += size
+        self._peak |= self._current()
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._now[size >= HEAP_LIMIT] -= size
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a phase is made of, whatever the batch. Bytes, and numbers of weights."""
+
+    backbone_bytes: int
+    projection_bytes: int
+    model_bytes: int
+    backbone_parameters: int
+    model_parameters: int
+    trained_parameters: int
+    trained_tensors: int
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What lives beside weights and optimizer at the worst moment of each part, for one batch size.
+
+    Attributes:
+        images_bytes, trajectories_bytes: of a batch.
+        backbone, model: of a training step, forward, and forward and backward.
+        statistics, residuals: of a batch of the passes over clean images.
+    """
+
+    images_bytes: int
+    trajectories_bytes: int
+    backbone: Live
+    model: Live
+    statistics: Live
+    residuals: Live
+
+    @property
+    def step(self) -> Live:
+        return self.backbone | self.model
+
+
+class Rehearsal:
+    """The modules of one phase as fake tensors, to step through with any number of images.
+
+    Args:
+        modules: real ones; their weights are given up.
+        precision: ``no``, ``bf16`` or ``fp16``, as in the run.
+        micro_batches: of an optimizer step; from the second on gradients are there from the start.
+        shared_gradients: whether DistributedDataParallel keeps the gradients in buckets all the time.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        phase: int,
+        modules: Modules,
+        *,
+        precision: str,
+        micro_batches: int,
+        shared_gradients: bool,
+    ) -> None:
+        self.config, self.phase, self._precision = config, phase, precision
+        self._micro_batches, self._shared_gradients = min(2, micro_batches), shared_gradients
+        self._mode = FakeTensorMode()
+        self.extractor, self.model, self.left = modules.extractor, modules.model.train(), modules.left
+        for module in (self.extractor.backbone, self.extractor.projection, self.model):
+            self._become_fake(module)
+        self.widths = [min(count, config.model.feature_dim) for count in self.extractor.projection.channels]
+        self.sizes = self._measure_sizes()
+
+    def _become_fake(self, module: nn.Module) -> None:
+        """Replace every parameter and buffer in place by one of the same shape that has no contents."""
+        with self._mode:
+            for part in module.modules():
+                fake = {name: _like(weight) for name, weight in part._parameters.items() if weight is not None}
+                frozen = [name for name in fake if not part.get_parameter(name).requires_grad]
+                part._parameters |= {name: nn.Parameter(weight, name not in frozen) for name, weight in fake.items()}
+                part._buffers |= {name: _like(value) for name, value in part._buffers.items() if value is not None}
+
+    def _measure_sizes(self) -> Sizes:
+        trained = [weight.numel() for weight in self.model.parameters() if weight.requires_grad]
+        network = self.extractor.backbone.network
+        return Sizes(
+            backbone_bytes=bytes_of(network),
+            projection_bytes=bytes_of(self.extractor.projection),
+            model_bytes=bytes_of(self.model),
+            backbone_parameters=sum(weight.numel() for weight in network.parameters()),
+            model_parameters=sum(weight.numel() for weight in self.model.parameters()),
+            trained_parameters=sum(trained),
+            trained_tensors=len(trained),
+            channels=tuple(self.extractor.projection.channels),
+        )
+
+    def peaks(self, batch_size: int) -> Peaks:
+        """Count one training step, and one batch of each pass over clean images, of ``batch_size`` images."""
+        with self._counting() as live:
+            images = self._images(batch_size)
+            images_bytes = live.now
+            statistics = self._statistics(images, live) if self.phase == 1 else Live()
+            residuals = self._residuals(images, live)
+        with self._counting() as live:
+            trajectories_bytes, backbone, model = self._step(self._images(batch_size), live)
+        return Peaks(images_bytes, trajectories_bytes, backbone, model, statistics, residuals)
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[LiveBytes]:
+        with self._mode, LiveBytes() as live:
+            yield live
+        self.model.zero_grad()
+
+    def _images(self, batch_size: int) -> torch.Tensor:
+        size = self.config.data.image_size
+        return torch.zeros(batch_size, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        # Fake tensors live on a CPU that need not be: what counts is the width of the numbers, the same elsewhere.
+        kind = torch.float16 if self._precision == "fp16" else torch.bfloat16
+        with torch.autocast("cpu", kind, enabled=self._precision != "no"):
+            yield
+
+    def _step(self, images: torch.Tensor, live: LiveBytes) -> tuple[int, Live, Live]:
+        """Bytes of the trajectories, peaks of the backbone and of the model, gradients included."""
+        backbone, model, trajectories_bytes = Live(), Live(), 0
+        for weight in self.model.parameters():
+            weight.grad = torch.zeros_like(weight) if self._shared_gradients and weight.requires_grad else None
+        for _ in range(self._micro_batches):
+            live.take()
+            before = live.now
+            with self._autocast():
+                trajectories = self.extractor(images)
+            trajectories_bytes = live.now - before
+            backbone |= live.take()
+            self._train(trajectories)
+            model |= live.take()
+            del trajectories
+        return trajectories_bytes, backbone, model
+
+    def _train(self, trajectories_BHWLD: torch.Tensor) -> None:
+        target_NLD = trajectories_BHWLD.flatten(0, 2)
+        with self._autocast():
+            reconstruction = self.model(target_NLD)
+        # Accelerate hands the outputs of a model on in float32.
+        reconstruction = reconstruction._make(None if part is None else part.float() for part in reconstruction)
+        batch_size = len(trajectories_BHWLD)
+        losses = trajectory_losses(reconstruction, target_NLD, self.extractor.projection.valid_LD, batch_size, 1.0)
+        (losses.loss @ torch.ones(batch_size)).backward()
+
+    @torch.no_grad()
+    def _statistics(self, images: torch.Tensor, live: LiveBytes) -> Live:
+        """Peak of the pass that measures the blocks, in the precision of training."""
+        live.take()
+        cpu = torch.device("cpu")
+        moments = [BlockMoments(channels, cpu) for channels in self.extractor.projection.channels]
+        cells = torch.ones(len(images)).repeat_interleave(self.extractor.resolution**2)
+        with self._autocast():
+            self.extractor.observe(images, lambda block, rows: moments[block].update(rows.flatten(0, 1), cells))
+        return live.take()
+
+    @torch.no_grad()
+    def _residuals(self, images: torch.Tensor, live: LiveBytes) -> Live:
+        """Peak of the two passes over residuals, in float32 as scoring does it."""
+        live.take()
+        entries, places = sum(self.widths), self.extractor.resolution**2
+        moments = PlaceMoments(places, entries, torch.device("cpu"))
+        residual = self._residual_model(places, entries)
+        for use in (lambda rows: moments.update(rows, torch.ones(len(images))), residual.energies):
+            target_NLD = self.extractor(images).flatten(0, 2)
+            error_NE = (target_NLD - self.model(target_NLD).output_NLD.float()).flatten(1)
+            use(error_NE[:, :entries].clone())
+            del target_NLD, error_NE
+        return live.take()
+
+    def _residual_model(self, places: int, entries: int) -> ResidualModel:
+        # Its own constructor reads its sizes from a tensor's contents, which a fake one does not have.
+        residual = ResidualModel.__new__(ResidualModel)
+        nn.Module.__init__(residual)
+        residual.widths = self.widths
+        shapes = {"mean_PF": (places, entries), "whitening_FF": (entries, entries), "energy_L": (len(self.widths),)}
+        for name, shape in shapes.items():
+            residual.register_buffer(name, torch.zeros(shape))
+        return residual
+
+    def fit_peak(self) -> Live:
+        """Peak of the matrices made on the host at the end of the passes, in float64: eigenvectors and whitening."""
+        with self._mode, LiveBytes() as live, torch.no_grad():
+            if self.phase == 1:
+                widest = max(self.sizes.channels)
+                pca_whitening(torch.zeros(widest, widest, dtype=torch.float64), min(widest, self.widths[-1]))
+            # LAPACK's workspace for eigenvectors, of which torch does not know: 2 n^2 numbers (dsyevd).
+            eigen = live.take()
+            workspace = 2 * 8 * max(self.sizes.channels) ** 2 if self.phase == 1 else 0
+            entries, places = sum(self.widths), self.extractor.resolution**2
+            self._residual_model(places, entries).fit(PlaceMoments(places, entries, torch.device("cpu")))
+            whitening = live.take()
+        return Live(eigen.total + workspace, eigen.large + workspace, eigen.small) | whitening
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers of a module."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The real modules of a phase, untrained, and what building the backbone leaves behind in the heap."""
+
+    extractor: TrajectoryExtractor
+    model: nn.Module
+    left: Live
+
+
+def build_modules(config: Config, phase: int) -> Modules:
+    """Build what a phase trains and looks through. Nothing is downloaded: bytes do not depend on the weights.
+
+    Raises:
+        UserError: whatever the run would say of the backbone, the blocks or the adapter.
+    """
+    weights = "none" if config.backbone.weights == "DEFAULT" else config.backbone.weights
+    backbone = config.backbone.model_copy(update={"weights": weights})
+    with LiveBytes() as live:
+        extractor = bundle.new_extractor(config.model_copy(update={"backbone": backbone}))
+        left = live.left_over()
+    settings = config.model.model_dump(exclude={"type", "spatial_resolution", "feature_dim"})
+    length, width = extractor.projection.valid_LD.shape
+    model = build_model(config.model.type, length=length, width=width, **settings)
+    if phase == 1:
+        return Modules(extractor, model, left)
+    # PEFT takes longer to import than torch; Phase 1 does without.
+    from trajdist import lora
+
+    adapter = config.domain_adaptation.lora.model_dump(exclude={"learning_rate", "weight_decay"})
+    return Modules(extractor, lora.attach(model, **adapter, base_fingerprint=""), left)

@@ -1,0 +1,290 @@
+"""A dry run: what a config will need in memory, on disk and in hours, before anything is queued. Trains nothing.
+
+Bytes are counted on tensors without contents (:mod:`trajdist.footprint`), rates are measured for a few seconds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from trajdist import probe
+from trajdist.budget import FLOAT, Budget, measure_bases
+from trajdist.config import SETS, Config
+from trajdist.data.loader import resolve_workers
+from trajdist.data.sources import ImageSource
+from trajdist.errors import DataError
+from trajdist.footprint import Live, Rehearsal, build_modules
+from trajdist.probe import Rates
+from trajdist.progress import format_seconds
+from trajdist.sharding import Plan, Selection
+
+GIB = 2**30
+# A loader's worker has so many batches ready or in the making.
+BATCHES_IN_STOCK = 2
+# Bytes of a record in metrics.jsonl and in ledger.jsonl, of a tensor's entry in a file, of a checkpoint's JSON files.
+METRIC_BYTES, LEDGER_BYTES, ENTRY_BYTES, STATE_BYTES = 350, 160, 100, 3000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to plan for.
+
+    Attributes:
+        memory_bytes: of the device, to find the largest batch; None does not look for it.
+        processes: in the whole job; None takes the launcher's.
+        device: ``cpu`` or ``cuda``; None takes what a run would take here.
+        images_per_s: of one process, training; None measures.
+        measure: whether to measure rates.
+    """
+
+    memory_bytes: int | None = None
+    processes: int | None = None
+    device: str | None = None
+    images_per_s: float | None = None
+    measure: bool = True
+
+
+def make_plan(
+    config: Config, sources: dict[str, ImageSource], phases: Sequence[int], options: Options
+) -> dict[str, Any]:
+    """Plan the phases: ``{"phase1": {...}, "phase2": {...}}``, ready for JSON.
+
+    Raises:
+        UserError: what the run itself would say of the config, the backbone or the images.
+    """
+    device = options.device or default_device()
+    # On an accelerator torch's allocator is asked, which knows nothing of Python and the libraries.
+    bases = measure_bases(config, sorted(phases)) if device == "cpu" else dict.fromkeys(sorted(phases), 0)
+    earlier = Live()
+    plans = {}
+    for phase, base_bytes in bases.items():
+        source = sources[SETS[phase]]
+        plans[f"phase{phase}"], earlier = _plan_phase(config, source, phase, options, base_bytes, earlier)
+    return plans
+
+
+def _plan_phase(
+    config: Config, source: ImageSource, phase: int, options: Options, base_bytes: int, earlier: Live
+) -> tuple[dict[str, Any], Live]:
+    """One phase. ``earlier`` is what the phase before it left in the heap."""
+    device = options.device or default_device()
+    world = options.processes or int(os.environ.get("WORLD_SIZE", "1"))
+    settings = getattr(config.data, SETS[phase])
+    selection = _select(config, source, phase)
+    global_batch = world * settings.batch_size * settings.gradient_accumulation_steps
+    walk = Plan(selection.num_train, settings.num_epochs, global_batch, world, settings.batch_size)
+    workers = resolve_workers(config.data.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    precision = resolve_precision(config.runtime.mixed_precision, device)
+
+    modules = build_modules(config, phase)
+    rates = Rates(training=options.images_per_s)
+    if options.measure and options.images_per_s is None:
+        rates = probe.measure(config, source, selection, modules.extractor, modules.model, device, precision)
+    rehearsal = Rehearsal(
+        config,
+        phase,
+        modules,
+        precision=precision,
+        micro_batches=walk.micro_batches,
+        shared_gradients=world > 1,
+    )
+    saves_between = walk.total_steps > config.checkpoint.every_steps
+    budget = Budget(rehearsal, base_bytes, device, earlier, saves_between)
+    peaks = rehearsal.peaks(walk.slots)
+    report = {
+        "device": device,
+        "precision": precision,
+        "num_processes": world,
+        "num_workers": workers,
+        "images": selection.num_train,
+        "held_out_images": selection.num_holdout,
+        "batch_size": settings.batch_size,
+        "global_batch": walk.global_batch,
+        "micro_batches": walk.micro_batches,
+        "steps_per_epoch": walk.steps_per_epoch,
+        "steps": walk.total_steps,
+        "epochs": walk.num_epochs,
+        "parameters": {
+            "backbone": rehearsal.sizes.backbone_parameters,
+            "model": rehearsal.sizes.model_parameters,
+            "trainable": rehearsal.sizes.trained_parameters,
+        },
+        "parts": budget.parts(peaks),
+        "peak_memory_bytes": budget.training(peaks),
+        "statistics_peak_bytes": budget.statistics(peaks),
+        "calibration_peak_bytes": budget.calibration(peaks),
+        "required_memory_bytes": budget.required(peaks),
+        "loader_bytes": workers * BATCHES_IN_STOCK * peaks.images_bytes,
+        "memory_bytes": options.memory_bytes,
+        "largest_batch_size": budget.largest_batch(walk.slots, peaks, options.memory_bytes),
+        **_disk(config, rehearsal, walk, phase),
+        **_time(config, walk, selection, rates, workers, device),
+    }
+    return report, earlier | budget.left_in_heap(peaks)
+
+
+def _select(config: Config, source: ImageSource, phase: int) -> Selection:
+    name = SETS[phase]
+    num_samples = getattr(config.data, name).num_samples
+    if num_samples == 0:
+        raise DataError(f"data.{name}.num_samples=0 leaves nothing to train on: use -1 for all images.")
+    return Selection.draw(len(source), num_samples, config.calibration.holdout_fraction, config.seed, phase)
+
+
+def default_device() -> str:
+    """The device that a run would take on this machine."""
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
+    return "cuda" if torch.cuda.is_available() and not forced else "cpu"
+
+
+def resolve_precision(setting: str, device: str) -> str:
+    """``runtime.mixed_precision`` as a run resolves it; a CUDA device that is not here is taken to have bf16."""
+    if setting != "auto":
+        return setting
+    chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
+    if chosen in ("no", "bf16", "fp16"):
+        return chosen
+    has_bf16 = device == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
+    return "bf16" if has_bf16 else "no"
+
+
+def _disk(config: Config, rehearsal: Rehearsal, walk: Plan, phase: int) -> dict[str, int]:
+    """Bytes of a checkpoint, and of all that the phase leaves in the run directory at its fullest."""
+    sizes = rehearsal.sizes
+    weights = FLOAT * sizes.trained_parameters
+    checkpoint = 3 * weights + 4 * ENTRY_BYTES * sizes.trained_tensors + STATE_BYTES
+    entries, places = sum(rehearsal.widths), config.model.spatial_resolution**2
+    calibration = FLOAT * entries * (entries + places)
+    artifacts = (sizes.model_bytes + sizes.projection_bytes if phase == 1 else weights) + calibration
+    lines = walk.total_steps // config.logging.every_steps + 2 * walk.num_epochs
+    # A new checkpoint is whole before the oldest one goes.
+    saved = min(config.checkpoint.keep + 1, 1 + walk.total_steps // config.checkpoint.every_steps + 1)
+    disk = saved * checkpoint + artifacts + lines * (METRIC_BYTES + LEDGER_BYTES)
+    return {"checkpoint_bytes": checkpoint, "disk_bytes": disk}
+
+
+def _time(config: Config, walk: Plan, selection: Selection, rates: Rates, workers: int, device: str) -> dict[str, Any]:
+    """Rates of one process, hours of the job, and what it will wait for."""
+    rate, bottleneck = rates.of_training(workers)
+    hours = walk.num_images / (rate * walk.world) / 3600 if rate else None
+    most = config.trajectory.statistics_images
+    sample, held_out = min(selection.num_train, most), min(selection.num_holdout or selection.num_train, most)
+    # Residuals and places; before Phase 1 the statistics as well.
+    passes = (3 if selection.phase == 1 else 2) * sample + held_out
+    # Nothing is learned in a pass: it is not slower than training.
+    total = hours * walk.num_epochs * (1 + passes / walk.total_images) if hours is not None else None
+    return {
+        "decoded_images_per_s_per_core": rates.decode,
+        "backbone_images_per_s": rates.backbone,
+        "model_images_per_s": rates.model,
+        "images_per_s": rate * walk.world if rate else None,
+        "hours_per_epoch": hours,
+        "hours": total,
+        "bottleneck": bottleneck,
+        "advice": advice(bottleneck, workers, device),
+    }
+
+
+def advice(bottleneck: str, workers: int, device: str) -> str:
+    """The bottleneck as a sentence, with the mend."""
+    return {
+        "decode": f"decoding by {workers} workers per process is slowest: raise data.num_workers, or shrink the files",
+        "backbone": f"the backbone on the {device} is slowest: more processes, a smaller backbone or data.image_size",
+        "model": "the sequence model is slowest: a smaller model.hidden_dim or model.spatial_resolution",
+        "given": "the rate is the one that was given, not measured",
+        "unknown": f"there is no {device} here to measure: give --images-per-second for the hours",
+        "unmeasured": "no speed was measured",
+    }[bottleneck]
+
+
+def plan_table(plans: dict[str, dict[str, Any]]) -> Table:
+    """The plan as a table, one column per phase."""
+    table = Table(title="plan", title_justify="left")
+    table.add_column("")
+    for phase in plans:
+        table.add_column(phase, justify="right")
+    for title, cell in _ROWS.items():
+        cells = [cell(plan) for plan in plans.values()]
+        if any(cells):
+            table.add_row(title, *cells)
+    return table
+
+
+def plan_text(plans: dict[str, dict[str, Any]]) -> str:
+    """What each phase will wait for, a line per phase."""
+    return "\n".join(f"{name}: {plan['advice']}" for name, plan in plans.items())
+
+
+def _size(count: int) -> str:
+    """``1.20 GiB``, ``34.5 MiB``; nothing for nothing."""
+    if not count:
+        return ""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
+
+
+def _rate(images_per_s: float | None) -> str:
+    return f"{images_per_s:,.1f} images/s" if images_per_s else ""
+
+
+def _hours(hours: float | None) -> str:
+    return format_seconds(3600 * hours) if hours is not None else "unknown"
+
+
+def _largest(plan: dict[str, Any]) -> str:
+    size = plan["largest_batch_size"]
+    if size is None:
+        return ""
+    return f"{size:,}" if size else f"none: one image takes more than {_size(plan['memory_bytes'])}"
+
+
+_PARTS = {
+    "base_bytes": "Python and libraries",
+    "backbone_bytes": "backbone",
+    "projection_bytes": "projection",
+    "images_bytes": "images",
+    "activations_bytes": "backbone's activations",
+    "trajectories_bytes": "trajectories",
+    "model_bytes": "model",
+    "model_activations_bytes": "model's activations",
+    "gradients_bytes": "gradients",
+    "optimizer_bytes": "optimizer",
+    "saving_bytes": "writing a checkpoint",
+    "statistics_bytes": "statistics",
+    "calibration_bytes": "calibration",
+}
+
+
+def _part(name: str) -> Callable[[dict[str, Any]], str]:
+    return lambda plan: _size(plan["parts"][name])
+
+
+_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "images": lambda p: f"{p['images']:,} (and {p['held_out_images']:,} held out)",
+    "processes": lambda p: f"{p['num_processes']} on {p['device']}, {p['precision']}, {p['num_workers']} workers each",
+    "images per step": lambda p: f"{p['global_batch']:,} ({p['micro_batches']} micro-batches)",
+    "steps": lambda p: f"{p['steps']:,} ({p['epochs']:,} epochs x {p['steps_per_epoch']:,})",
+    "weights": lambda p: f"{p['parameters']['trainable']:,} trained of {p['parameters']['model']:,}",
+    "backbone's weights": lambda p: f"{p['parameters']['backbone']:,}",
+    **{f"  {title}": _part(name) for name, title in _PARTS.items()},
+    "peak while training": lambda p: _size(p["peak_memory_bytes"]),
+    "peak of statistics": lambda p: _size(p["statistics_peak_bytes"]),
+    "peak of calibration": lambda p: _size(p["calibration_peak_bytes"]),
+    "memory needed": lambda p: _size(p["required_memory_bytes"]),
+    "largest batch_size": _largest,
+    "workers' batches": lambda p: _size(p["loader_bytes"]),
+    "checkpoint": lambda p: _size(p["checkpoint_bytes"]),
+    "disk": lambda p: _size(p["disk_bytes"]),
+    "decoding, per core": lambda p: _rate(p["decoded_images_per_s_per_core"]),
+    "backbone, per process": lambda p: _rate(p["backbone_images_per_s"]),
+    "model, per process": lambda p: _rate(p["model_images_per_s"]),
+    "all processes": lambda p: _rate(p["images_per_s"]),
+    "time per epoch": lambda p: _hours(p["hours_per_epoch"]),
+    "time in all": lambda p: _hours(p["hours"]),
+    "bottleneck": lambda p: str(p["bottleneck"]),
+}
