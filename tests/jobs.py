@@ -104,13 +104,14 @@ def start(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     module: str = "trajdist",
+    launcher_options: Sequence[str] = (),
 ) -> Job:
     """Start ``python -m trajdist args``, under ``accelerate launch`` where there are several processes."""
     launcher: list[str] = []
     if num_processes > 1:
         launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launcher += ["--main_process_port", str(free_port())]
+        launcher += ["--main_process_port", str(free_port()), *launcher_options]
     command = [sys.executable, *launcher, "-m", module, *map(str, args)]
     # Files, not pipes: nothing blocks on output that nobody reads.
     stdout, stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # Job.end closes them.
@@ -133,6 +134,7 @@ def launch(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     module: str = "trajdist",
+    launcher_options: Sequence[str] = (),
 ) -> Finished:
     """Run a job to its end; see :func:`start` and :meth:`Job.end`."""
-    return start(args, num_processes, env, cwd, module).end(timeout_s)
+    return start(args, num_processes, env, cwd, module, launcher_options).end(timeout_s)

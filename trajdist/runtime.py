@@ -26,33 +26,39 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
-from trajdist.errors import ConfigError, UserError
+from trajdist.errors import ConfigError, TrainingError, UserError
 
 STAGES = ("data", "transfer", "backbone", "model", "optimizer", "sync")
 
 
-def start_accelerator(mixed_precision: str, timeout_s: float, deterministic: bool) -> Accelerator:
+def start_accelerator(
+    mixed_precision: str, timeout_s: float, deterministic: bool, init_method: str | None = None
+) -> Accelerator:
     """Set Accelerate up for this job: precision, process group with a timeout, no random state of its own.
 
     Raises:
         ConfigError: a precision that this machine does not have.
+        TrainingError: processes that cannot reach each other.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
         return Accelerator(
-            mixed_precision=_precision(mixed_precision),
+            mixed_precision=precision(mixed_precision),
             # The last micro-batch of a step is told by counting, never by the end of the loader.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
             # Random numbers are keyed by seed, phase, step and rank (see loop.py); nothing is to be synchronised.
             rng_types=[],
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
+                InitProcessGroupKwargs(init_method=init_method, timeout=timedelta(seconds=timeout_s)),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
+    except torch.distributed.DistError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(f"the processes did not find each other ({reason}): run the same command again.") from error
     except ValueError as error:
         if "mixed precision" not in str(error):
             raise
@@ -62,12 +68,22 @@ def start_accelerator(mixed_precision: str, timeout_s: float, deterministic: boo
         ) from None
 
 
-def _precision(setting: str) -> str | None:
+def precision(setting: str) -> str:
+    """What ``runtime.mixed_precision`` means here and now."""
     if setting != "auto":
         return setting
-    if os.environ.get("ACCELERATE_MIXED_PRECISION"):
-        return None  # The launcher has decided.
+    if chosen := os.environ.get("ACCELERATE_MIXED_PRECISION"):
+        return chosen.lower()  # The launcher has decided.
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def device_type() -> str:
+    """The kind of device that Accelerate will take."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 class Processes:
@@ -153,6 +169,18 @@ class Processes:
         yield
         if self.is_main:
             self.wait()
+
+
+def open_store() -> Any:
+    """The key-value store by which the processes found each other; a connection of its own where torch can."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    return store.clone() if hasattr(store, "clone") else store
+
+
+def named(ranks: list[int]) -> str:
+    """``process 3``, or ``processes 3, 4``."""
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"process {shown}" if len(ranks) == 1 else f"processes {shown}"
 
 
 class StopFlag:

@@ -14,6 +14,7 @@ from trajdist.config import Config, dump_yaml, fields, flatten, read_yaml
 from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_workers
 from trajdist.data.sources import ImageSource
 from trajdist.errors import ArtifactError, ConfigError, DataError
+from trajdist.preflight import add_up, compare
 from trajdist.progress import make_console
 from trajdist.rundir import RunDir
 from trajdist.runtime import Processes, StopFlag, start_accelerator
@@ -99,21 +100,25 @@ class Session:
 
 
 def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool) -> Session:
-    """Start the processes, take the run directory, and check that its config is the one it began with.
+    """Start the processes, compare them, take the run directory, and check that its config is the one it began with.
 
     Raises:
-        ConfigError: a changed key that would change the result.
+        ConfigError: processes that differ, or a changed key that would change the result.
         ArtifactError: the directory cannot be written, or another run holds it.
     """
+    init_method = compare(config, sources)
     runtime = config.runtime
     # The watchdog, which can name a lost process, comes before the process group's own timeout, which cannot.
     backstop_s = runtime.timeout_s + GRACE_S
-    accelerator = start_accelerator(runtime.mixed_precision, backstop_s, runtime.deterministic)
+    accelerator = start_accelerator(runtime.mixed_precision, backstop_s, runtime.deterministic, init_method)
     processes = Processes(accelerator)
+    add_up(processes)
+    # A launcher that lost nothing itself, because another machine did, has not counted this restart.
+    restarted = processes.any(_restarted())
     rundir, console = RunDir(config.run_dir), make_console(processes.is_main)
 
     def prepare() -> None:
-        if fresh and not _restarted() and (aside := rundir.move_away()):
+        if fresh and not restarted and (aside := rundir.move_away()):
             console.print(f"starting over: the old run is now {str(aside)!r}")
         rundir.create()
         rundir.lock()

@@ -7,12 +7,11 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
 from trajdist.errors import TrainingError
-from trajdist.runtime import Processes, StopFlag
+from trajdist.runtime import Processes, StopFlag, named, open_store
 
 INTERVAL_S = 1.0
 # Signs of life this far apart tell a slow process from a lost one.
@@ -35,7 +34,7 @@ class Watchdog:
         self._beats, self._ticks = 0, 0
         self._done = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._live, self._watch)]
-        self._store = _store() if processes.world > 1 else None
+        self._store = open_store() if processes.world > 1 else None
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def beat(self) -> None:
@@ -122,9 +121,9 @@ class Watchdog:
         after = self._signs()
         silent = [rank for rank, sign in after.items() if sign == (0, 0) or sign[0] == before[rank][0]]
         if silent:
-            return f"{_named(silent)} gave no sign of life"
+            return f"{named(silent)} gave no sign of life"
         fewest = min(beats for _, beats in after.values())
-        return f"{_named([rank for rank, (_, beats) in after.items() if beats == fewest])} stood still"
+        return f"{named([rank for rank, (_, beats) in after.items() if beats == fewest])} stood still"
 
     def _signs(self) -> dict[int, tuple[int, int]]:
         """Ticks and beats of every process; zeros for one that never showed any."""
@@ -136,14 +135,3 @@ class Watchdog:
                 ticks, beats = self._store.get(f"alive/{rank}").split()
                 return int(ticks), int(beats)
         return 0, 0
-
-
-def _store() -> Any:
-    """The key-value store by which the processes found each other; a connection of its own where torch can."""
-    store = torch.distributed.distributed_c10d._get_default_store()
-    return store.clone() if hasattr(store, "clone") else store
-
-
-def _named(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"process {shown}" if len(ranks) == 1 else f"processes {shown}"

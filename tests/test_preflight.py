@@ -1,0 +1,147 @@
+"""Processes that do not fit together are told apart before anything is written; a restarted launcher goes on."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from images import write_images
+from jobs import REPOSITORY, Finished, launch
+from outcome import assert_done, assert_same_bits
+
+from trajdist.preflight import slurm_problem
+
+TESTS = REPOSITORY / "tests"
+HOST = socket.gethostname()
+
+
+def arguments(run_dir: Path, *overrides: str) -> list[str]:
+    fixed = ["runtime.mixed_precision=no", "checkpoint.every_steps=2", "data.num_workers=0"]
+    return ["run", "debug", f"run_dir={run_dir}", *fixed, *overrides]
+
+
+def run(peculiar: str, run_dir: Path, *overrides: str, world: int = 2, **options) -> Finished:
+    env = {"PYTHONPATH": f"{REPOSITORY}:{TESTS}", "PECULIAR": peculiar, "SUM_S": "5"}
+    return launch(arguments(run_dir, *overrides), world, env=env, module="peculiar", timeout_s=100, **options)
+
+
+def assert_refused(done: Finished, sentence: str, run_dir: Path) -> None:
+    """Said once, by the main process, before anything was written."""
+    assert done.returncode != 0
+    assert done.stderr.count(sentence) == 1, done.stderr
+    # The launcher has a traceback of its own, the processes have none.
+    assert "open_session" not in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("peculiar", "sentence"),
+    [
+        (
+            "2:config:data.imagenet.batch_size=16",
+            f"trajdist: process 2 on {HOST}: config data.imagenet.batch_size is 16, process 0 has 8: "
+            "start all processes with the same command.",
+        ),
+        (
+            "1:version:0.0.1",
+            f"trajdist: process 1 on {HOST}: trajdist is '0.0.1', process 0 has",
+        ),
+    ],
+    ids=["config", "version"],
+)
+def test_a_process_that_differs_is_named(peculiar, sentence, tmp_path):
+    assert_refused(run(peculiar, tmp_path / "run", world=3), sentence, tmp_path / "run")
+
+
+def test_other_images_behind_the_same_path(tmp_path):
+    """As on a machine where the folder was copied before it was complete."""
+    write_images(tmp_path / "here" / "images", 5)
+    write_images(tmp_path / "there" / "images", 4)
+    run_dir = tmp_path / "run"
+    done = run(
+        f"1:folder:{tmp_path / 'there'}", run_dir, "data.imagenet.path=images", "data.domain.path=images",
+        cwd=tmp_path / "here",
+    )  # fmt: skip
+    sentence = "number of images in data.imagenet.path is 4, process 0 has 5: let all machines see the same files."
+    assert_refused(done, f"trajdist: process 1 on {HOST}: {sentence}", run_dir)
+
+
+def test_a_process_that_never_comes_is_named(tmp_path):
+    done = run("1:late", tmp_path / "run", "runtime.timeout_s=3")
+    assert done.returncode != 0
+    assert "trajdist: process 1 did not answer within 3 seconds of the start: look at that machine" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_main_process_that_never_comes_is_named(tmp_path):
+    done = run("0:late", tmp_path / "run", "runtime.timeout_s=2")
+    assert done.returncode != 0
+    assert "trajdist: [process 1] process 0 did not answer within 2 seconds of the start" in done.stderr
+
+
+def test_a_sum_that_does_not_end(tmp_path):
+    done = run("1:stuck", tmp_path / "run")
+    assert done.returncode != 0
+    assert "the first sum over gloo did not end within 5 seconds: check the network" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sum_that_is_wrong(tmp_path):
+    done = run("0:wrong", tmp_path / "run")
+    assert done.returncode != 0
+    assert "trajdist: the first sum over gloo is 4 instead of 3: check the network" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+STEP = {"SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+ELASTIC = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "world", "alone"),
+    [
+        ({}, 1, False),
+        ({**STEP, **ELASTIC, "GROUP_WORLD_SIZE": "2"}, 16, False),
+        # Each node trains by itself: --num_machines 1, or --cpu, with which the launcher forgets the other machines.
+        ({**STEP, **ELASTIC, "GROUP_WORLD_SIZE": "1"}, 8, True),
+        ({**STEP, "ACCELERATE_DYNAMO_BACKEND": "no"}, 1, True),
+        # One task, although there is more in the allocation; or the batch script itself.
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NNODES": "4", "ACCELERATE_DYNAMO_BACKEND": "no"}, 1, False),
+        ({"SLURM_NODEID": "0", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", **ELASTIC, "GROUP_WORLD_SIZE": "1"}, 8, False),
+        # srun starts every process, without a launcher; or independent ones.
+        ({**STEP, "RANK": "0", "WORLD_SIZE": "2"}, 2, False),
+        (STEP, 1, False),
+    ],
+)
+def test_launchers_that_did_not_find_each_other(environment, world, alone):
+    assert bool(slurm_problem(environment, world)) == alone
+
+
+def test_the_machines_that_the_launcher_forgot(tmp_path):
+    """``accelerate launch --cpu --num_machines 2`` runs the job twice."""
+    import subprocess
+    import sys
+
+    from jobs import environment
+
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "2"]
+    launcher += ["--machine_rank", "0", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    launcher += ["--main_process_port", "29999", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [*launcher, "-m", "trajdist", *arguments(tmp_path / "run")]
+    done = subprocess.run(command, env=environment(STEP), capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert "Slurm started 2 launchers (SLURM_STEP_NUM_TASKS), but only 1 joined this run of 1 process" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_launcher_restarts_what_was_killed(tmp_path):
+    """``--max_restarts 1``: one SIGKILL, and the end is as if nothing had happened."""
+    assert run("", tmp_path / "reference").returncode == 0
+    run_dir = tmp_path / "run"
+    done = run(f"1:killed:{run_dir}", run_dir, launcher_options=["--max_restarts", "1"])
+    assert done.returncode == 0, done.stderr
+    assert "going on after" in done.stdout
+    assert_done(run_dir)
+    assert_same_bits(run_dir, tmp_path / "reference")
