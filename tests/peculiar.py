@@ -1,7 +1,7 @@
 """``python -m peculiar ARGUMENTS``: the command line, with one process of a job that is not like the others.
 
 ``PECULIAR=rank:what[:value]``: ``config`` adds the override ``value``; ``folder`` makes ``value`` the working folder;
-``version`` claims another one; ``late`` never comes to the pre-flight, ``stuck`` not to its sum, which
+``version`` and ``device`` claim another one; ``late`` never comes to the pre-flight, ``stuck`` not to its sum, which
 ``wrong`` gets wrong; ``killed`` dies once, by SIGKILL, when the run directory ``value`` has its first checkpoint.
 """
 
@@ -28,6 +28,8 @@ def be(what: str, value: str) -> None:
         os.chdir(value)
     elif what == "version":
         preflight.__version__ = value
+    elif what == "device":
+        preflight.device_type = lambda: value
     elif what == "late":
         session.compare = stand_still
     elif what == "stuck":

@@ -46,6 +46,8 @@ def test_eight_processes_are_one_process(tmp_path):
     assert {phase["num_processes"] for phase in read(tmp_path / "many", "summary.json").values()} == {WORLD}
     assert_done(tmp_path / "many")
     assert ledger(tmp_path / "many") == ledger(tmp_path / "one")
+    # Two steps in each of two epochs of both phases.
+    assert len(losses(tmp_path / "one")) == 8
     torch.testing.assert_close(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=1e-5, atol=1e-6)
     for file in ("phase1/model.safetensors", "phase2/adapter/adapter_model.safetensors"):
         ours, theirs = load_file(tmp_path / "many" / file), load_file(tmp_path / "one" / file)

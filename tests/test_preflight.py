@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from images import write_images
-from jobs import REPOSITORY, Finished, launch
+from jobs import REPOSITORY, Finished, environment, launch
 from outcome import assert_done, assert_same_bits
 
 from trajdist.preflight import slurm_problem
@@ -48,8 +50,12 @@ def assert_refused(done: Finished, sentence: str, run_dir: Path) -> None:
             "1:version:0.0.1",
             f"trajdist: process 1 on {HOST}: trajdist is '0.0.1', process 0 has",
         ),
+        (
+            "1:device:cuda",
+            f"trajdist: process 1 on {HOST}: device is 'cuda', process 0 has 'cpu': give all processes the same kind",
+        ),
     ],
-    ids=["config", "version"],
+    ids=["config", "version", "device"],
 )
 def test_a_process_that_differs_is_named(peculiar, sentence, tmp_path):
     assert_refused(run(peculiar, tmp_path / "run", world=3), sentence, tmp_path / "run")
@@ -100,7 +106,7 @@ ELASTIC = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "world", "alone"),
+    ("variables", "world", "alone"),
     [
         ({}, 1, False),
         ({**STEP, **ELASTIC, "GROUP_WORLD_SIZE": "2"}, 16, False),
@@ -115,17 +121,12 @@ ELASTIC = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8"}
         (STEP, 1, False),
     ],
 )
-def test_launchers_that_did_not_find_each_other(environment, world, alone):
-    assert bool(slurm_problem(environment, world)) == alone
+def test_launchers_that_did_not_find_each_other(variables, world, alone):
+    assert bool(slurm_problem(variables, world)) == alone
 
 
 def test_the_machines_that_the_launcher_forgot(tmp_path):
     """``accelerate launch --cpu --num_machines 2`` runs the job twice."""
-    import subprocess
-    import sys
-
-    from jobs import environment
-
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "2"]
     launcher += ["--machine_rank", "0", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
     launcher += ["--main_process_port", "29999", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -138,7 +139,8 @@ def test_the_machines_that_the_launcher_forgot(tmp_path):
 
 def test_the_launcher_restarts_what_was_killed(tmp_path):
     """``--max_restarts 1``: one SIGKILL, and the end is as if nothing had happened."""
-    assert run("", tmp_path / "reference").returncode == 0
+    reference = run("", tmp_path / "reference")
+    assert reference.returncode == 0, reference.stderr
     run_dir = tmp_path / "run"
     done = run(f"1:killed:{run_dir}", run_dir, launcher_options=["--max_restarts", "1"])
     assert done.returncode == 0, done.stderr

@@ -21,11 +21,11 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from trajdist import __version__
-from trajdist.config import Config, dump_yaml, flatten
+from trajdist.config import Config, flatten
 from trajdist.data.sources import ImageSource
 from trajdist.errors import ConfigError, TrainingError
 from trajdist.runtime import Processes, device_type, named, precision
@@ -68,7 +68,7 @@ def compare(config: Config, sources: Mapping[str, ImageSource]) -> str | None:
     sentence, init_method = slurm_problem(os.environ, world), None
     if not sentence and world > 1:
         meeting = Meeting(rank, world, min(config.runtime.timeout_s, ARRIVAL_S))
-        meeting.show("config", flatten(config.model_dump(mode="json")))
+        meeting.show("config", _flat(config))
         meeting.show("facts", _facts(config, sources, world))
         meeting.gather("facts")
         sentence = meeting.verdict(next(_differences(meeting), "") if rank == 0 else "")
@@ -125,7 +125,7 @@ class Meeting:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise TrainingError(
                 f"the {len(self.ranks)} processes did not find each other at {address} within {self._deadline_s:g} "
-                f"seconds ({_first_line(error)}): {NETWORK}."
+                f"seconds ({_one_line(error)}): {NETWORK}."
             ) from error
 
     # A launcher that restarts its processes hands them the old store, with all that the dead ones wrote. So the main
@@ -144,8 +144,10 @@ class Meeting:
         end = time.monotonic() + self._deadline_s + FAREWELL_S
         while time.monotonic() < end:
             if self._has([CALL]):
-                self.name = self._store.get(CALL).decode()
-                self.show("here", token)
+                heard = self._store.get(CALL).decode()
+                if heard != self.name:
+                    self.name = heard
+                    self.show("here", token)
                 if self._has([self._key("tokens", 0)]) and self.see("tokens", 0)[self._rank] == token:
                     return self.name
             time.sleep(POLL_S)
@@ -213,7 +215,7 @@ class Meeting:
     def _complain(self, what: str, ranks: range) -> None:
         missing = [rank for rank in ranks if not self._has([self._key(what, rank)])]
         raise TrainingError(
-            f"{named(missing)} did not answer within {self._deadline_s:g} seconds of the start: {GO_ON}."
+            f"{named(missing or [0])} did not answer within {self._deadline_s:g} seconds of the start: {GO_ON}."
         )
 
 
@@ -227,11 +229,19 @@ def _facts(config: Config, sources: Mapping[str, ImageSource], world: int) -> di
         "python": ".".join(platform.python_version_tuple()[:2]),
         "WORLD_SIZE": world,
         "device": device_type(),
-        "config": hashlib.sha256(dump_yaml(config).encode()).hexdigest(),
+        "config": _hash(_flat(config)),
         "mixed precision": precision(config.runtime.mixed_precision),
         **{f"number of images in data.{name}.path": len(source) for name, source in sources.items()},
         **{f"list of images in data.{name}.path": source.fingerprint[:12] for name, source in sources.items()},
     }
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return flatten(config.model_dump(mode="json"))
+
+
+def _hash(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()
 
 
 def _differences(meeting: Meeting) -> Iterator[str]:
@@ -282,7 +292,7 @@ def add_up(processes: Processes) -> None:
 def _check_sum(processes: Processes, found: float | RuntimeError) -> None:
     backend, expected = torch.distributed.get_backend(), processes.world * (processes.world + 1) / 2
     if isinstance(found, RuntimeError):
-        raise TrainingError(f"the first sum over {backend} failed ({_first_line(found)}): {NETWORK}.") from found
+        raise TrainingError(f"the first sum over {backend} failed ({_one_line(found)}): {NETWORK}.") from found
     if found != expected:
         raise TrainingError(f"the first sum over {backend} is {found:g} instead of {expected:g}: {NETWORK}.")
 
@@ -315,5 +325,5 @@ def _sum(processes: Processes) -> float:
     return processes.sum(mine).item()
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200].rstrip(". ")
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300].rstrip(". ")
