@@ -98,6 +98,22 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**kept, **own, **(extra or {})}
 
 
+def spawn(command: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> Job:
+    """Start a command in a session of its own, in the repository unless ``cwd`` says otherwise."""
+    # Files, not pipes: nothing blocks on output that nobody reads.
+    stdout, stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # Job.end closes them.
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        env=env,
+        cwd=cwd or REPOSITORY,
+        start_new_session=True,
+    )
+    return Job(process, stdout, stderr)
+
+
 def start(
     args: Sequence[str | Path],
     num_processes: int = 1,
@@ -113,18 +129,7 @@ def start(
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launcher += ["--main_process_port", str(free_port()), *launcher_options]
     command = [sys.executable, *launcher, "-m", module, *map(str, args)]
-    # Files, not pipes: nothing blocks on output that nobody reads.
-    stdout, stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # Job.end closes them.
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=stderr,
-        env=environment(env),
-        cwd=cwd or REPOSITORY,
-        start_new_session=True,
-    )
-    return Job(process, stdout, stderr)
+    return spawn(command, environment(env), cwd)
 
 
 def launch(

@@ -21,10 +21,10 @@ from trajdist.data.sources import ImageSource
 from trajdist.errors import DataError
 from trajdist.footprint import Live, Rehearsal, build_modules
 from trajdist.probe import Rates
-from trajdist.progress import format_seconds
+from trajdist.progress import GIB, Cells, format_seconds, phase_table
+from trajdist.runtime import device_type
 from trajdist.sharding import Plan, Selection
 
-GIB = 2**30
 # A loader's worker has so many batches ready or in the making.
 BATCHES_IN_STOCK = 2
 # Bytes of a record in metrics.jsonl and in ledger.jsonl, of a tensor's entry in a file, of a checkpoint's JSON files.
@@ -138,9 +138,8 @@ def _select(config: Config, source: ImageSource, phase: int) -> Selection:
 
 
 def default_device() -> str:
-    """The device that a run would take on this machine."""
-    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
-    return "cuda" if torch.cuda.is_available() and not forced else "cpu"
+    """The device that a run would take on this machine; other accelerators than CUDA's are planned as a CPU."""
+    return "cuda" if device_type() == "cuda" else "cpu"
 
 
 def resolve_precision(setting: str, device: str) -> str:
@@ -205,15 +204,7 @@ def advice(bottleneck: str, workers: int, device: str) -> str:
 
 def plan_table(plans: dict[str, dict[str, Any]]) -> Table:
     """The plan as a table, one column per phase."""
-    table = Table(title="plan", title_justify="left")
-    table.add_column("")
-    for phase in plans:
-        table.add_column(phase, justify="right")
-    for title, cell in _ROWS.items():
-        cells = [cell(plan) for plan in plans.values()]
-        if any(cells):
-            table.add_row(title, *cells)
-    return table
+    return phase_table("plan", _ROWS, plans)
 
 
 def plan_text(plans: dict[str, dict[str, Any]]) -> str:
@@ -264,7 +255,7 @@ def _part(name: str) -> Callable[[dict[str, Any]], str]:
     return lambda plan: _size(plan["parts"][name])
 
 
-_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
+_ROWS: Cells = {
     "images": lambda p: f"{p['images']:,} (and {p['held_out_images']:,} held out)",
     "processes": lambda p: f"{p['num_processes']} on {p['device']}, {p['precision']}, {p['num_workers']} workers each",
     "images per step": lambda p: f"{p['global_batch']:,} ({p['micro_batches']} micro-batches)",

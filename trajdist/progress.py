@@ -87,26 +87,38 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+Cells = dict[str, Callable[[dict[str, Any]], str]]
+
+
 def summary_table(summary: dict[str, dict[str, Any]]) -> Table:
     """The table at the end of a run, one column per phase."""
-    table = Table(title="trajdist", title_justify="left")
+    return phase_table("trajdist", _SUMMARY, summary)
+
+
+def phase_table(title: str, rows: Cells, phases: dict[str, dict[str, Any]]) -> Table:
+    """One column per phase; rows that are empty for all of them are left out."""
+    table = Table(title=title, title_justify="left")
     table.add_column("")
-    for phase in summary:
+    for phase in phases:
         table.add_column(phase, justify="right")
-    rows: dict[str, Callable[[dict[str, Any]], str]] = {
-        "images": lambda s: f"{s['images']:,}",
-        "unusable images": lambda s: f"{s['failures']:,}",
-        "epochs": lambda s: f"{s['epochs']:,}",
-        "steps": lambda s: f"{s['steps']:,}",
-        "processes": lambda s: f"{s['num_processes']}",
-        "trained weights": lambda s: f"{s['trained_parameters']:,}",
-        "first loss": lambda s: f"{s['first_loss']:.4f}",
-        "final loss": lambda s: f"{s['final_loss']:.4f}",
-        "images/s": lambda s: f"{s['images_per_s']:.1f}",
-        "time": lambda s: format_seconds(s["seconds"]),
-        "peak memory": lambda s: f"{s['peak_memory_bytes'] / GIB:.2f} GiB",
-        "memory growth": lambda s: f"{s['memory_growth_bytes'] / 2**20:+.1f} MiB",
-    }
-    for title, cell in rows.items():
-        table.add_row(title, *(cell(phase) for phase in summary.values()))
+    for name, cell in rows.items():
+        cells = [cell(phase) for phase in phases.values()]
+        if any(cells):
+            table.add_row(name, *cells)
     return table
+
+
+_SUMMARY: Cells = {
+    "images": lambda s: f"{s['images']:,}",
+    "unusable images": lambda s: f"{s['failures']:,}",
+    "epochs": lambda s: f"{s['epochs']:,}",
+    "steps": lambda s: f"{s['steps']:,}",
+    "processes": lambda s: f"{s['num_processes']}",
+    "trained weights": lambda s: f"{s['trained_parameters']:,}",
+    "first loss": lambda s: f"{s['first_loss']:.4f}",
+    "final loss": lambda s: f"{s['final_loss']:.4f}",
+    "images/s": lambda s: f"{s['images_per_s']:.1f}",
+    "time": lambda s: format_seconds(s["seconds"]),
+    "peak memory": lambda s: f"{s['peak_memory_bytes'] / GIB:.2f} GiB",
+    "memory growth": lambda s: f"{s['memory_growth_bytes'] / 2**20:+.1f} MiB",
+}

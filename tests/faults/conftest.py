@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness import assert_clean, run_with
+from harness import run_with
+from outcome import assert_done
 
 
 @pytest.fixture(scope="session")
@@ -22,5 +23,5 @@ def _reference(tmp_path_factory, world: int) -> Path:
     run_dir = tmp_path_factory.mktemp(f"by_{world}") / "run"
     done = run_with("", run_dir, world)
     assert done.returncode == 0, done.stderr
-    assert_clean(run_dir)
+    assert_done(run_dir)
     return run_dir

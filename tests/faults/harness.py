@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from jobs import REPOSITORY, Finished, Job, launch, start
+from outcome import assert_done
 from safetensors.torch import load_file
-
-from trajdist.audit import audit
 
 HERE = Path(__file__).parent
 FIXED = ("runtime.mixed_precision=no", "checkpoint.every_steps=2", "logging.every_steps=1")
@@ -52,15 +51,9 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return {f"{file}:{name}": value for file in WEIGHTS for name, value in load_file(run_dir / file).items()}
 
 
-def assert_clean(run_dir: Path) -> None:
-    found = audit(run_dir)
-    assert not found.problems
-    assert found.status == "done"
-
-
 def assert_identical(run_dir: Path, reference: Path) -> None:
     """As if nothing had happened: the same bits."""
-    assert_clean(run_dir)
+    assert_done(run_dir)
     assert metrics(run_dir) == metrics(reference)
     ours, theirs = weights(run_dir), weights(reference)
     assert ours.keys() == theirs.keys()

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from harness import assert_clean
 from images import write_images
 from jobs import launch
+from outcome import assert_done
 
 from trajdist.cli import main
 
@@ -40,7 +40,7 @@ def test_each_bad_image_is_listed_once(tmp_path, capsys):
     assert sorted(bad_images(run_dir)) == [(name, image) for name in ("domain", "imagenet") for image in named]
     summary = json.loads((run_dir / "summary.json").read_text())
     assert [(phase["images"], phase["failures"]) for phase in summary.values()] == [(16, 8), (16, 8)]
-    assert_clean(run_dir)
+    assert_done(run_dir)
     capsys.readouterr()
     assert main(["audit", str(run_dir)]) == 0
     assert "phase 1, epoch 2 did without 0002.png (OSError: the file is empty)" in capsys.readouterr().out
@@ -82,7 +82,7 @@ def test_few_images(count, batch_size, tmp_path):
     images = write_images(tmp_path / "images", count)
     sizes = [f"data.{name}.batch_size={batch_size}" for name in ("imagenet", "domain")]
     assert main(arguments(images, tmp_path / "run", *sizes, "calibration.holdout_fraction=0")) == 0
-    assert_clean(tmp_path / "run")
+    assert_done(tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [phase["images"] for phase in summary.values()] == [2 * count, 2 * count]
 
@@ -91,7 +91,7 @@ def test_more_processes_than_images(tmp_path):
     images = write_images(tmp_path / "images", 1)
     done = launch(arguments(images, tmp_path / "run"), num_processes=2, timeout_s=150)
     assert done.returncode == 0, done.stderr
-    assert_clean(tmp_path / "run")
+    assert_done(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["imagenet", "domain"])

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import arguments, assert_clean, assert_identical, begin, ledger, metrics, run_with, status, weights
+from harness import arguments, assert_identical, begin, ledger, metrics, run_with, status, weights
 from jobs import Job
+from outcome import assert_done
 
 from trajdist.cli import main
 
@@ -56,7 +57,7 @@ def test_two_then_one_then_three_processes(uninterrupted_by_two, tmp_path):
     assert run_with(f"{STEP}:1:SIGTERM:1", run_dir, 2).returncode == 0
     assert run_with(f"{STEP}:2:SIGTERM", run_dir, 1).returncode == 75
     assert run_with("", run_dir, 3).returncode == 0
-    assert_clean(run_dir)
+    assert_done(run_dir)
     ours, theirs = weights(run_dir), weights(uninterrupted_by_two)
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
@@ -75,7 +76,7 @@ def test_a_process_that_hangs_is_named(tmp_path, capsys):
     assert status(tmp_path / "run") in ("failed", "running")
     assert main(arguments(tmp_path / "run", "runtime.timeout_s=600")) == 0
     assert "going on after 32 images" in capsys.readouterr().out
-    assert_clean(tmp_path / "run")
+    assert_done(tmp_path / "run")
 
 
 MOMENTS = [

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 
@@ -76,18 +75,8 @@ class Network:
     def start(self, machine: int, port: int, arguments: Sequence[str]) -> jobs.Job:
         """The launcher of one machine, with one process."""
         command = self.inside(machine, *launcher(machine, port), *arguments)
-        stdout, stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # Job.end closes them.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            # The machine's name stands for an address that is none of the cable's.
-            env=jobs.environment({"GLOO_SOCKET_IFNAME": CARD, "TP_SOCKET_IFNAME": CARD}),
-            cwd=jobs.REPOSITORY,
-            start_new_session=True,
-        )
-        return jobs.Job(process, stdout, stderr)
+        # The machine's name stands for an address that is none of the cable's.
+        return jobs.spawn(command, jobs.environment({"GLOO_SOCKET_IFNAME": CARD, "TP_SOCKET_IFNAME": CARD}))
 
 
 def launcher(machine: int, port: int) -> list[str]:
