@@ -91,6 +91,8 @@ class Backbone(Section):
     """`DEFAULT` (pretrained), `none` (random, seeded), or a .safetensors, .pt or .pth file."""
     blocks: list[str] = []
     """Glob patterns of module names to observe; empty finds the residual blocks by structure."""
+    compile: bool = Field(False, json_schema_extra=FREE)
+    """Compile backbone and sequence model (torch.compile): faster steps after a slower start; needs a C++ compiler."""
 
 
 class Model(Section):
@@ -134,6 +136,8 @@ class Train(Section):
     """Share of the training over which the learning rate rises; then it falls along a cosine."""
     max_grad_norm: Rate = 1.0
     """Gradients are clipped to this norm."""
+    cell_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the places of each image that a step trains on, drawn anew each epoch; scoring uses them all."""
     kl_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the VAE's Kullback-Leibler term; 1 is the evidence lower bound."""
     kl_warmup_fraction: Fraction = 0.2
@@ -195,6 +199,15 @@ class Logging(Section):
     """Optimizer steps between lines of metrics.jsonl; losses stay on the device in between."""
 
 
+class Cache(Section):
+    """Trajectories kept on disk, so that later epochs need no backbone."""
+
+    dir: str | None = Field(None, json_schema_extra=FREE)
+    """A folder, best on a disk of the machine; null recomputes. Trajectories are then rounded to bfloat16."""
+    max_gib: Rate = Field(100.0, json_schema_extra=FREE)
+    """Most that one set's trajectories may take, in GiB; images beyond are recomputed."""
+
+
 class Memory(Section):
     """Memory options."""
 
@@ -242,6 +255,8 @@ class Config(Section):
     """Checkpoints."""
     logging: Logging = Logging()
     """Logs."""
+    cache: Cache = Cache()
+    """Cache."""
     memory: Memory = Memory()
     """Memory."""
     runtime: Runtime = Runtime()

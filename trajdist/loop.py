@@ -7,12 +7,11 @@ gradients is divided by the number of images that all processes really had. Noth
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import nn
 
 from trajdist.checkpoint import (
@@ -25,6 +24,7 @@ from trajdist.checkpoint import (
 )
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import ArtifactError, StopRequested
+from trajdist.feed import Feed
 from trajdist.journal import Journal
 from trajdist.losses import Losses, trajectory_losses
 from trajdist.progress import Progress
@@ -32,7 +32,6 @@ from trajdist.rundir import RunDir
 from trajdist.runtime import Clock, Processes, StopFlag, empty_cache, memory_bytes, peak_memory_bytes
 from trajdist.schedules import linear_warmup, warmup_cosine
 from trajdist.sharding import Plan, Step, key64
-from trajdist.trajectory import TrajectoryExtractor
 from trajdist.watchdog import Watchdog
 
 # On CUDA, reading a flag waits for the device, so processes agree only every so many steps; but launchers kill soon
@@ -79,8 +78,7 @@ class Job:
     accelerator: Accelerator
     processes: Processes
     plan: Plan
-    loader: Iterable[ImageBatch]
-    extract: TrajectoryExtractor
+    feed: Feed
     model: nn.Module
     optimizer: torch.optim.Optimizer
     recipe: Recipe
@@ -111,13 +109,13 @@ def fit(job: Job, cursor: int = 0) -> None:
         ArtifactError: a checkpoint could not be written.
     """
     job.model.train()
-    batches = iter(job.loader)
+    batches = iter(job.feed)
     for step in job.plan.steps(cursor):
         begin_step(job, step)
         images = torch.zeros((), device=job.processes.device)
         for _ in range(job.plan.micro_batches):
-            batch = next_batch(job, batches)
-            add_gradients(job, step, batch)
+            batch, trajectories = next_batch(job, batches)
+            add_gradients(job, step, batch, trajectories)
             images += batch.weights.sum()
         with job.clock("sync"):
             job.processes.sum(images)
@@ -141,36 +139,25 @@ def progress_at(job: Job, step: Step) -> float:
     return (job.plan.cursor_after(step) - 0.5 * step.num_images) / job.plan.total_images
 
 
-def next_batch(job: Job, batches: Iterator[ImageBatch]) -> ImageBatch:
-    with job.clock("data"):
-        batch = next(batches)
+def next_batch(job: Job, batches: Iterator[tuple[ImageBatch, torch.Tensor]]) -> tuple[ImageBatch, torch.Tensor]:
+    batch, trajectories = next(batches)
     job.watchdog.beat()
-    return move(batch, job.processes.device, job.clock)
+    return batch, trajectories
 
 
-def move(batch: ImageBatch, device: torch.device, clock: Clock) -> ImageBatch:
-    """A batch on the device, where it becomes float: a quarter of the bytes travel."""
-    with clock("transfer"):
-        on_device: ImageBatch = send_to_device(batch, device, non_blocking=True)
-    return on_device
-
-
-def add_gradients(job: Job, step: Step, batch: ImageBatch) -> None:
+def add_gradients(job: Job, step: Step, batch: ImageBatch, trajectories: torch.Tensor) -> None:
     """Forward and backward of one micro-batch; the last one of a step sums the gradients over the processes."""
-    with job.accelerator.accumulate(job.model):
-        with job.clock("backbone"), job.accelerator.autocast():
-            trajectories = job.extract(batch.images)
-        with job.clock("model"):
-            losses = compute_losses(job, step, trajectories, batch)
-            job.watchdog.beat()
-            job.accelerator.backward(losses.loss @ batch.weights / step.num_images * gradient_share(job))
+    with job.accelerator.accumulate(job.model), job.clock("model"):
+        losses = compute_losses(job, step, trajectories, batch)
+        job.watchdog.beat()
+        job.accelerator.backward(losses.loss @ batch.weights / step.num_images * gradient_share(job))
     job.journal.add(step, batch, losses)
 
 
-def compute_losses(job: Job, step: Step, trajectories_BHWLD: torch.Tensor, batch: ImageBatch) -> Losses:
-    target_NLD = trajectories_BHWLD.flatten(0, 2)
+def compute_losses(job: Job, step: Step, trajectories: torch.Tensor, batch: ImageBatch) -> Losses:
+    target_NLD = trajectories.flatten(0, -3)
     kl_weight = job.recipe.kl_weight * linear_warmup(progress_at(job, step), job.recipe.kl_warmup_fraction)
-    valid_LD = job.extract.projection.valid_LD
+    valid_LD = job.feed.extractor.projection.valid_LD
     return trajectory_losses(job.model(target_NLD), target_NLD, valid_LD, len(batch.weights), kl_weight)
 
 

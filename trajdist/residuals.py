@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from trajdist.linear import linear
 from trajdist.trajectory import BlockMoments, Reduce
 
 # Share of the mean variance added to every variance: entries that clean images never move must not decide alone.
@@ -94,7 +95,7 @@ class ResidualModel(nn.Module):
         energies: list[torch.Tensor] = []
         for start, width in zip(starts(self.widths), self.widths, strict=True):
             # The whitening of a block has no entries for shallower ones.
-            white_NF = centred_NF[:, start:] @ self.whitening_FF[start:, start : start + width]
+            white_NF = linear(centred_NF[:, start:], self.whitening_FF[start:, start : start + width].T)
             energies.append(white_NF.square().sum(-1))
         return torch.stack(energies, -1).view(*residual_BPF.shape[:2], -1) / self.energy_L
 

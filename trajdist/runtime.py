@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -24,9 +24,12 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    send_to_device,
 )
 
 from trajdist.errors import ConfigError, TrainingError, UserError
+
+Batch = TypeVar("Batch")
 
 STAGES = ("data", "transfer", "backbone", "model", "optimizer", "sync")
 
@@ -261,6 +264,12 @@ class Clock:
 @functools.cache
 def _this_process() -> psutil.Process:
     return psutil.Process()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A tuple of tensors and other things, its tensors on the device. Does not wait for the copies."""
+    moved: Batch = send_to_device(batch, device, non_blocking=True)
+    return moved
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from trajdist.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from trajdist.config import Config, dump_yaml, fields, flatten, read_yaml
+from trajdist.data.cache import TrajectoryCache
 from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_workers
 from trajdist.data.sources import ImageSource
 from trajdist.errors import ArtifactError, ConfigError, DataError
@@ -18,7 +19,7 @@ from trajdist.preflight import add_up, compare
 from trajdist.progress import make_console
 from trajdist.rundir import RunDir
 from trajdist.runtime import Processes, StopFlag, start_accelerator
-from trajdist.sharding import Plan, Selection
+from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.watchdog import Watchdog
 
 # How much longer than runtime.timeout_s the process group itself waits for a lost process.
@@ -72,8 +73,16 @@ class Session:
         global_batch = self.reference_world * settings.batch_size * settings.gradient_accumulation_steps
         return Plan(num_images, num_epochs, global_batch, self.processes.world, settings.batch_size)
 
-    def loader(self, set_name: str, index_at: IndexAt, plan: Plan, cursor: int = 0) -> DataLoader[ImageBatch]:
-        """The loader of a plan, sharded by Accelerate; batches stay on the host until the loop moves them."""
+    def loader(
+        self,
+        set_name: str,
+        index_at: IndexAt,
+        plan: Plan,
+        cursor: int = 0,
+        draw: PlaceDraw | None = None,
+        cache: TrajectoryCache | None = None,
+    ) -> DataLoader[ImageBatch]:
+        """The loader of a plan, sharded by Accelerate; batches stay on the host until the feed moves them."""
         data = self.config.data
         loader = build_loader(
             self.sources[set_name],
@@ -84,6 +93,8 @@ class Session:
             fit=getattr(data, set_name).fit,
             num_workers=resolve_workers(data.num_workers, self.processes.local_world),
             pin_memory=self.processes.device.type == "cuda",
+            draw=draw,
+            cache=cache,
         )
         prepared: DataLoader[ImageBatch] = self.accelerator.prepare_data_loader(loader, device_placement=False)
         return prepared

@@ -196,6 +196,26 @@ class Selection:
         return permute(ranks, self.total, key64(self.seed, self.phase, 0))
 
 
+@dataclass(frozen=True)
+class PlaceDraw:
+    """Which ``count`` of an image's ``total`` places are trained on: drawn anew for each image in each epoch.
+
+    Every place is as likely as any other, so the mean of their losses expects the mean over all places.
+    """
+
+    total: int
+    count: int
+    seed: int
+    phase: int
+
+    def __call__(self, slots: Slots) -> Int64s:
+        """Numbers of the places of each slot, ``[B, K]``, rising: a function of the image's position in its epoch."""
+        positions = np.arange(slots.start, slots.start + slots.size, dtype=np.int64).astype(np.uint64)
+        keys = mix64(positions ^ np.uint64(key64(self.seed, self.phase, 2, slots.epoch)))
+        lots = mix64(keys[:, None] ^ mix64(np.arange(self.total, dtype=np.uint64)))
+        return np.sort(np.argsort(lots, axis=1, kind="stable")[:, : self.count], axis=1)
+
+
 def digest(indices: Int64s) -> int:
     """Order-free digest of a set of images: the sum of their scrambled indices, 32 bits each.
 

@@ -12,8 +12,8 @@ from torch import nn
 from trajdist import bundle
 from trajdist.data.loader import ImageBatch, IndexAt
 from trajdist.errors import StopRequested
+from trajdist.feed import move
 from trajdist.journal import BadImages, check_bad_fraction
-from trajdist.loop import move
 from trajdist.progress import Progress
 from trajdist.residuals import PlaceMoments, ResidualModel, roots
 from trajdist.runtime import Clock
@@ -53,7 +53,7 @@ def load_extractor(session: Session) -> TrajectoryExtractor:
     with session.processes.main_first():
         extractor = bundle.load_extractor(session.rundir.trajectory, session.config.backbone.weights)
     extractor.to(session.processes.device)
-    return extractor
+    return extractor.compile() if session.config.backbone.compile else extractor
 
 
 def measure(session: Session, selection: Selection, extractor: TrajectoryExtractor) -> tuple[list[BlockMoments], int]:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from trajdist.bundle import trajectory_fingerprint
 from trajdist.checkpoint import Checkpoint, CheckpointWriter
 from trajdist.config import SETS, Config
+from trajdist.data.cache import GIB, CacheWriter, TrajectoryCache
 from trajdist.errors import ArtifactError, ConfigError
+from trajdist.feed import Feed
 from trajdist.journal import Journal
 from trajdist.loop import Job, Position, Recipe, Rhythm, fit, restore
 from trajdist.progress import Progress
 from trajdist.runtime import Clock, reset_peak_memory
 from trajdist.session import Session
-from trajdist.sharding import Plan, Selection
+from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.trajectory import TrajectoryExtractor
 
 
@@ -43,6 +47,12 @@ def train(
     model = trainee.model.to(processes.device)
     optimizer = make_optimizer(model, trainee.learning_rate, trainee.weight_decay, processes.device)
     prepared_model, prepared_optimizer = session.accelerator.prepare(model, optimizer)
+    clock = Clock(processes.device)
+    cache = _cache(session, set_name, extractor) if config.cache.dir else None
+    draw = _place_draw(session, at.phase, extractor)
+    loader = session.loader(set_name, selection.train, plan, cursor, draw, cache)
+    writer = _cache_writer(session, cache) if cache is not None else None
+    feed = Feed(loader, extractor, processes.device, session.accelerator.autocast, clock, writer)
     torch.autograd.set_detect_anomaly(config.runtime.detect_anomaly)
     reset_peak_memory(processes.device)
     session.say(_announcement(at.phase, plan, cursor, model, processes.world))
@@ -52,8 +62,7 @@ def train(
             accelerator=session.accelerator,
             processes=processes,
             plan=plan,
-            loader=session.loader(set_name, selection.train, plan, cursor),
-            extract=extractor,
+            feed=feed,
             model=prepared_model,
             optimizer=prepared_optimizer,
             recipe=_recipe(config, trainee.learning_rate),
@@ -64,16 +73,60 @@ def train(
             stop=session.stop,
             watchdog=session.watchdog,
             progress=progress,
-            clock=Clock(processes.device),
+            clock=clock,
             at=at,
             base=trainee.base,
             first_checkpoint_number=_steps_before(session, at.phase),
         )
         if checkpoint:
             restore(job, checkpoint)
-        fit(job, cursor)
+        try:
+            fit(job, cursor)
+        finally:
+            if writer and (why := writer.close()):
+                session.say(why)
         job.writer.finish()
     return job
+
+
+def _place_draw(session: Session, phase: int, extractor: TrajectoryExtractor) -> PlaceDraw | None:
+    """None if every place is trained on."""
+    total = extractor.resolution**2
+    count = max(1, round(session.config.train.cell_fraction * total))
+    return PlaceDraw(total, count, session.config.seed, phase) if count < total else None
+
+
+def _cache(session: Session, set_name: str, extractor: TrajectoryExtractor) -> TrajectoryCache:
+    """The cache of a set's trajectories, made by the main process.
+
+    Raises:
+        ConfigError: its folder cannot be written.
+    """
+    config, processes = session.config, session.processes
+    key = {
+        "images": session.sources[set_name].fingerprint,
+        "fit": getattr(config.data, set_name).fit,
+        "image_size": config.data.image_size,
+        "trajectory": trajectory_fingerprint(extractor),
+        "precision": session.accelerator.mixed_precision,
+    }
+    length, width = extractor.projection.valid_LD.shape
+    shape = (extractor.resolution**2, length, width)
+    cache = TrajectoryCache(Path(str(config.cache.dir)).expanduser(), key, len(session.sources[set_name]), shape)
+    processes.main_does(cache.create)
+    return cache
+
+
+def _cache_writer(session: Session, cache: TrajectoryCache) -> CacheWriter:
+    """What is left of cache.max_gib is shared out among the processes."""
+    kept, world = len(cache), session.processes.world
+    holds = int(session.config.cache.max_gib * GIB / cache.stride)
+    session.say(
+        f"cache: {cache.folder} has the trajectories of {kept:,} of {cache.num_images:,} images "
+        f"and may keep {min(holds, cache.num_images):,} ({cache.stride / GIB * min(holds, cache.num_images):.1f} GiB)"
+    )
+    room = holds - kept
+    return CacheWriter(cache, max(0, -(-room // world)))
 
 
 def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None:

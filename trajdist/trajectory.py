@@ -6,6 +6,8 @@ trajectory, N rows.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
@@ -13,11 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from trajdist.backbones import Backbone
+from trajdist.errors import ConfigError
+from trajdist.linear import linear
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 # Eigenvalues below this share of a block's mean variance are noise: they are not blown up to unit variance.
 EIGENVALUE_FLOOR = 1e-4
+# Compiled and plain trajectories may differ by this share of the largest: half precision rounds in other places.
+COMPILED_TOLERANCE = 0.03
 
 
 def pool(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
@@ -55,8 +61,8 @@ class Projection(nn.Module):
     def forward(self, block: int, pooled_BPC: torch.Tensor) -> torch.Tensor:
         """Project one block's pooled activation, float32 ``[B, P, C]``, to ``[B, P, min(C, D)]``."""
         # Subtracting first keeps the digits that a large mean would swallow.
-        centred = pooled_BPC - self.get_buffer(f"mean_{block}")
-        return centred @ self.get_buffer(f"matrix_{block}")
+        centred_BPC = pooled_BPC - self.get_buffer(f"mean_{block}")
+        return linear(centred_BPC, self.get_buffer(f"matrix_{block}").T)
 
     def set_block(self, block: int, mean_C: torch.Tensor, matrix_CD: torch.Tensor) -> None:
         self.get_buffer(f"mean_{block}").copy_(mean_C)
@@ -68,6 +74,7 @@ class TrajectoryExtractor:
 
     def __init__(self, backbone: Backbone, projection: Projection, resolution: int) -> None:
         self.backbone, self.projection, self.resolution = backbone, projection, resolution
+        self._run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = self._trajectories
 
     def to(self, device: torch.device) -> TrajectoryExtractor:
         """Move to a device."""
@@ -75,23 +82,70 @@ class TrajectoryExtractor:
         self.projection.to(device)
         return self
 
+    def compile(self) -> TrajectoryExtractor:
+        """Compile backbone, pooling and projection to one graph (torch.compile), a new one for each batch size.
+
+        Raises:
+            ConfigError: there is no compiler.
+        """
+        if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
+            raise ConfigError("backbone.compile=true needs a C++ compiler: install g++, or set it to false.")
+        # It takes as long to import as torch does.
+        from torch._inductor import config as inductor
+
+        compiled = torch.compile(self._trajectories, fullgraph=True, dynamic=False)
+        proven: set[tuple[int, ...]] = set()
+
+        def run(images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
+            on_cpu = images_BCSS.device.type == "cpu"
+            # On CPUs, constant weights are laid out once and activations fused into convolutions.
+            with inductor.patch(freezing=on_cpu):
+                result = compiled(_with_slack(images_BCSS) if on_cpu else images_BCSS, places_BK)
+            # Compilers err now and then: every new graph is held against the plain computation once.
+            shape = (*images_BCSS.shape, *(() if places_BK is None else places_BK.shape))
+            if shape not in proven:
+                _check_agreement(result, self._trajectories(images_BCSS, places_BK))
+                proven.add(shape)
+            return result
+
+        self._run = run
+        return self
+
+    @torch.no_grad()
     def __call__(self, images_BCSS: torch.Tensor) -> torch.Tensor:
         """uint8 images ``[B, 3, S, S]`` -> float32 trajectories ``[B, H, W, L, D]``, H = W = resolution."""
-        batch, side = images_BCSS.shape[0], self.resolution
+        return self._run(images_BCSS, None).unflatten(1, (self.resolution, self.resolution))
+
+    @torch.no_grad()
+    def at(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor) -> torch.Tensor:
+        """Trajectories of some places of each image, ``[B, K, L, D]``; places are numbered row by row."""
+        return self._run(images_BCSS, places_BK)
+
+    def _trajectories(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
+        """``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
         length, width = self.projection.valid_LD.shape
-        # Made outside inference mode: a tensor made inside could not take part in training.
-        out_BPLD = torch.zeros(batch, side * side, length, width, device=images_BCSS.device)
+        places = self.resolution**2 if places_BK is None else places_BK.shape[1]
+        out_BPLD = torch.zeros(len(images_BCSS), places, length, width, device=images_BCSS.device)
+        rows_BK = None if places_BK is None else self._rows(places_BK)
 
         def project(block: int, pooled_BPC: torch.Tensor) -> None:
+            if rows_BK is not None:
+                pooled_BPC = pooled_BPC.flatten(0, 1)[rows_BK]
             projected = self.projection(block, pooled_BPC)
             out_BPLD[:, :, block, : projected.shape[-1]] = projected
 
         self.observe(images_BCSS, project)
-        return out_BPLD.unflatten(1, (side, side))
+        return out_BPLD
 
-    @torch.inference_mode()
+    def _rows(self, places_BK: torch.Tensor) -> torch.Tensor:
+        """Numbers of the places among those of all images."""
+        first_B = torch.arange(len(places_BK), device=places_BK.device) * self.resolution**2
+        return places_BK + first_B[:, None]
+
+    @torch.no_grad()
     def observe(self, images_BCSS: torch.Tensor, visit: Callable[[int, torch.Tensor], None]) -> None:
         """Call ``visit(block, pooled)`` with float32 ``[B, P, C]`` for each block as it finishes."""
+        # No inference mode: its tensors could not take part in training.
         device = images_BCSS.device.type
 
         def reduce_at_once(block: int, map_BCHW: torch.Tensor) -> None:
@@ -99,6 +153,25 @@ class TrajectoryExtractor:
                 visit(block, pool(map_BCHW, self.resolution))
 
         self.backbone(images_BCSS, reduce_at_once)
+
+
+def _check_agreement(compiled: torch.Tensor, plain: torch.Tensor) -> None:
+    difference, scale = (compiled - plain).abs().max(), plain.abs().max()
+    if not bool(difference <= COMPILED_TOLERANCE * scale):
+        raise ConfigError(
+            f"backbone.compile=true gives other trajectories here (they differ by {difference:.2g} of {scale:.2g}): "
+            "set it to false, or install another torch."
+        )
+
+
+def _with_slack(images_BCSS: torch.Tensor) -> torch.Tensor:
+    """A channels-last copy with some room behind it: padded loads of torch's vector code read past the last channel.
+
+    Behind a batch that fills its shared memory to the last byte there is nothing to read (torch 2.14).
+    """
+    batch, channels, height, width = images_BCSS.shape
+    flat = torch.zeros(images_BCSS.numel() + 64, dtype=images_BCSS.dtype)[:-64]
+    return flat.view(batch, height, width, channels).permute(0, 3, 1, 2).copy_(images_BCSS)
 
 
 class BlockMoments:

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from trajdist.data.cache import Cached, TrajectoryCache, look_up, padded
 from trajdist.data.decode import Fit, to_square
 from trajdist.data.sources import ImageSource
-from trajdist.sharding import Int64s, Plan, Slots, digest
+from trajdist.sharding import Int64s, PlaceDraw, Plan, Slots, digest
 
 IndexAt = Callable[[int, Int64s], Int64s]
 
@@ -28,38 +29,60 @@ class ImageBatch(NamedTuple):
         weights: float32 ``[B]``, 1 for an image, 0 for an empty slot.
         digest: int64, :func:`trajdist.sharding.digest` of the numbers of the images in it.
         failures: ``(index, reason)`` of each image that could not be used; its slot is empty.
+        places: int64 ``[B, K]``, the places to train on; None is all of them.
+        cached: what the trajectory cache has of the batch; ``images`` are then those that it has not.
     """
 
     images: torch.Tensor
     weights: torch.Tensor
     digest: torch.Tensor
     failures: list[tuple[int, str]]
+    places: torch.Tensor | None = None
+    cached: Cached | None = None
 
 
 class SlotDataset(Dataset[ImageBatch]):
     """Reads whole micro-batches: :class:`Slots` in, :class:`ImageBatch` out."""
 
-    def __init__(self, source: ImageSource, index_at: IndexAt, size: int, fit: Fit) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        index_at: IndexAt,
+        size: int,
+        fit: Fit,
+        draw: PlaceDraw | None = None,
+        cache: TrajectoryCache | None = None,
+    ) -> None:
         self._source, self._index_at, self._size, self._fit = source, index_at, size, fit
+        self._draw, self._cache = draw, cache
 
     def __getitems__(self, slots: Slots) -> ImageBatch:
         # The DataLoader hands a whole batch of the sampler to this method when it exists.
-        indices = self._index_at(slots.epoch, np.arange(slots.start, slots.stop))
-        pixels = np.full((slots.size, self._size, self._size, 3), 128, np.uint8)
+        numbers = self._index_at(slots.epoch, np.arange(slots.start, slots.stop))
+        places = torch.from_numpy(self._draw(slots)) if self._draw else None
+        cached = look_up(self._cache, numbers, places) if self._cache is not None else None
+        wanted = numbers if cached is None else numbers[cached.misses.numpy()]
+        size = slots.size if cached is None else padded(len(wanted), slots.size)
+        images, failures = self._load(wanted, size)
+        failed = [number for number, _ in failures]
+        usable = ~np.isin(numbers, failed)
         weights = torch.zeros(slots.size)
-        read: list[int] = []
+        weights[: len(numbers)] = torch.from_numpy(usable).float()
+        if cached is not None:
+            cached.numbers[torch.from_numpy(np.isin(wanted, failed))] = -1
+        return ImageBatch(images, weights, torch.tensor(digest(numbers[usable])), failures, places, cached)
+
+    def _load(self, numbers: Int64s, size: int) -> tuple[torch.Tensor, list[tuple[int, str]]]:
+        """``size`` squares, grey beyond the images and where one cannot be used; and why it cannot."""
+        pixels = np.full((size, self._size, self._size, 3), 128, np.uint8)
         failures: list[tuple[int, str]] = []
-        for slot, index in enumerate(indices.tolist()):
+        for slot, number in enumerate(numbers.tolist()):
             try:
-                image = self._source.load(index, self._size)
+                image = self._source.load(number, self._size)
                 pixels[slot] = to_square(image, self._size, self._fit)
             except Exception as error:  # Hostile bytes make decoders raise anything; the image is named and left out.
-                failures.append((index, _reason(error)))
-                continue
-            weights[slot] = 1.0
-            read.append(index)
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        return ImageBatch(images, weights, torch.tensor(digest(np.array(read, np.int64))), failures)
+                failures.append((number, _reason(error)))
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), failures
 
     def __getitem__(self, slots: Slots) -> ImageBatch:
         return self.__getitems__(slots)
@@ -97,10 +120,12 @@ def build_loader(
     fit: Fit,
     num_workers: int,
     pin_memory: bool,
+    draw: PlaceDraw | None = None,
+    cache: TrajectoryCache | None = None,
 ) -> DataLoader[ImageBatch]:
     """The loader over all processes' micro-batches, for ``accelerator.prepare`` to shard."""
     return DataLoader(
-        SlotDataset(source, index_at, size, fit),
+        SlotDataset(source, index_at, size, fit, draw, cache),
         batch_sampler=SlotSampler(plan, cursor),
         collate_fn=_as_is,
         num_workers=num_workers,

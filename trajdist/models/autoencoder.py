@@ -7,6 +7,7 @@ import itertools
 import torch
 from torch import nn
 
+from trajdist.linear import Linear
 from trajdist.models.reconstruction import Reconstruction
 
 
@@ -14,7 +15,7 @@ def perceptron(sizes: list[int], dropout: float) -> nn.Sequential:
     """Linear layers of these sizes, each but the last followed by GELU and dropout."""
     layers: list[nn.Module] = []
     for size_in, size_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(size_in, size_out), nn.GELU(), nn.Dropout(dropout)]
+        layers += [Linear(size_in, size_out), nn.GELU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers[:-2])
 
 

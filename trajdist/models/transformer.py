@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from trajdist.linear import Linear
 from trajdist.models.reconstruction import Reconstruction
 
 
@@ -18,7 +19,7 @@ class Attention(nn.Module):
     def __init__(self, hidden_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(hidden_dim, hidden_dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(hidden_dim, hidden_dim) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
@@ -32,7 +33,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(hidden_dim), nn.LayerNorm(hidden_dim)
         self.attention = Attention(hidden_dim, num_heads)
-        self.up, self.down = nn.Linear(hidden_dim, 4 * hidden_dim), nn.Linear(4 * hidden_dim, hidden_dim)
+        self.up, self.down = Linear(hidden_dim, 4 * hidden_dim), Linear(4 * hidden_dim, hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,14 +55,14 @@ class Transformer(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        self.embed, self.unembed = nn.Linear(width, hidden_dim), nn.Linear(hidden_dim, width)
+        self.embed, self.unembed = Linear(width, hidden_dim), Linear(hidden_dim, width)
         self.depth_in = nn.Parameter(torch.randn(length, hidden_dim) * 0.02)
         self.depth_out = nn.Parameter(torch.randn(length, hidden_dim) * 0.02)
         self.encoder = nn.Sequential(*(Layer(hidden_dim, num_heads, dropout) for _ in range(num_layers)))
         self.decoder = nn.Sequential(*(Layer(hidden_dim, num_heads, dropout) for _ in range(num_layers)))
         self.norm_in, self.norm_out = nn.LayerNorm(hidden_dim), nn.LayerNorm(hidden_dim)
-        self.squeeze = nn.Linear(length * hidden_dim, latent_dim)
-        self.unsqueeze = nn.Linear(latent_dim, length * hidden_dim)
+        self.squeeze = Linear(length * hidden_dim, latent_dim)
+        self.unsqueeze = Linear(latent_dim, length * hidden_dim)
 
     def forward(self, trajectories_NLD: torch.Tensor) -> Reconstruction:
         length, hidden = self.depth_in.shape
