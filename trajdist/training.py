@@ -14,7 +14,7 @@ from trajdist.checkpoint import Checkpoint, CheckpointWriter
 from trajdist.config import SETS, Config
 from trajdist.data.cache import GIB, CacheWriter, TrajectoryCache
 from trajdist.errors import ArtifactError, ConfigError
-from trajdist.feed import Feed
+from trajdist.feed import Feed, num_places
 from trajdist.journal import Journal
 from trajdist.loop import Job, Position, Recipe, Rhythm, fit, restore
 from trajdist.progress import Progress
@@ -91,8 +91,7 @@ def train(
 
 def _place_draw(session: Session, phase: int, extractor: TrajectoryExtractor) -> PlaceDraw | None:
     """None if every place is trained on."""
-    total = extractor.resolution**2
-    count = max(1, round(session.config.train.cell_fraction * total))
+    total, count = extractor.resolution**2, num_places(session.config, extractor)
     return PlaceDraw(total, count, session.config.seed, phase) if count < total else None
 
 
