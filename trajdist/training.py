@@ -45,6 +45,8 @@ def train(
     session.accelerator.gradient_accumulation_steps = plan.micro_batches
     session.accelerator.step = 0
     model = trainee.model.to(processes.device)
+    if config.backbone.compile and processes.device.type == "cuda":
+        model.compile(dynamic=False)  # On CPUs it loses (docs/LOG.md).
     optimizer = make_optimizer(model, trainee.learning_rate, trainee.weight_decay, processes.device)
     prepared_model, prepared_optimizer = session.accelerator.prepare(model, optimizer)
     clock = Clock(processes.device)
