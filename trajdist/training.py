@@ -45,10 +45,10 @@ def train(
     session.accelerator.gradient_accumulation_steps = plan.micro_batches
     session.accelerator.step = 0
     model = trainee.model.to(processes.device)
-    if config.backbone.compile and processes.device.type == "cuda":
-        model.compile(dynamic=False)  # On CPUs it loses (docs/LOG.md).
     optimizer = make_optimizer(model, trainee.learning_rate, trainee.weight_decay, processes.device)
     prepared_model, prepared_optimizer = session.accelerator.prepare(model, optimizer)
+    if config.backbone.compile and processes.device.type == "cuda":
+        prepared_model = torch.compile(prepared_model, dynamic=False)  # On CPUs it loses (docs/LOG.md).
     clock = Clock(processes.device)
     cache = _cache(session, set_name, extractor) if config.cache.dir else None
     draw = _place_draw(session, at.phase, extractor)
