@@ -13,7 +13,9 @@ import torch
 from trajdist import bundle
 from trajdist.artifacts import fingerprint
 from trajdist.config import SETS, Config
+from trajdist.data.loader import processors, resolve_workers
 from trajdist.data.sources import ImageSource
+from trajdist.doctor import Facts, diagnose, split
 from trajdist.errors import ArtifactError, ConfigError, StopRequested, UserError
 from trajdist.loop import Job, Position, seconds, trainable
 from trajdist.progress import summary_table
@@ -24,14 +26,20 @@ from trajdist.statistics import calibrate, load_extractor, prepare_extractor
 from trajdist.training import Trainee, train
 
 
-def run(config: Config, sources: dict[str, ImageSource], phases: Sequence[int], fresh: bool = False) -> dict[str, Any]:
+def run(
+    config: Config,
+    sources: dict[str, ImageSource],
+    phases: Sequence[int],
+    fresh: bool = False,
+    profile: bool = False,
+) -> dict[str, Any]:
     """Run the phases that are not done yet; returns the summary. Every process of the job calls it.
 
     Raises:
         UserError: its kind tells the exit code.
         StopRequested: a signal or the STOP file; the same call goes on from the checkpoint.
     """
-    session = open_session(config, sources, fresh)
+    session = open_session(config, sources, fresh, profile)
     at = Position()
     with session.stop.listening():
         try:
@@ -93,7 +101,7 @@ def phase1(session: Session, at: Position) -> None:
     settings = session.config.train
     trainee = Trainee(model, settings.learning_rate, settings.weight_decay, document.trajectory_fingerprint)
     job = train(session, at, selection, extractor, trainee)
-    summary = _summarise(job)
+    summary = _summarise(session, job)
     trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False).eval()
     session.processes.main_does(lambda: bundle.save_model(session.rundir.model, trained, document))
     base = bundle.base_fingerprint(trained, document)
@@ -124,7 +132,7 @@ def phase2(session: Session, at: Position) -> None:
     before = fingerprint(lora.base_state(adapted))
     trainee = Trainee(adapted, settings.learning_rate, settings.weight_decay, base_id)
     job = train(session, at, selection, extractor, trainee)
-    summary = _summarise(job)
+    summary = _summarise(session, job)
     trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False).eval()
     session.processes.main_does(lambda: lora.save_proven(session.rundir, trained, before, base_id))
     adapter_id = lora.adapter_fingerprint(trained, base_id)
@@ -190,9 +198,12 @@ def _is_done(session: Session, phase: int) -> bool:
     return True
 
 
-def _summarise(job: Job) -> dict[str, Any]:
-    """The figures of a phase that has just been trained."""
+def _summarise(session: Session, job: Job) -> dict[str, Any]:
+    """The figures of a phase that has just been trained, and what bounds it."""
     journal, taken = job.journal, seconds(job)
+    time = job.clock.seconds()
+    advice = diagnose(_facts(session, job, time, taken))
+    session.say(f"phase {job.phase} is {advice}")
     memory = journal.epoch_memory
     return {
         "images": journal.total.images,
@@ -207,8 +218,27 @@ def _summarise(job: Job) -> dict[str, Any]:
         "memory_growth_bytes": int(memory[-1] - memory[0]) if memory else 0,
         "num_processes": job.processes.world,
         "trained_parameters": sum(weight.numel() for weight in trainable(job).values()),
-        "time": job.clock.seconds(),
+        "time": split(time, taken),
+        "doctor": advice,
     }
+
+
+def _facts(session: Session, job: Job, time: dict[str, float], taken: float) -> Facts:
+    config, processes = session.config, session.processes
+    return Facts(
+        seconds=taken,
+        steps=job.plan.total_steps,
+        epochs=job.plan.num_epochs,
+        time=time,
+        waits=processes.gather([time["data"]]),
+        workers=resolve_workers(config.data.num_workers, processes.local_world),
+        processors=processors() // processes.local_world,
+        overlapping=processes.device.type == "cuda",
+        compiled=config.backbone.compile,
+        keeps=config.cache.dir is not None,
+        half_precision=session.accelerator.mixed_precision != "no",
+        cell_fraction=config.train.cell_fraction,
+    )
 
 
 def _finish(session: Session, phase: int, summary: dict[str, Any]) -> None:
