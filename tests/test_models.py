@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -13,6 +14,7 @@ from trajdist.config import load_config
 from trajdist.losses import gaussian_kl, trajectory_losses
 from trajdist.models.reconstruction import Reconstruction
 from trajdist.models.registry import build_model
+from trajdist.models.transformer import attend
 from trajdist.schedules import linear_warmup, warmup_cosine
 
 KINDS = ("autoencoder", "vae", "transformer")
@@ -169,3 +171,8 @@ def test_warmup_cosine():
 def test_linear_warmup():
     assert [linear_warmup(progress, 0.2) for progress in (0.0, 0.1, 0.2, 1.0)] == pytest.approx([0.0, 0.5, 1.0, 1.0])
     assert linear_warmup(0.0, 0.0) == 1.0
+
+
+def test_attention_is_torchs_own():
+    q, k, v = torch.randn(3, 5, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trajdist.sharding import Plan, Selection, digest, key64, permute
+from trajdist.sharding import PlaceDraw, Plan, Selection, Slots, digest, key64, permute
 
 PLANS = st.builds(
     lambda images, epochs, batch, accumulation, world: Plan(images, epochs, world * batch * accumulation, world, batch),
@@ -26,6 +26,7 @@ GOLDEN_ORDER = [4, 2, 3, 6, 8, 9, 7, 0, 1, 5]
 GOLDEN_TRAIN = [55, 10, 65, 96, 8, 33, 11, 47]
 GOLDEN_HOLDOUT = [6, 53, 92, 22, 78]
 GOLDEN_DIGEST = 11106649177
+GOLDEN_PLACES = [[0, 1, 3, 6], [0, 1, 3, 6]]
 
 
 def with_world(plan: Plan, world: int, batch_size: int) -> Plan:
@@ -141,3 +142,31 @@ def test_digest_ignores_the_order_but_sees_a_swap(indices, random):
     assert sum(parts) == digest(np.array(indices, np.int64))
     if indices:
         assert digest(np.array([*indices[1:], 10**7 + 1], np.int64)) != digest(np.array(indices, np.int64))
+
+
+def test_places_are_drawn_for_each_image_alone():
+    """However the epoch is cut into batches; differently in another epoch, phase or run."""
+    draw = PlaceDraw(49, 12, seed=3, phase=1)
+    whole = draw(Slots(2, 0, 30, 30))
+    parts = [draw(Slots(2, start, min(start + 7, 30), 7)) for start in range(0, 30, 7)]
+    assert np.array_equal(np.concatenate(parts)[:30], whole)
+    assert all(len(set(row)) == 12 and row == sorted(row) and 0 <= row[0] <= row[-1] < 49 for row in whole.tolist())
+    others = [PlaceDraw(49, 12, 4, 1)(Slots(2, 0, 30, 30)), PlaceDraw(49, 12, 3, 2)(Slots(2, 0, 30, 30))]
+    others.append(draw(Slots(3, 0, 30, 30)))
+    assert all((other != whole).any(1).all() for other in others)
+
+
+def test_every_place_is_as_likely_as_any_other():
+    """So the mean loss of the drawn places expects that of all."""
+    rows = PlaceDraw(49, 12, seed=0, phase=1)(Slots(0, 0, 20_000, 20_000))
+    counts = np.bincount(rows.ravel(), minlength=49)
+    expected, spread = 20_000 * 12 / 49, np.sqrt(20_000 * 12 / 49 * 37 / 49)
+    assert np.abs(counts - expected).max() < 4.5 * spread
+    # And whether one is drawn says little of another.
+    together = np.array([((rows == 0).any(1) & (rows == other).any(1)).sum() for other in range(1, 49)])
+    share = 12 / 49 * 11 / 48
+    assert np.abs(together - 20_000 * share).max() < 4.5 * np.sqrt(20_000 * share * (1 - share))
+
+
+def test_places_golden():
+    assert PlaceDraw(9, 4, seed=0, phase=1)(Slots(0, 0, 2, 2)).tolist() == GOLDEN_PLACES

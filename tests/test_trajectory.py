@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from trajdist import trajectory
 from trajdist.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, build_backbone
+from trajdist.errors import ConfigError
 from trajdist.trajectory import BlockMoments, Projection, TrajectoryExtractor, fit_projection, pool
 
 IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -202,3 +204,41 @@ def test_random_projection_is_orthogonal_with_unit_variance(measured):
     other = Projection([24], 8)
     fit_projection(other, [moments], "random", seed=1)
     assert not torch.allclose(other.get_buffer("matrix_0"), projection.get_buffer("matrix_0"))
+
+
+def test_chosen_places_are_those_of_the_whole(backbone):
+    projection = random_projection_for(backbone, 80)
+    extractor = TrajectoryExtractor(backbone, projection, 4)
+    places = torch.tensor([[0, 5, 15], [1, 2, 3], [7, 8, 9]])
+    ours, whole = extractor.at(IMAGES, places), extractor(IMAGES).flatten(1, 2)
+    assert ours.shape == (3, 3, 8, 80)
+    for image, chosen in enumerate(places):
+        torch.testing.assert_close(ours[image], whole[image, chosen], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_it_is_the_same(backbone):
+    """Of all places and of chosen ones, from memory that ends with the last image as a worker's does."""
+    projection = random_projection_for(backbone, 80)
+    plain, compiled = (TrajectoryExtractor(backbone, projection, 4) for _ in range(2))
+    compiled.compile()
+    images, places = IMAGES.contiguous(memory_format=torch.channels_last).share_memory_(), torch.tensor([[0, 5]] * 3)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(images), plain(images), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled.at(images, places), plain.at(images, places), rtol=1e-4, atol=1e-4)
+    assert not torch._inductor.config.freezing
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiler_that_errs_is_found_out(backbone, monkeypatch):
+    extractor = TrajectoryExtractor(backbone, random_projection_for(backbone, 8), 2)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *inputs: 1.1 * function(*inputs))
+    with pytest.raises(ConfigError, match=r"backbone\.compile=true gives other trajectories here .*: set it to false"):
+        extractor.compile()(IMAGES)
+
+
+def test_no_compiler(backbone, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler: install g\+\+, or set it to false"):
+        TrajectoryExtractor(backbone, random_projection_for(backbone, 8), 2).compile()

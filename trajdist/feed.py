@@ -12,10 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from trajdist.clock import Clock
+from trajdist.config import Config
 from trajdist.data.cache import CacheWriter
 from trajdist.data.loader import ImageBatch
 from trajdist.runtime import to_device
 from trajdist.trajectory import TrajectoryExtractor
+
+
+def num_places(config: Config, extractor: TrajectoryExtractor) -> int:
+    """Places of an image that a step trains on."""
+    return max(1, round(config.train.cell_fraction * extractor.resolution**2))
 
 
 def move(batch: ImageBatch, device: torch.device, clock: Clock) -> ImageBatch:

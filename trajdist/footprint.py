@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trajdist import bundle
+from trajdist.clock import Clock
 from trajdist.config import Config
+from trajdist.data.cache import Cached
+from trajdist.data.loader import ImageBatch
+from trajdist.feed import Feed, num_places
 from trajdist.losses import trajectory_losses
 from trajdist.models.registry import build_model
 from trajdist.residuals import PlaceMoments, ResidualModel
@@ -50,13 +54,13 @@ class Live:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live; views count once."""
+    """Counts the bytes of all storages that operations make, while they live; views count once, of ``known`` never."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._now = {True: 0, False: 0}
         self._peak = Live()
-        self._seen: set[int] = set()
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -199,7 +203,9 @@ class Rehearsal:
 
     @contextlib.contextmanager
     def _counting(self) -> Iterator[LiveBytes]:
-        with self._mode, LiveBytes() as live:
+        modules = (self.extractor.backbone, self.extractor.projection, self.model)
+        weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        with self._mode, LiveBytes(weights) as live:
             yield live
         self.model.zero_grad()
 
@@ -221,23 +227,35 @@ class Rehearsal:
             weight.grad = torch.zeros_like(weight) if self._shared_gradients and weight.requires_grad else None
         for _ in range(self._micro_batches):
             live.take()
-            before = live.now
-            with self._autocast():
-                trajectories = self.extractor(images)
-            trajectories_bytes = live.now - before
+            trajectories = self._trajectories(images)
+            trajectories_bytes = trajectories.nbytes
             backbone |= live.take()
             self._train(trajectories)
             model |= live.take()
             del trajectories
         return trajectories_bytes, backbone, model
 
-    def _train(self, trajectories_BHWLD: torch.Tensor) -> None:
-        target_NLD = trajectories_BHWLD.flatten(0, 2)
+    def _trajectories(self, images: torch.Tensor) -> torch.Tensor:
+        """As the run's feed makes them, of an empty cache where there is to be one."""
+        count, (length, width) = len(images), self.extractor.projection.valid_LD.shape
+        chosen = num_places(self.config, self.extractor)
+        places = torch.zeros(count, chosen, dtype=torch.int64) if chosen < self.extractor.resolution**2 else None
+        cached = None
+        if self.config.cache.dir:
+            found = torch.zeros(0, chosen, length, width, dtype=torch.bfloat16)
+            none, all_slots = torch.zeros(0, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+            cached = Cached(found, none, all_slots, all_slots)
+        batch = ImageBatch(images, torch.ones(count), torch.zeros(()), [], places, cached)
+        feed = Feed([batch], self.extractor, images.device, self._autocast, Clock(images.device))
+        return next(iter(feed))[1]
+
+    def _train(self, trajectories: torch.Tensor) -> None:
+        target_NLD = trajectories.flatten(0, -3)
         with self._autocast():
             reconstruction = self.model(target_NLD)
         # Accelerate hands the outputs of a model on in float32.
         reconstruction = reconstruction._make(None if part is None else part.float() for part in reconstruction)
-        batch_size = len(trajectories_BHWLD)
+        batch_size = len(trajectories)
         losses = trajectory_losses(reconstruction, target_NLD, self.extractor.projection.valid_LD, batch_size, 1.0)
         (losses.loss @ torch.ones(batch_size)).backward()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -281,8 +282,14 @@ def seconds(job: Job) -> float:
 
 def trainable(job: Job) -> Tensors:
     """The weights that are trained, by name."""
-    model = job.accelerator.unwrap_model(job.model)
+    model = job.accelerator.unwrap_model(job.model, keep_torch_compile=False)
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def trained_model(job: Job) -> Any:
+    """The model in eval, without what training wrapped around it."""
+    model = job.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    return model.eval()
 
 
 def save_checkpoint(job: Job, step: Step) -> None:

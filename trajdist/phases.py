@@ -17,7 +17,7 @@ from trajdist.data.loader import processors, resolve_workers
 from trajdist.data.sources import ImageSource
 from trajdist.doctor import Facts, diagnose, split
 from trajdist.errors import ArtifactError, ConfigError, StopRequested, UserError
-from trajdist.loop import Job, Position, seconds, trainable
+from trajdist.loop import Job, Position, seconds, trainable, trained_model
 from trajdist.progress import summary_table
 from trajdist.runtime import peak_memory_bytes
 from trajdist.session import Session, open_session
@@ -102,7 +102,7 @@ def phase1(session: Session, at: Position) -> None:
     trainee = Trainee(model, settings.learning_rate, settings.weight_decay, document.trajectory_fingerprint)
     job = train(session, at, selection, extractor, trainee)
     summary = _summarise(session, job)
-    trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False).eval()
+    trained = trained_model(job)
     session.processes.main_does(lambda: bundle.save_model(session.rundir.model, trained, document))
     base = bundle.base_fingerprint(trained, document)
     calibrate(session, "imagenet", selection, extractor, trained, session.rundir.calibration(1), base)
@@ -133,7 +133,7 @@ def phase2(session: Session, at: Position) -> None:
     trainee = Trainee(adapted, settings.learning_rate, settings.weight_decay, base_id)
     job = train(session, at, selection, extractor, trainee)
     summary = _summarise(session, job)
-    trained = session.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False).eval()
+    trained = trained_model(job)
     session.processes.main_does(lambda: lora.save_proven(session.rundir, trained, before, base_id))
     adapter_id = lora.adapter_fingerprint(trained, base_id)
     calibrate(session, "domain", selection, extractor, trained, session.rundir.calibration(2), adapter_id)

@@ -18,7 +18,7 @@ from trajdist.clock import Clock, sum_gradients
 from trajdist.config import SETS, Config
 from trajdist.data.cache import GIB, CacheWriter, TrajectoryCache
 from trajdist.errors import ArtifactError, ConfigError
-from trajdist.feed import Feed
+from trajdist.feed import Feed, num_places
 from trajdist.journal import Journal
 from trajdist.loop import Job, Position, Recipe, Rhythm, fit, restore
 from trajdist.profiling import nothing, profiling
@@ -55,6 +55,8 @@ def train(
     clock = Clock(processes.device)
     if isinstance(prepared_model, DistributedDataParallel):
         prepared_model.register_comm_hook(clock, sum_gradients)
+    if config.backbone.compile and processes.device.type == "cuda":
+        prepared_model = torch.compile(prepared_model, dynamic=False)  # On CPUs it loses (docs/LOG.md).
     cache = _cache(session, set_name, extractor) if config.cache.dir else None
     draw = _place_draw(session, at.phase, extractor)
     loader = session.loader(set_name, selection.train, plan, cursor, draw, cache)
@@ -118,8 +120,7 @@ def _projection_timed(session: Session, extractor: TrajectoryExtractor, clock: C
 
 def _place_draw(session: Session, phase: int, extractor: TrajectoryExtractor) -> PlaceDraw | None:
     """None if every place is trained on."""
-    total = extractor.resolution**2
-    count = max(1, round(session.config.train.cell_fraction * total))
+    total, count = extractor.resolution**2, num_places(session.config, extractor)
     return PlaceDraw(total, count, session.config.seed, phase) if count < total else None
 
 

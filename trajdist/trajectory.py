@@ -193,7 +193,7 @@ class BlockMoments:
         mean_C = (weights_N @ rows_NC) / count.clamp(min=1)
         centred_NC = (rows_NC - mean_C) * weights_N[:, None]
         kind = self.count.dtype
-        self._merge(count.to(kind), mean_C.to(kind), (centred_NC.T @ centred_NC).to(kind))
+        self._merge(count.to(kind), mean_C.to(kind), linear(centred_NC.T, centred_NC.T).to(kind))
 
     def _merge(self, count: torch.Tensor, mean_C: torch.Tensor, scatter_CC: torch.Tensor) -> None:
         total = (self.count + count).clamp(min=1)

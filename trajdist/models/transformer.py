@@ -13,6 +13,15 @@ from trajdist.linear import Linear
 from trajdist.models.reconstruction import Reconstruction
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), ``[N, heads, L, width]``."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    # On CPUs the fused kernel takes twice as long for sequences as short as a backbone is deep.
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.softmax(-1) @ v
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over the blocks of a trajectory, ``[N, L, hidden]``."""
 
@@ -23,7 +32,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.o(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):

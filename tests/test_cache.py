@@ -1,0 +1,233 @@
+"""The trajectory cache: later epochs without the backbone, the same training, and nothing false after any accident."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import write_images
+from jobs import launch
+from outcome import assert_done
+from test_loop import arguments, assert_same_training, batches, losses
+
+from trajdist.cli import main
+from trajdist.data.cache import CacheWriter, TrajectoryCache, look_up, padded
+from trajdist.errors import ConfigError
+from trajdist.trajectory import TrajectoryExtractor
+
+SHAPE = (4, 3, 8)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), 21)
+
+
+@pytest.fixture
+def cache(tmp_path) -> TrajectoryCache:
+    made = TrajectoryCache(tmp_path / "cache", {"images": "abc"}, 10, SHAPE)
+    made.create()
+    return made
+
+
+def some(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def fill(cache: TrajectoryCache, numbers: list[int], room: int = 100) -> tuple[torch.Tensor, str]:
+    writer, trajectories = CacheWriter(cache, room), some(len(numbers))
+    writer.add(torch.tensor(numbers), trajectories)
+    return trajectories, writer.close()
+
+
+def test_what_was_written_is_read(cache):
+    trajectories, why = fill(cache, [7, 2, -1, 5])
+    assert why == ""
+    assert len(cache) == 3
+    found = look_up(cache, np.array([2, 3, 5, 7]), None)
+    assert found.hits.tolist() == [0, 2, 3]
+    assert found.misses.tolist() == [1]
+    assert found.numbers.tolist() == [3]
+    assert torch.equal(found.trajectories, trajectories[[1, 3, 0]])
+
+
+def test_chosen_places_of_each_image(cache):
+    trajectories, _ = fill(cache, [0, 1])
+    places = torch.tensor([[0, 3], [1, 2]])
+    found = look_up(cache, np.array([0, 1]), places)
+    assert torch.equal(found.trajectories, torch.stack([trajectories[0, [0, 3]], trajectories[1, [1, 2]]]))
+
+
+def test_nothing_is_found_in_an_empty_cache(cache):
+    found = look_up(cache, np.array([0, 9]), None)
+    assert found.trajectories.shape == (0, *SHAPE)
+    assert found.misses.tolist() == [0, 1]
+
+
+def test_a_record_counts_only_once_it_is_committed(cache):
+    """A kill between the two leaves a record that nobody sees."""
+    cache.write(4, some(1).view(torch.uint16).numpy()[0])
+    assert len(cache) == 0
+    assert look_up(cache, np.array([4]), None).misses.tolist() == [0]
+    cache.commit([4])
+    assert look_up(cache, np.array([4]), None).hits.tolist() == [0]
+
+
+def write_until_killed(cache: TrajectoryCache, started) -> None:
+    writer = CacheWriter(cache, 10**9)
+    while True:
+        for number in range(cache.num_images):
+            writer.add(torch.tensor([number]), some(1, seed=number))
+            started.set()
+
+
+def test_killed_while_writing(tmp_path):
+    """SIGKILL at some moment: whatever is said to be there is what was to be there."""
+    cache = TrajectoryCache(tmp_path, {}, 5000, SHAPE)
+    cache.create()
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    process = context.Process(target=write_until_killed, args=(cache, started))
+    process.start()
+    assert started.wait(30)
+    while len(cache) < 5:
+        assert process.is_alive()
+    process.kill()
+    process.join()
+    found = look_up(cache, np.arange(5000), None)
+    assert len(found.hits) >= 5
+    for slot, record in zip(found.hits.tolist(), found.trajectories, strict=True):
+        assert torch.equal(record, some(1, seed=slot)[0])
+
+
+def test_its_room_is_kept_and_said(cache):
+    _, why = fill(cache, [1, 2, 3], room=2)
+    assert "is full (cache.max_gib)" in why
+    assert len(cache) == 2
+
+
+def test_a_full_disk_ends_the_caching_and_nothing_else(cache, monkeypatch):
+    def full(self, number, record):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(TrajectoryCache, "write", full)
+    writer = CacheWriter(cache, 100)
+    for _ in range(10):  # More than the queue holds: nobody may wait for ever.
+        writer.add(torch.tensor([1]), some(1))
+    assert "cannot be written (No space left on device)" in writer.close()
+    assert len(cache) == 0
+
+
+def test_files_cut_short_are_misses(cache):
+    fill(cache, [0, 1, 2])
+    os.truncate(cache.folder / "records", cache.stride + 10)
+    assert look_up(cache, np.array([0, 1, 2]), None).hits.tolist() == [0]
+    os.truncate(cache.folder / "present", 0)
+    assert look_up(cache, np.array([0, 1, 2]), None).hits.tolist() == []
+    cache.create()
+    assert len(cache) == 0
+
+
+def test_another_key_is_another_cache(tmp_path):
+    folders = {
+        TrajectoryCache(tmp_path, key, count, shape).folder
+        for key in ({"fit": "crop"}, {"fit": "squash"})
+        for count in (10, 11)
+        for shape in ((4, 3, 8), (4, 8, 3))
+    }
+    assert len(folders) == 8
+
+
+def test_it_travels_to_workers(cache):
+    fill(cache, [3])
+    assert len(pickle.loads(pickle.dumps(cache))) == 1
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"cache\.dir='.*file' cannot be written .*: name another folder"):
+        TrajectoryCache(tmp_path / "file", {}, 1, SHAPE).create()
+
+
+def test_few_sizes_of_batches():
+    assert {padded(count, 32) for count in range(33)} == {0, 8, 16, 24, 32}
+    assert [padded(count, 3) for count in range(4)] == [0, 1, 2, 3]
+    assert padded(1, 1) == 1
+
+
+def cached_run(images: Path, folder: Path, name: str, *overrides: str) -> Path:
+    run_dir = folder / name
+    fixed = [*batches(4, 1), "data.num_workers=0", f"cache.dir={folder / 'cache'}", *overrides]
+    assert main(arguments("run", images, run_dir, *fixed)) == 0
+    return run_dir
+
+
+@pytest.fixture
+def backbone_images(monkeypatch) -> Counter:
+    """How many images went through the backbone while training, by batch size."""
+    seen: Counter = Counter()
+    whole = TrajectoryExtractor.__call__
+
+    def counting(self, images):
+        seen[len(images)] += 1
+        return whole(self, images)
+
+    monkeypatch.setattr(TrajectoryExtractor, "__call__", counting)
+    return seen
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("fraction", [1, 0.5])
+def test_training_is_the_same_and_needs_no_backbone(images, tmp_path, backbone_images, fraction):
+    share = f"train.cell_fraction={fraction}"
+    assert main(arguments("run", images, tmp_path / "plain", *batches(4, 1), share)) == 0
+    first = cached_run(images, tmp_path, "first", share)
+    before = backbone_images.copy()
+    second = cached_run(images, tmp_path, "second", share)
+    torch.testing.assert_close(losses(first), losses(tmp_path / "plain"), rtol=1e-2, atol=1e-3)
+    assert_same_training(second, first)
+    # All that is left are the calibrations of the two phases: three passes of six batches each.
+    assert (backbone_images - before).total() == 2 * 3 * 6
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_cache_with_room_for_a_part(images, tmp_path, capsys):
+    whole = cached_run(images, tmp_path / "whole", "run")
+    part = cached_run(images, tmp_path / "part", "run", "cache.max_gib=4e-5")
+    assert "is full (cache.max_gib)" in capsys.readouterr().out
+    caches = list((tmp_path / "part" / "cache").iterdir())
+    for folder in caches:
+        assert 0 < (folder / "present").read_bytes().count(1) < 21
+    assert_same_training(part, whole)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_two_processes_share_it(images, tmp_path):
+    """Two processes fill it, one process finds all; losses, ledger and audit are those of one."""
+    overrides = [*batches(2, 1), "data.num_workers=1", f"cache.dir={tmp_path / 'cache'}"]
+    done = launch(arguments("run", images, tmp_path / "two", *overrides), num_processes=2, timeout_s=150)
+    assert done.returncode == 0, done.stderr
+    assert_done(tmp_path / "two")
+    for folder in (tmp_path / "cache").iterdir():
+        assert (folder / "present").read_bytes() == b"\1" * 21
+    assert_same_training(cached_run(images, tmp_path, "one"), tmp_path / "two")
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_an_image_that_cannot_be_read_is_not_kept(tmp_path):
+    folder = write_images(tmp_path / "images", 8)
+    (folder / "0003.png").write_bytes(b"spoilt")
+    cached_run(folder, tmp_path, "run", "data.max_bad_fraction=1")
+    for cache in (tmp_path / "cache").iterdir():
+        present = (cache / "present").read_bytes()
+        assert present == b"\1\1\1\0\1\1\1\1"
+    named = [json.loads(line)["image"] for line in (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()]
+    assert set(named) == {"0003.png"}
