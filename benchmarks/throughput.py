@@ -41,7 +41,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trajdist import bundle
 from trajdist.cli import main as trajdist
-from trajdist.config import Config, load_config
+from trajdist.config import Config
+from trajdist.config_files import load_config
 from trajdist.data.loader import SlotDataset
 from trajdist.data.sources import open_source
 from trajdist.feed import num_places

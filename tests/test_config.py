@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trajdist.config import Config, dump_yaml, fields, find_config, flatten, json_schema, load_config, parse_config
+from trajdist.config import Config, fields, flatten, json_schema, parse_config
+from trajdist.config_files import dump_yaml, find_config, load_config
 from trajdist.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent

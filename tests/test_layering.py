@@ -13,7 +13,7 @@ import trajdist
 
 PACKAGE = Path(trajdist.__file__).parent
 LAYERS = (
-    "errors files config sharding artifacts pictures folding linear doctor",
+    "errors files config config_files sharding artifacts pictures folding linear doctor",
     "data.__init__ data.decode data.sources data.samples data.cache data.loader data.labelled data.defects backbones",
     "trajectory models.__init__ models.reconstruction models.autoencoder models.vae models.transformer"
     " models.registry losses schedules",

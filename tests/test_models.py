@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from trajdist.config import load_config
+from trajdist.config_files import load_config
 from trajdist.losses import gaussian_kl, trajectory_losses
 from trajdist.models.reconstruction import Reconstruction
 from trajdist.models.registry import build_model

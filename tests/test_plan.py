@@ -15,7 +15,7 @@ from jobs import launch
 from trajdist import budget, probe
 from trajdist.budget import LARGEST_BATCH, largest_within
 from trajdist.cli import _size, main
-from trajdist.config import load_config
+from trajdist.config_files import load_config
 from trajdist.data.sources import open_sets
 from trajdist.footprint import HEAP_LIMIT, LiveBytes, Rehearsal, build_modules
 from trajdist.plan import Options, make_plan, plan_table

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trajdist.config import SETS, Config, parse_config, read_yaml
+from trajdist.config import SETS, Config, parse_config
+from trajdist.config_files import read_yaml
 from trajdist.errors import ArtifactError
 from trajdist.rundir import RunDir
 from trajdist.sharding import Selection, digest

@@ -168,7 +168,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource], list[int]]:
     """The config, its image sets, and the phases that it asks for."""
-    from trajdist.config import load_config
+    from trajdist.config_files import load_config
     from trajdist.data.sources import open_sets
 
     config = load_config(arguments.config, arguments.overrides)
@@ -276,7 +276,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from trajdist.config import dump_yaml, json_schema, load_config
+    from trajdist.config import json_schema
+    from trajdist.config_files import dump_yaml, load_config
 
     overrides = list(arguments.overrides)
     source = arguments.config

@@ -10,7 +10,8 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from trajdist.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
-from trajdist.config import Config, dump_yaml, fields, flatten, read_yaml
+from trajdist.config import Config, fields, flatten
+from trajdist.config_files import dump_yaml, read_yaml
 from trajdist.data.cache import TrajectoryCache
 from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_workers
 from trajdist.data.sources import ImageSource

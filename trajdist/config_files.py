@@ -1,0 +1,84 @@
+"""Config files: YAML read and written, shipped ones found by name, ``key=value`` overrides laid over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trajdist.config import Config, parse_config
+from trajdist.errors import ConfigError
+
+
+def load_config(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file (or a shipped config by name), lay ``key=value`` overrides over it, and check the sum.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key, a value of the wrong type or out of bounds.
+    """
+    tree: dict[str, Any] = read_yaml(find_config(str(source))) if source is not None else {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def find_config(name: str) -> Path:
+    """Return the path of a config file; a bare name such as ``quickstart`` finds a shipped one."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for folder in _config_folders() for file in sorted(folder.glob("*.yaml"))}
+    if path.stem in shipped and path.suffix in ("", ".yaml") and len(path.parts) == 1:
+        return shipped[path.stem]
+    if path.is_dir():
+        raise ConfigError(f"the config {name!r} is a folder: name a YAML file in it.")
+    raise ConfigError(
+        f"there is no config file {name!r}: name a YAML file, or one of the shipped configs {', '.join(shipped)}."
+    )
+
+
+def _config_folders() -> Iterator[Path]:
+    """The wheel carries configs/ inside the package; a checkout has it beside the package."""
+    package = Path(str(resources.files("trajdist")))
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            yield folder
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that must hold a mapping."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()).rstrip("^ :.")
+        raise ConfigError(f"the config {str(path)!r} cannot be read as YAML ({reason}): mend the file.") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"the config {str(path)!r} holds no 'key: value' lines: it is not a trajdist config.")
+    return tree
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved config as YAML, every key written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"the override {override!r} is not of the form key=value, such as model.hidden_dim=64.")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = tree.get(parent)
+        if not isinstance(node, dict):
+            node = tree[parent] = {}
+        tree = node
+    tree[leaf] = value
