@@ -14,6 +14,7 @@ from jobs import REPOSITORY, Finished, launch
 
 from trajdist.artifacts import read_tensors
 from trajdist.cli import main
+from trajdist.clock import STAGES
 
 CONTROL = {chr(code) for code in range(32)} - {"\n"}
 
@@ -137,7 +138,10 @@ def test_run_directory(debug_run):
     summary = json.loads((debug_run / "summary.json").read_text())
     assert (summary["phase1"]["images"], summary["phase2"]["images"]) == (64, 32)
     assert (summary["phase1"]["steps"], summary["phase2"]["steps"]) == (8, 4)
-    assert set(summary["phase1"]["time"]) == {"data", "transfer", "backbone", "model", "optimizer", "sync"}
+    time = summary["phase1"]["time"]
+    assert set(time) == {*STAGES, "other"}
+    assert sum(time.values()) == pytest.approx(summary["phase1"]["seconds"])
+    assert summary["phase1"]["doctor"].endswith(".")
 
 
 def test_no_pickle_in_a_run_directory(debug_run):

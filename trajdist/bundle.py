@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from trajdist.artifacts import fingerprint, load_state, read_document, read_tensors, write_tensors
-from trajdist.backbones import build_backbone
+from trajdist.backbones import Backbone, build_backbone
 from trajdist.config import Config
 from trajdist.errors import ArtifactError
 from trajdist.models.registry import build_model
@@ -121,12 +121,21 @@ def load_extractor(path: Path, weights: str | None = None) -> TrajectoryExtracto
         ArtifactError: a damaged file, or a backbone whose weights are not those of the run.
     """
     document = read(path, TrajectoryDocument)
-    backbone = build_backbone(
-        document.backbone, weights or document.weights, document.patterns, document.image_size, document.seed
-    )
+    weights = weights or document.weights
+    backbone = build_backbone(document.backbone, weights, document.patterns, document.image_size, document.seed)
+    return with_projection(path, backbone, weights)
+
+
+def with_projection(path: Path, backbone: Backbone, weights: str) -> TrajectoryExtractor:
+    """The extractor of a run, of its backbone, which is at hand, and its saved projection.
+
+    Raises:
+        ArtifactError: a damaged file, or a backbone whose weights are not those of the run.
+    """
+    document = read(path, TrajectoryDocument)
     if backbone.fingerprint != document.backbone_fingerprint:
         raise ArtifactError(
-            f"the backbone {document.backbone!r} with weights {weights or document.weights!r} is not the one that "
+            f"the backbone {document.backbone!r} with weights {weights!r} is not the one that "
             f"{str(path)!r} was made with: use the same weights (and the same versions, if they are random)."
         )
     with torch.device("meta"):

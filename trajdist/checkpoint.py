@@ -18,11 +18,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from trajdist.artifacts import read_tensors
 from trajdist.errors import ArtifactError
-from trajdist.files import read_json, sync_folder, write_bytes
+from trajdist.files import read_json, sync_file, sync_folder, write_bytes
 
 Tensors = dict[str, torch.Tensor]
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -76,19 +77,20 @@ class CheckpointWriter:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            contents = {
-                "model.safetensors": save(checkpoint.model),
-                "optimizer.safetensors": save(checkpoint.optimizer),
-                "state.json": json.dumps(checkpoint.state, indent=2).encode(),
-            }
-            for name, data in contents.items():
-                write_bytes(temporary / name, data)
-            write_bytes(temporary / "manifest.json", json.dumps(_manifest(contents), indent=2).encode())
+            # Straight from the tensors into the file: nothing of their size is held beside them.
+            save_file(checkpoint.model, temporary / "model.safetensors")
+            save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
+            (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=2), encoding="utf-8")
+            for name in FILES:
+                # safetensors makes files that nobody else can read, whatever the umask says.
+                shutil.copymode(temporary / "state.json", temporary / name)
+                sync_file(temporary / name)
+            write_bytes(temporary / "manifest.json", json.dumps(_manifest(temporary), indent=2).encode())
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
             sync_folder(self._folder)
-        except (OSError, ArtifactError) as error:
+        except (OSError, SafetensorError, ArtifactError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise ArtifactError(
@@ -103,10 +105,8 @@ def _copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def _manifest(contents: Mapping[str, bytes]) -> dict[str, Any]:
-    entries = {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()
-    }
+def _manifest(folder: Path) -> dict[str, Any]:
+    entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in FILES}
     return {"format": 1, "files": entries}
 
 

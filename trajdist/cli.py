@@ -87,6 +87,7 @@ def _add_training(commands: Commands, name: str, text: str, phases: list[int]) -
     parser.add_argument("config", metavar="CONFIG.yaml", help="a path, or the name of a shipped config")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
     parser.add_argument("--fresh", action="store_true", help="start over; an old run directory is moved aside")
+    parser.add_argument("--profile", action="store_true", help="also a trace of a few steps, in RUN_DIR/profile")
     parser.set_defaults(phases=phases)
 
 
@@ -161,7 +162,7 @@ def _train(arguments: argparse.Namespace) -> int:
     # From here on torch is needed, which takes seconds to import.
     from trajdist.phases import run
 
-    run(config, sources, phases, arguments.fresh)
+    run(config, sources, phases, arguments.fresh, arguments.profile)
     return 0
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from trajdist.clock import Clock
 from trajdist.config import Config
 from trajdist.data.cache import CacheWriter
 from trajdist.data.loader import ImageBatch
-from trajdist.runtime import Clock, to_device
+from trajdist.runtime import to_device
 from trajdist.trajectory import TrajectoryExtractor
 
 

@@ -31,6 +31,12 @@ def write_bytes(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Make the contents of a file survive a power cut."""
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` survive a power cut, where the file system can."""
     try:

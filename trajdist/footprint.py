@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trajdist import bundle
+from trajdist.clock import Clock
 from trajdist.config import Config
 from trajdist.data.cache import Cached
 from trajdist.data.loader import ImageBatch
@@ -29,7 +30,6 @@ from trajdist.feed import Feed, num_places
 from trajdist.models.registry import build_model
 from trajdist.objectives import ContrastModel, DefectContrast, Objective, ReconstructionError
 from trajdist.residuals import PlaceMoments, ResidualModel
-from trajdist.runtime import Clock
 from trajdist.trajectory import BlockMoments, TrajectoryExtractor, pca_whitening
 
 # The C library gives blocks of this size back to the system when they are freed; smaller ones stay with the process.

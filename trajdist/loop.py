@@ -7,7 +7,7 @@ gradients is divided by the number of images that all processes really had. Noth
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from trajdist.checkpoint import (
     optimizer_tensors,
     restore_optimizer,
 )
+from trajdist.clock import Clock
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import ArtifactError, StopRequested
 from trajdist.feed import Feed
@@ -30,7 +31,7 @@ from trajdist.journal import Journal
 from trajdist.objectives import Objective
 from trajdist.progress import Progress
 from trajdist.rundir import RunDir
-from trajdist.runtime import Clock, Processes, StopFlag, empty_cache, memory_bytes, peak_memory_bytes
+from trajdist.runtime import Processes, StopFlag, empty_cache, memory_bytes, peak_memory_bytes
 from trajdist.schedules import warmup_cosine
 from trajdist.sharding import Plan, Step, key64
 from trajdist.watchdog import Watchdog
@@ -93,6 +94,7 @@ class Job:
     at: Position
     base: str
     first_checkpoint_number: int
+    tick: Callable[[], None]
     seconds_before: float = 0.0
     started: float = field(default_factory=time.monotonic)
     last_saved: float = field(default_factory=time.monotonic)
@@ -122,6 +124,7 @@ def fit(job: Job, cursor: int = 0) -> None:
         with job.clock("optimizer"):
             update(job, step, images)
         finish_step(job, step)
+        job.tick()
 
 
 def begin_step(job: Job, step: Step) -> None:
@@ -183,12 +186,14 @@ def finish_step(job: Job, step: Step) -> None:
         empty_cache(job.processes.device)
     if log or save:
         job.journal.flush(step)
+        job.clock.settle()
     if log:
         write_line(job, step)
     if step.ends_epoch:
         write_epoch(job, step)
     if save:
-        save_checkpoint(job, step)
+        with job.clock("checkpoint"):
+            save_checkpoint(job, step)
     if stop:
         job.writer.finish()
         raise StopRequested(job.stop.why or "another process was asked to stop")

@@ -15,7 +15,9 @@ from trajdist import bundle
 from trajdist.artifacts import fingerprint
 from trajdist.config import SETS, Config
 from trajdist.data.drawing import DefectDraw
+from trajdist.data.loader import processors, resolve_workers
 from trajdist.data.sources import ImageSource
+from trajdist.doctor import Facts, diagnose, split
 from trajdist.errors import ArtifactError, ConfigError, StopRequested, UserError
 from trajdist.loop import Job, Position, seconds, trainable, trained_model
 from trajdist.objectives import ContrastModel, DefectContrast, Objective, ReconstructionError
@@ -29,14 +31,20 @@ from trajdist.training import Trainee, train
 from trajdist.trajectory import TrajectoryExtractor
 
 
-def run(config: Config, sources: dict[str, ImageSource], phases: Sequence[int], fresh: bool = False) -> dict[str, Any]:
+def run(
+    config: Config,
+    sources: dict[str, ImageSource],
+    phases: Sequence[int],
+    fresh: bool = False,
+    profile: bool = False,
+) -> dict[str, Any]:
     """Run the phases that are not done yet; returns the summary. Every process of the job calls it.
 
     Raises:
         UserError: its kind tells the exit code.
         StopRequested: a signal or the STOP file; the same call goes on from the checkpoint.
     """
-    session = open_session(config, sources, fresh)
+    session = open_session(config, sources, fresh, profile)
     at = Position()
     with session.stop.listening():
         try:
@@ -100,7 +108,7 @@ def phase1(session: Session, at: Position) -> None:
     base = document.trajectory_fingerprint
     trainee = Trainee(model, objective, settings.learning_rate, settings.weight_decay, base)
     job = train(session, at, selection, extractor, trainee)
-    summary = _summarise(job)
+    summary = _summarise(session, job)
     trained = trained_model(job)
     session.processes.main_does(lambda: bundle.save_model(session.rundir.model, trained, document))
     base = bundle.base_fingerprint(trained, document)
@@ -136,7 +144,7 @@ def phase2(session: Session, at: Position) -> None:
         whitened = contrast_residuals(session, selection, extractor, adapted, base_id)
         trainee = _contrasting(trainee, session, extractor, whitened)
     job = train(session, at, selection, extractor, trainee)
-    summary = _summarise(job)
+    summary = _summarise(session, job)
     trained = trained_model(job)
     trained = trained.model if whitened is not None else trained
     session.processes.main_does(lambda: lora.save_proven(session.rundir, trained, before, base_id))
@@ -217,9 +225,12 @@ def _is_done(session: Session, phase: int) -> bool:
     return True
 
 
-def _summarise(job: Job) -> dict[str, Any]:
-    """The figures of a phase that has just been trained."""
+def _summarise(session: Session, job: Job) -> dict[str, Any]:
+    """The figures of a phase that has just been trained, and what bounds it."""
     journal, taken = job.journal, seconds(job)
+    time = job.clock.seconds()
+    advice = diagnose(_facts(session, job, time, taken))
+    session.say(f"phase {job.phase} is {advice}")
     memory = journal.epoch_memory
     return {
         "images": journal.total.images,
@@ -234,8 +245,27 @@ def _summarise(job: Job) -> dict[str, Any]:
         "memory_growth_bytes": int(memory[-1] - memory[0]) if memory else 0,
         "num_processes": job.processes.world,
         "trained_parameters": sum(weight.numel() for weight in trainable(job).values()),
-        "time": job.clock.seconds(),
+        "time": split(time, taken),
+        "doctor": advice,
     }
+
+
+def _facts(session: Session, job: Job, time: dict[str, float], taken: float) -> Facts:
+    config, processes = session.config, session.processes
+    return Facts(
+        seconds=taken,
+        steps=job.plan.total_steps,
+        epochs=job.plan.num_epochs,
+        time=time,
+        waits=processes.gather([time["data"]]),
+        workers=resolve_workers(config.data.num_workers, processes.local_world),
+        processors=processors() // processes.local_world,
+        overlapping=processes.device.type == "cuda",
+        compiled=config.backbone.compile,
+        keeps=config.cache.dir is not None,
+        half_precision=session.accelerator.mixed_precision != "no",
+        cell_fraction=config.train.cell_fraction,
+    )
 
 
 def _finish(session: Session, phase: int, summary: dict[str, Any]) -> None:

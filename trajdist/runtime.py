@@ -1,4 +1,4 @@
-"""The machine: Accelerate set-up, the group of processes, signals, clocks and memory readings."""
+"""The machine: Accelerate set-up, the group of processes, signals and memory readings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import os
 import resource
 import signal
 import sys
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -30,8 +28,6 @@ from accelerate.utils import (
 from trajdist.errors import ConfigError, TrainingError, UserError
 
 Batch = TypeVar("Batch")
-
-STAGES = ("data", "transfer", "backbone", "model", "optimizer", "sync")
 
 
 def start_accelerator(
@@ -223,42 +219,6 @@ class StopFlag:
             raise KeyboardInterrupt("received SIGINT twice")
         self._interrupted = self._interrupted or name == "SIGINT"
         self.ask(f"received {name}")
-
-
-class Clock:
-    """Splits the time of a run into stages. On CUDA it reads events later instead of waiting for the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        if self._cuda and stage != "data":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self._pending.append((stage, begin, end))
-        else:
-            started = time.perf_counter()
-            yield
-            self._seconds[stage] += time.perf_counter() - started
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds per stage so far. Waits for the device, so it is called where a log line is due."""
-        if self._pending:
-            torch.cuda.synchronize()
-        for stage, begin, end in self._pending:
-            self._seconds[stage] += begin.elapsed_time(end) / 1000.0
-        self._pending.clear()
-        return {stage: self._seconds[stage] for stage in STAGES}
-
-    def restore(self, seconds: dict[str, float]) -> None:
-        """Go on from the figures of an earlier process."""
-        for stage, value in seconds.items():
-            self._seconds[stage] += value
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from trajdist.progress import make_console
 from trajdist.rundir import RunDir
 from trajdist.runtime import Processes, StopFlag, start_accelerator
 from trajdist.sharding import PlaceDraw, Plan, Selection
+from trajdist.trajectory import TrajectoryExtractor
 from trajdist.watchdog import Watchdog
 
 # How much longer than runtime.timeout_s the process group itself waits for a lost process.
@@ -41,6 +42,8 @@ class Session:
     watchdog: Watchdog
     console: Console
     reference_world: int
+    profile: bool
+    extractor: TrajectoryExtractor | None = None
 
     def say(self, text: str) -> None:
         """A line for the user, from the main process."""
@@ -114,7 +117,7 @@ class Session:
         return None if path is None else load_checkpoint(path)
 
 
-def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool) -> Session:
+def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, profile: bool) -> Session:
     """Start the processes, compare them, take the run directory, and check that its config is the one it began with.
 
     Raises:
@@ -147,7 +150,7 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool) -
     stop = StopFlag(rundir.stop_file, watches_file=processes.is_main)
     watchdog = Watchdog(processes, stop, runtime.timeout_s)
     reference_world = _reference_world(rundir)
-    return Session(config, sources, accelerator, processes, rundir, stop, watchdog, console, reference_world)
+    return Session(config, sources, accelerator, processes, rundir, stop, watchdog, console, reference_world, profile)
 
 
 def _restarted() -> bool:

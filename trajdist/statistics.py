@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +9,14 @@ import torch
 from torch import nn
 
 from trajdist import bundle
+from trajdist.backbones import Backbone
+from trajdist.clock import Clock
 from trajdist.data.loader import ImageBatch, IndexAt
 from trajdist.errors import StopRequested
 from trajdist.feed import move
 from trajdist.journal import BadImages, check_bad_fraction
 from trajdist.progress import Progress
 from trajdist.residuals import PlaceMoments, ResidualModel, roots
-from trajdist.runtime import Clock
 from trajdist.scorer import Detector
 from trajdist.session import Session
 from trajdist.sharding import Plan, Selection
@@ -25,16 +25,16 @@ from trajdist.trajectory import BlockMoments, TrajectoryExtractor, fit_projectio
 
 def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtractor:
     """The extractor of Phase 1: statistics first, unless an earlier attempt has saved them."""
-    if not session.rundir.trajectory.exists():
-        _make_projection(session, selection)
-        # The backbone and its hooks hold each other: without this, two backbones stay in memory.
-        gc.collect()
-    # Eigenvectors differ in their last bits from machine to machine: all processes read the main one's.
+    path, weights = session.rundir.trajectory, session.config.backbone.weights
+    if not path.exists():
+        backbone = _make_projection(session, selection)
+        # Eigenvectors differ in their last bits from machine to machine: all processes read the main one's.
+        session.extractor = _ready(session, bundle.with_projection(path, backbone, weights))
     return load_extractor(session)
 
 
-def _make_projection(session: Session, selection: Selection) -> None:
-    """Measure the statistics and write the projection that follows from them."""
+def _make_projection(session: Session, selection: Selection) -> Backbone:
+    """Measure the statistics and write the projection that follows from them; returns the backbone."""
     with session.processes.main_first():
         extractor = bundle.new_extractor(session.config)
     extractor.to(session.processes.device)
@@ -47,11 +47,19 @@ def _make_projection(session: Session, selection: Selection) -> None:
         bundle.save_trajectory(session.rundir.trajectory, extractor, document)
 
     session.processes.main_does(save)
+    return extractor.backbone
 
 
 def load_extractor(session: Session) -> TrajectoryExtractor:
-    with session.processes.main_first():
-        extractor = bundle.load_extractor(session.rundir.trajectory, session.config.backbone.weights)
+    """The run's extractor. A backbone takes seconds to build, and more to compile: both phases use the same one."""
+    if session.extractor is None:
+        with session.processes.main_first():
+            extractor = bundle.load_extractor(session.rundir.trajectory, session.config.backbone.weights)
+        session.extractor = _ready(session, extractor)
+    return session.extractor
+
+
+def _ready(session: Session, extractor: TrajectoryExtractor) -> TrajectoryExtractor:
     extractor.to(session.processes.device)
     return extractor.compile() if session.config.backbone.compile else extractor
 

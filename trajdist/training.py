@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from trajdist.bundle import trajectory_fingerprint
 from trajdist.checkpoint import Checkpoint, CheckpointWriter
+from trajdist.clock import Clock, sum_gradients
 from trajdist.config import SETS, Config
 from trajdist.data.cache import GIB, CacheWriter, TrajectoryCache
 from trajdist.data.drawing import DefectDraw
@@ -19,8 +23,9 @@ from trajdist.feed import Feed, num_places
 from trajdist.journal import Journal
 from trajdist.loop import Job, Position, Recipe, Rhythm, fit, restore
 from trajdist.objectives import LOGISTIC_RATE, Objective
+from trajdist.profiling import nothing, profiling
 from trajdist.progress import Progress
-from trajdist.runtime import Clock, reset_peak_memory
+from trajdist.runtime import reset_peak_memory
 from trajdist.session import Session
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.trajectory import TrajectoryExtractor
@@ -54,9 +59,11 @@ def train(
     model = trainee.model.to(processes.device)
     optimizer = make_optimizer(model, trainee.learning_rate, trainee.weight_decay, processes.device)
     prepared_model, prepared_optimizer = session.accelerator.prepare(model, optimizer)
+    clock = Clock(processes.device)
+    if isinstance(prepared_model, DistributedDataParallel):
+        prepared_model.register_comm_hook(clock, sum_gradients)
     if config.backbone.compile and processes.device.type == "cuda":
         prepared_model = torch.compile(prepared_model, dynamic=False)  # On CPUs it loses (docs/LOG.md).
-    clock = Clock(processes.device)
     whole = trainee.defects is not None
     cache = _cache(session, set_name, extractor) if config.cache.dir and not whole else None
     draw = None if whole else _place_draw(session, at.phase, extractor)
@@ -66,7 +73,10 @@ def train(
     torch.autograd.set_detect_anomaly(config.runtime.detect_anomaly)
     reset_peak_memory(processes.device)
     session.say(_announcement(at.phase, plan, cursor, model, processes.world))
-    with Progress(session.console, f"phase {at.phase}", plan.total_images, cursor) as progress:
+    with (
+        _profiled(session, at.phase) as tick,
+        Progress(session.console, f"phase {at.phase}", plan.total_images, cursor) as progress,
+    ):
         job = Job(
             phase=at.phase,
             accelerator=session.accelerator,
@@ -88,16 +98,33 @@ def train(
             at=at,
             base=trainee.base,
             first_checkpoint_number=_steps_before(session, at.phase),
+            tick=tick,
         )
         if checkpoint:
             restore(job, checkpoint)
         try:
-            fit(job, cursor)
+            with _projection_timed(session, extractor, clock):
+                fit(job, cursor)
         finally:
             if writer and (why := writer.close()):
                 session.say(why)
-        job.writer.finish()
+        with clock("checkpoint"):
+            job.writer.finish()
     return job
+
+
+def _profiled(session: Session, phase: int) -> AbstractContextManager[Callable[[], None]]:
+    """The main process's steps are those that are profiled."""
+    if not session.profile or not session.processes.is_main:
+        return nullcontext(nothing)
+    return profiling(session.rundir.path / "profile" / f"phase{phase}.json", session.say)
+
+
+def _projection_timed(session: Session, extractor: TrajectoryExtractor, clock: Clock) -> AbstractContextManager[None]:
+    """In a compiled graph the projection is one with the backbone, and counts as that."""
+    if session.config.backbone.compile:
+        return nullcontext()
+    return clock.watching(extractor.projection, "projection", within="backbone")
 
 
 def _place_draw(session: Session, phase: int, extractor: TrajectoryExtractor) -> PlaceDraw | None:

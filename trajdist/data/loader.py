@@ -166,9 +166,13 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def resolve_workers(setting: int | str, local_world: int) -> int:
     """``auto``: the processors this job may use, shared out, one left for training; at most 16 per process."""
     if isinstance(setting, int):
         return setting
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, max(0, available // local_world - 1))
+    return min(16, max(0, processors() // local_world - 1))

@@ -1,0 +1,144 @@
+"""What trajdist is measured against: the same training in the plainest PyTorch, one batch at a time or collected first.
+
+Images, backbone, blocks, grid and model are those of a trajdist config. Activations stay NCHW and float32, all of a
+batch's are kept in a list until the last one is there, channels are averaged in groups, Adam trains every place, and
+each step reads its loss.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from trajdist import backbones, bundle
+from trajdist.backbones import first_tensor, to_grid
+from trajdist.config import Config
+from trajdist.data.decode import to_square
+from trajdist.data.loader import resolve_workers
+from trajdist.data.sources import open_source
+from trajdist.runtime import device_type
+from trajdist.trajectory import TrajectoryExtractor
+
+
+def repeated(images: str | None, count: int, folder: Path) -> Path:
+    """A folder of ``count`` images: those of ``images`` (by default photographs of scikit-image), over and over."""
+    folder.mkdir()
+    source = open_source(images or "skimage:photos", "IMAGES")
+    files = []
+    for number in range(min(count, len(source))):
+        files.append(folder / f"{number:06d}.jpg")
+        source.load(number, None).convert("RGB").resize((256, 256)).save(files[-1], quality=90)
+    for number in range(len(files), count):
+        (folder / f"{number:06d}.jpg").symlink_to(files[number % len(files)])
+    return folder
+
+
+class Pixels(Dataset[torch.Tensor]):
+    """Normalised float images ``[3, S, S]`` of a folder."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self._source, self._size, self._fit = open_source(str(folder), "IMAGES"), config.data.image_size, "crop"
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        square = np.array(to_square(self._source.load(index, self._size), self._size, self._fit))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (backbones.IMAGENET_MEAN, backbones.IMAGENET_STD))
+        return (torch.from_numpy(square).permute(2, 0, 1).contiguous() / 255.0 - mean) / std
+
+
+def plain_network(name: str, weights: str, seed: int) -> nn.Module:
+    """The network as its library builds it, before trajdist touches it."""
+    build: Any = {"efficientnet_lite0": lambda: backbones._efficientnet_lite0(weights)}.get(name)
+    if build is None:
+        library = backbones._timm if name.startswith("timm:") else backbones._torchvision
+        build = lambda: library(name, weights)  # noqa: E731
+    torch.manual_seed(seed)
+    network: nn.Module = build()[0]
+    return network.eval().requires_grad_(False)
+
+
+@dataclass
+class Reference:
+    """The two plain ways to train ``model`` on a folder."""
+
+    config: Config
+    network: nn.Module
+    blocks: list[backbones.Block]
+    model: nn.Module
+    loader: DataLoader[torch.Tensor]
+    device: torch.device
+
+    @torch.no_grad()
+    def trajectories(self, images_BCSS: torch.Tensor) -> torch.Tensor:
+        """``[B * places, L, D]``"""
+        kept: list[torch.Tensor] = []
+        handles = [
+            self.network.get_submodule(block.name).register_forward_hook(
+                lambda module, inputs, output, layout=block.layout: kept.append(to_grid(first_tensor(output), layout))
+            )
+            for block in self.blocks
+        ]
+        self.network(images_BCSS.to(self.device))
+        for handle in handles:
+            handle.remove()
+        side, width = self.config.model.spatial_resolution, self.config.model.feature_dim
+        pooled = [F.adaptive_avg_pool2d(activation, side).flatten(2).transpose(1, 2) for activation in kept]
+        return torch.stack([F.adaptive_avg_pool1d(one, width) for one in pooled], dim=2).flatten(0, 1)
+
+    def train_step(self, optimizer: torch.optim.Optimizer, batch_NLD: torch.Tensor) -> float:
+        optimizer.zero_grad()
+        loss = F.mse_loss(self.model(batch_NLD).output_NLD, batch_NLD)
+        loss.backward()
+        optimizer.step()
+        torch.cuda.empty_cache()
+        return loss.item()
+
+    def stream(self) -> float:
+        """Seconds of an epoch, batch by batch."""
+        started = time.perf_counter()
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        for images in self.loader:
+            self.train_step(optimizer, self.trajectories(images))
+        return time.perf_counter() - started
+
+    def collect(self, epochs: int = 1) -> tuple[float, float]:
+        """Seconds of collecting all trajectories, and of so many epochs over them."""
+        started = time.perf_counter()
+        collected = torch.cat([self.trajectories(images).cpu() for images in self.loader])
+        between = time.perf_counter()
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
+        for batch in self._batches(collected, epochs):
+            self.train_step(optimizer, batch.to(self.device))
+        return between - started, time.perf_counter() - between
+
+    def _batches(self, collected: torch.Tensor, epochs: int) -> Iterator[torch.Tensor]:
+        size = self.config.data.imagenet.batch_size * self.config.model.spatial_resolution**2
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(collected)).split(size):
+                yield collected[chosen]
+
+
+def reference(config: Config, extractor: TrajectoryExtractor, folder: Path) -> Reference:
+    """The plain trainings of a config; ``extractor`` says which blocks there are."""
+    settings, device = config.backbone, torch.device(device_type())
+    workers = resolve_workers(config.data.num_workers, 1)
+    loader = DataLoader(Pixels(config, folder), config.data.imagenet.batch_size, shuffle=True, num_workers=workers)
+    return Reference(
+        config,
+        plain_network(settings.name, settings.weights, config.seed).to(device),
+        extractor.backbone.blocks,
+        bundle.new_model(bundle.model_document(config, extractor)).to(device).train(),
+        loader,
+        device,
+    )

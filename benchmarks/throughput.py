@@ -1,0 +1,296 @@
+"""How close does training come to what the frozen backbone's forward alone costs? One process, one run, interleaved.
+
+    python benchmarks/throughput.py [--backbones resnet50 ...] [--models autoencoder ...] [--images DIR] [--count 128]
+                                    [--rounds 3] [--json FILE] [key=value ...]
+
+In every round, on the same images and batches (images/s; medians over the rounds; ratios within a round, with spread):
+
+(a) limit      the forward alone: channels last, BatchNorm folded, up to the last block, compiled if the config says so,
+               on batches that are decoded beforehand. The best of the rounds counts, as nothing can be faster.
+(b) stream     the plain streaming loop of benchmarks/reference.py
+(c) collect    all trajectories first, then the training on them
+(d) trajdist   an epoch of ``trajdist train``, its loop alone; with its start, statistics and calibration in brackets
+(e) cached     the same once cache.dir has the trajectories
+
+"arithmetic" is the share of the floating-point operations of a step that are the backbone's: (d) / (a) can reach it
+where the model's operations are as fast as the backbone's. Backbones have random weights unless ``backbone.weights``
+says otherwise; speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference import Reference, reference, repeated
+from rich.console import Console
+from rich.table import Table
+from scoring import ratio, seconds
+from torch.utils.flop_counter import FlopCounterMode
+
+from trajdist import bundle
+from trajdist.cli import main as trajdist
+from trajdist.config import Config
+from trajdist.config_files import load_config
+from trajdist.data.loader import SlotDataset
+from trajdist.data.sources import open_source
+from trajdist.feed import num_places
+from trajdist.losses import trajectory_losses
+from trajdist.runtime import device_type
+from trajdist.sharding import Slots
+from trajdist.trajectory import TrajectoryExtractor, _with_slack
+
+BACKBONES = {
+    "resnet50": ["backbone.name=resnet50", "model.spatial_resolution=7"],
+    "efficientnet_lite0": ["backbone.name=efficientnet_lite0", "model.spatial_resolution=14"],
+    "vit_b_16": ["backbone.name=vit_b_16", "model.spatial_resolution=7"],
+}
+MODELS = {
+    "autoencoder": ["model.type=autoencoder"],
+    "vae": ["model.type=vae"],
+    "transformer": ["model.type=transformer", "model.hidden_dim=128", "train.cell_fraction=0.25"],
+}
+EPOCHS = 3
+# Enough to make a projection from; it does not change the speed of an epoch.
+STATISTICS_IMAGES = 32
+
+
+@dataclass
+class Case:
+    """One backbone with one model: its config's overrides, and the works to time."""
+
+    overrides: list[str]
+    config: Config
+    extractor: TrajectoryExtractor
+    batches: list[torch.Tensor]
+    reference: Reference
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    folder: Path
+
+    def limit(self) -> float:
+        """Seconds of the forward alone over all images."""
+        return seconds(lambda: [self.forward(batch) for batch in self.batches] and synchronize())
+
+    def train(self, name: str, *overrides: str) -> tuple[float, float]:
+        """Seconds of an epoch's loop, and of the whole command."""
+        run_dir = self.folder / name
+        started = time.perf_counter()
+        with quiet():
+            code = trajdist(["train", "default", *self.overrides, f"run_dir={run_dir}", *overrides, "--fresh"])
+        assert code == 0, f"trajdist ended with {code}"
+        whole = time.perf_counter() - started
+        # One process has no launcher to tell it that a run is over.
+        gc.collect()
+        return float(json.loads((run_dir / "summary.json").read_text())["phase1"]["seconds"]), whole
+
+
+def open_case(backbone: str, model: str, arguments: argparse.Namespace, images: Path, folder: Path) -> Case:
+    overrides = [
+        "backbone.weights=none",
+        f"data.imagenet.path={images}",
+        "data.imagenet.batch_size=16",
+        f"trajectory.statistics_images={STATISTICS_IMAGES}",
+        "calibration.holdout_fraction=0",
+        *BACKBONES[backbone],
+        *MODELS[model],
+        *arguments.overrides,
+    ]
+    config = load_config("default", overrides)
+    extractor = bundle.new_extractor(config).to(torch.device(device_type()))
+    folder.mkdir()
+    return Case(
+        overrides,
+        config,
+        extractor,
+        decoded(config, images),
+        reference(config, extractor, images),
+        forward_alone(extractor, config.backbone.compile),
+        folder,
+    )
+
+
+def decoded(config: Config, images: Path) -> list[torch.Tensor]:
+    """The images as uint8 batches, on the device."""
+    source, size = open_source(str(images), "IMAGES"), config.data.imagenet.batch_size
+    data = SlotDataset(source, lambda epoch, positions: positions, config.data.image_size, "crop")
+    slots = [Slots(0, start, min(start + size, len(source)), size) for start in range(0, len(source), size)]
+    return [data[slot].images.to(device_type()) for slot in slots]
+
+
+def forward_alone(extractor: TrajectoryExtractor, compile: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The backbone up to its last block, whose output is what a compiler must not leave out."""
+
+    @torch.no_grad()
+    def forward(images_BCSS: torch.Tensor) -> torch.Tensor:
+        last: list[torch.Tensor] = []
+
+        def visit(block: int, activation: torch.Tensor) -> None:
+            last[:] = [activation]
+
+        extractor.backbone(images_BCSS, visit)
+        return last[0]
+
+    if not compile:
+        return forward
+    from torch._inductor import config as inductor
+
+    compiled = torch.compile(forward, fullgraph=True, dynamic=False)
+    on_cpu = device_type() == "cpu"
+
+    def run(images_BCSS: torch.Tensor) -> torch.Tensor:
+        with inductor.patch(freezing=on_cpu):
+            return compiled(_with_slack(images_BCSS) if on_cpu else images_BCSS)
+
+    return run
+
+
+def synchronize() -> None:
+    if device_type() == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Without what a command prints."""
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        yield
+
+
+def gflop_per_image(case: Case) -> dict[str, float]:
+    """Floating-point operations of the backbone's forward, of pooling and projection, and of the model's step."""
+    extractor, config = case.extractor, case.config
+    image = case.batches[0][:1]
+    with FlopCounterMode(display=False) as backbone:
+        forward_alone(extractor, compile=False)(image)
+    with FlopCounterMode(display=False) as extraction:
+        trajectories_1HWLD = extractor(image)
+    target_NLD = trajectories_1HWLD.flatten(0, 2)[: num_places(config, extractor)]
+    with FlopCounterMode(display=False) as model:
+        losses = trajectory_losses(case.reference.model(target_NLD), target_NLD, extractor.projection.valid_LD, 1, 1.0)
+        losses.loss.sum().backward()
+    case.reference.model.zero_grad()
+    backbone_flops = backbone.get_total_flops()
+    return {
+        "backbone": backbone_flops / 1e9,
+        "projection": (extraction.get_total_flops() - backbone_flops) / 1e9,
+        "model": model.get_total_flops() / 1e9,
+    }
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """All works once a round; a round before them warms up."""
+    count, cache = sum(len(batch) for batch in case.batches), f"cache.dir={case.folder / 'cache'}"
+    rates: dict[str, list[float]] = {}
+    for _ in range(rounds + 1):
+        limit, stream = case.limit(), case.reference.stream()
+        collecting, training = case.reference.collect()
+        plain, whole = case.train("plain")
+        filling, _ = case.train("filling", cache)
+        cached, _ = case.train("cached", cache)
+        for name, epochs, taken in (
+            ("limit", 1, limit),
+            ("stream", 1, stream),
+            ("collect", 1, collecting + training),
+            ("trajdist", 1, plain),
+            ("trajdist, whole command", 1, whole),
+            ("cached", 1, cached),
+            (f"collect, {EPOCHS} epochs", EPOCHS, collecting + EPOCHS * training),
+            (f"trajdist, {EPOCHS} epochs", EPOCHS, EPOCHS * plain),
+            (f"trajdist with a cache, {EPOCHS} epochs", EPOCHS, filling + (EPOCHS - 1) * cached),
+        ):
+            rates.setdefault(name, []).append(epochs * count / taken)
+    return report(case, count, {name: values[1:] for name, values in rates.items()})
+
+
+def report(case: Case, count: int, rates: dict[str, list[float]]) -> dict[str, Any]:
+    gflop = gflop_per_image(case)
+    arithmetic = gflop["backbone"] / sum(gflop.values())
+    best = [max(rates["limit"])] * len(rates["limit"])
+    pairs = {
+        "d / a": (rates["trajdist"], best),
+        "d / b": (rates["trajdist"], rates["stream"]),
+        "d / c": (rates["trajdist"], rates["collect"]),
+        "e / d": (rates["cached"], rates["trajdist"]),
+        f"d / c, {EPOCHS} epochs": (rates[f"trajdist, {EPOCHS} epochs"], rates[f"collect, {EPOCHS} epochs"]),
+        f"d, then e / c, {EPOCHS} epochs": (
+            rates[f"trajdist with a cache, {EPOCHS} epochs"],
+            rates[f"collect, {EPOCHS} epochs"],
+        ),
+    }
+    ratios = {name: ratio(*pair) for name, pair in pairs.items()}
+    return {
+        "images": count,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device_type() == "cuda" else "cpu",
+        "settings": case.overrides,
+        "images_per_s": {name: statistics.median(values) for name, values in rates.items()} | {"limit": best[0]},
+        "ratios": ratios,
+        "gflop_per_image": gflop,
+        "arithmetic": arithmetic,
+        "d / a of the arithmetic": ratios["d / a"]["median"] / arithmetic,
+    }
+
+
+def table(results: dict[str, dict[str, Any]]) -> Table:
+    """One column per case."""
+    made = Table(title="images/s, and ratios: median (least to greatest)", title_justify="left")
+    made.add_column("")
+    for case in results:
+        made.add_column(case, justify="right")
+    first = next(iter(results.values()))
+    for name in first["images_per_s"]:
+        made.add_row(name, *(f"{one['images_per_s'][name]:.1f}" for one in results.values()))
+    made.add_section()
+    for name in first["ratios"]:
+        made.add_row(name, *(spread(one["ratios"][name]) for one in results.values()))
+    made.add_section()
+    for name in first["gflop_per_image"]:
+        made.add_row(f"GFLOP per image: {name}", *(f"{one['gflop_per_image'][name]:.2f}" for one in results.values()))
+    for name in ("arithmetic", "d / a of the arithmetic"):
+        made.add_row(name, *(f"{one[name]:.2f}" for one in results.values()))
+    return made
+
+
+def spread(one: dict[str, float]) -> str:
+    return f"{one['median']:.2f} ({one['least']:.2f} to {one['greatest']:.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["resnet50"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["autoencoder"])
+    parser.add_argument("--images", help="a folder of images (default: photographs of scikit-image)")
+    parser.add_argument("--count", type=int, default=128, help="images of an epoch; the folder is repeated")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as backbone.compile=true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        images = repeated(arguments.images, arguments.count, Path(folder, "images"))
+        for backbone in arguments.backbones:
+            for model in arguments.models:
+                name = f"{backbone} {model}"
+                case = open_case(backbone, model, arguments, images, Path(folder, name))
+                results[name] = measure(case, arguments.rounds)
+                del case
+                gc.collect()
+    Console(width=60 + 30 * len(results)).print(table(results))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""How a checkpoint is written: without a second copy in memory, and for whoever may read the folder."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from trajdist.checkpoint import FILES, Checkpoint, CheckpointWriter, load_checkpoint, newest_checkpoint, verify
+from trajdist.runtime import memory_bytes, peak_memory_bytes, reset_peak_memory
+
+CPU = torch.device("cpu")
+
+
+def write(folder: Path, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> Path:
+    writer = CheckpointWriter(folder, keep=1)
+    writer.save(7, Checkpoint(model, optimizer, {}))
+    writer.finish()
+    path, problems = newest_checkpoint(folder)
+    assert not problems
+    assert path is not None
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are counted by Linux")
+def test_memory_holds_one_copy(tmp_path):
+    model = {str(number): torch.ones(2**23) for number in range(4)}
+    optimizer = {f"{number}.{kind}": torch.ones(2**23) for number in range(4) for kind in ("exp_avg", "exp_avg_sq")}
+    state_bytes = sum(tensor.nbytes for tensor in (*model.values(), *optimizer.values()))
+    reset_peak_memory(CPU)
+    before = memory_bytes(CPU)
+    path = write(tmp_path, model, optimizer)
+    assert peak_memory_bytes(CPU) - before < 1.3 * state_bytes
+    assert verify(path) is None
+
+
+def test_files_are_as_readable_as_each_other(tmp_path):
+    path = write(tmp_path, {"a": torch.ones(3)}, {"0.step": torch.ones(())})
+    modes = {stat.S_IMODE((path / name).stat().st_mode) for name in (*FILES, "manifest.json")}
+    assert len(modes) == 1
+
+
+def test_what_was_written_is_what_is_read(debug_run):
+    path, problems = newest_checkpoint(debug_run / "checkpoints")
+    assert not problems
+    assert path is not None
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.model
+    assert {name.split(".")[1] for name in checkpoint.optimizer} == {"step", "exp_avg", "exp_avg_sq"}

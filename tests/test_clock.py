@@ -1,0 +1,76 @@
+"""The clock's stages, with a time that the test makes go by."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from trajdist import clock as clocks
+from trajdist.clock import STAGES, Clock
+
+
+class Hours:
+    """Stands in for ``time``."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def hours(monkeypatch) -> Hours:
+    hours = Hours()
+    monkeypatch.setattr(clocks, "time", hours)
+    return hours
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock(torch.device("cpu"))
+
+
+def spent(clock: Clock) -> dict[str, float]:
+    return {stage: seconds for stage, seconds in clock.seconds().items() if seconds}
+
+
+def test_stages_add_up(clock, hours):
+    for seconds in (1, 2):
+        with clock("model"):
+            hours.now += seconds
+    assert spent(clock) == {"model": 3}
+    assert tuple(clock.seconds()) == STAGES
+
+
+def test_the_rest_of_a_stage_goes_to_another_from_the_last_turn_on(clock, hours):
+    with clock("model"):
+        for _ in range(2):
+            hours.now += 5
+            clock.turn("sync")
+        hours.now += 3
+    with clock("model"):
+        hours.now += 1
+    assert spent(clock) == {"model": 11, "sync": 3}
+
+
+def test_a_watched_module_is_taken_out_of_the_stage_around_it(clock, hours):
+    class Slow(nn.Module):
+        def forward(self) -> None:
+            hours.now += 4
+
+    module = Slow()
+    with clock("backbone"), clock.watching(module, "projection", within="backbone"):
+        hours.now += 6
+        module()
+        module()
+    module()
+    assert spent(clock) == {"backbone": 6, "projection": 8}
+
+
+def test_figures_of_an_earlier_process_are_kept(clock, hours):
+    clock.restore({"model": 2.0, "data": 1.0})
+    with clock("data"):
+        hours.now += 1
+    assert spent(clock) == {"model": 2, "data": 2}

@@ -1,0 +1,115 @@
+"""Where the time of a run goes, stage by stage."""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+# "sync" is waiting for other processes, "projection" what becomes of a block's pooled activation.
+STAGES = ("data", "transfer", "backbone", "projection", "model", "sync", "optimizer", "checkpoint")
+# On CUDA these are the host's time; the others are the device's.
+HOST_STAGES = ("data", "checkpoint")
+
+# No annotation of this module is postponed: DistributedDataParallel reads those of its hook.
+Moment: TypeAlias = float | torch.cuda.Event
+
+
+class Clock:
+    """Splits the time of a run into stages. On CUDA it reads events later instead of waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._pending: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
+        self._turn: tuple[str, Moment] | None = None
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begin = self._now(stage)
+        yield
+        end = self._now(stage)
+        turn, self._turn = self._turn, None
+        if turn is None:
+            self._add(stage, begin, end)
+        else:
+            self._add(stage, begin, turn[1])
+            self._add(turn[0], turn[1], end)
+
+    def turn(self, stage: str) -> None:
+        """What is left of the stage that runs now counts as ``stage``; of several calls the last one holds."""
+        self._turn = (stage, self._now(stage))
+
+    @contextlib.contextmanager
+    def watching(self, module: nn.Module, stage: str, within: str) -> Iterator[None]:
+        """While the block runs, calls of ``module`` in the stage ``within`` count as ``stage`` instead."""
+        begun: list[Moment] = []
+
+        def begin(*_: Any) -> None:
+            begun.append(self._now(stage))
+
+        def end(*_: Any) -> None:
+            span = begun.pop(), self._now(stage)
+            self._add(stage, *span)
+            self._add(within, *span, sign=-1)
+
+        handles = [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _now(self, stage: str) -> Moment:
+        if not self._cuda or stage in HOST_STAGES:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _add(self, stage: str, begin: Moment, end: Moment, sign: int = 1) -> None:
+        if isinstance(begin, float):
+            assert isinstance(end, float)
+            self._seconds[stage] += sign * (end - begin)
+        else:
+            assert not isinstance(end, float)
+            self._pending.append((stage, sign, begin, end))
+
+    def settle(self) -> None:
+        """Add up what the device has finished by now. Does not wait for it; called where a log line is due."""
+        waiting = []
+        for stage, sign, begin, end in self._pending:
+            if end.query():
+                self._seconds[stage] += sign * begin.elapsed_time(end) / 1000.0
+            else:
+                waiting.append((stage, sign, begin, end))
+        self._pending = waiting
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage so far. Waits for the device, so it is called where a checkpoint is written."""
+        if self._pending:
+            torch.cuda.synchronize()
+        self.settle()
+        return {stage: self._seconds[stage] for stage in STAGES}
+
+    def restore(self, seconds: dict[str, float]) -> None:
+        """Go on from the figures of an earlier process."""
+        for stage, value in seconds.items():
+            self._seconds[stage] += value
+
+
+def sum_gradients(
+    clock: Clock,
+    bucket: torch.distributed.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
+    """DistributedDataParallel's all-reduce of a bucket of gradients, timed from when the backward pass is over.
+
+    Earlier buckets travel while it goes on; from the last one on there is nothing to do but wait for the others.
+    """
+    clock.turn("sync")
+    # None is the group of all processes.
+    return allreduce_hook(None, bucket)  # type: ignore[arg-type]
