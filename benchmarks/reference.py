@@ -70,7 +70,11 @@ def plain_network(name: str, weights: str, seed: int) -> nn.Module:
 
 @dataclass
 class Reference:
-    """The two plain ways to train ``model`` on a folder."""
+    """The two plain ways to train ``model`` on a folder.
+
+    Attributes:
+        part: what it is doing: ``start``, ``collecting`` or ``training``.
+    """
 
     config: Config
     network: nn.Module
@@ -78,6 +82,7 @@ class Reference:
     model: nn.Module
     loader: DataLoader[torch.Tensor]
     device: torch.device
+    part: str = "start"
 
     @torch.no_grad()
     def trajectories(self, images_BCSS: torch.Tensor) -> torch.Tensor:
@@ -106,7 +111,7 @@ class Reference:
 
     def stream(self) -> float:
         """Seconds of an epoch, batch by batch."""
-        started = time.perf_counter()
+        started, self.part = time.perf_counter(), "training"
         optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         for images in self.loader:
             self.train_step(optimizer, self.trajectories(images))
@@ -114,9 +119,9 @@ class Reference:
 
     def collect(self, epochs: int = 1) -> tuple[float, float]:
         """Seconds of collecting all trajectories, and of so many epochs over them."""
-        started = time.perf_counter()
+        started, self.part = time.perf_counter(), "collecting"
         collected = torch.cat([self.trajectories(images).cpu() for images in self.loader])
-        between = time.perf_counter()
+        between, self.part = time.perf_counter(), "training"
         optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         for batch in self._batches(collected, epochs):
             self.train_step(optimizer, batch.to(self.device))
