@@ -165,9 +165,9 @@ class Rehearsal:
         for module in (self.extractor.backbone, self.extractor.projection, self.model):
             self._become_fake(module)
         self.widths = [min(count, config.model.feature_dim) for count in self.extractor.projection.channels]
-        self.sizes = self._measure_sizes()
         self._contrasts = phase == 2 and config.domain_adaptation.objective == "contrast"
         self.trainee = self._contrasting() if self._contrasts else self.model
+        self.sizes = self._measure_sizes()
 
     def _become_fake(self, module: nn.Module) -> None:
         """Replace every parameter and buffer in place by one of the same shape that has no contents."""
@@ -185,7 +185,7 @@ class Rehearsal:
             return ContrastModel(self.model, self._residual_model(places, entries), valid_F)
 
     def _measure_sizes(self) -> Sizes:
-        trained = [weight.numel() for weight in self.model.parameters() if weight.requires_grad]
+        trained = [weight.numel() for weight in self.trainee.parameters() if weight.requires_grad]
         network = self.extractor.backbone.network
         return Sizes(
             backbone_bytes=bytes_of(network),
@@ -216,7 +216,7 @@ class Rehearsal:
         weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         with self._mode, LiveBytes(weights) as live:
             yield live
-        self.model.zero_grad()
+        self.trainee.zero_grad()
 
     def _images(self, batch_size: int) -> torch.Tensor:
         size = self.config.data.image_size
