@@ -13,7 +13,7 @@ from images import write_images
 from jobs import launch
 from safetensors.torch import load_file
 
-from trajdist import bundle, loop
+from trajdist import bundle, loop, objectives
 from trajdist.backbones import build_backbone
 from trajdist.cli import main
 from trajdist.losses import trajectory_losses
@@ -167,7 +167,7 @@ def test_anomaly_detection_names_the_operation(images, tmp_path, monkeypatch, fr
         found = trajectory_losses(*arguments)
         return found._replace(loss=(found.loss * 0.0).sqrt())  # Infinite slope times zero.
 
-    monkeypatch.setattr(loop, "trajectory_losses", broken)
+    monkeypatch.setattr(objectives, "trajectory_losses", broken)
     try:
         with (
             pytest.raises(RuntimeError, match=r"MulBackward0. returned nan"),

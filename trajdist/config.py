@@ -167,6 +167,8 @@ class DomainAdaptation(Section):
 
     enabled: bool | None = Field(None, json_schema_extra=FREE)
     """Whether `run` goes on to Phase 2; null means wherever data.domain.path is set."""
+    objective: Literal["reconstruction", "contrast"] = "reconstruction"
+    """`reconstruction` as in Phase 1; `contrast` teaches the score to tell drawn defects from clean places."""
     lora: Lora = Lora()
     """The adapter."""
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from trajdist import bundle
 from trajdist.clock import Clock
@@ -27,8 +27,8 @@ from trajdist.config import Config
 from trajdist.data.cache import Cached
 from trajdist.data.loader import ImageBatch
 from trajdist.feed import Feed, num_places
-from trajdist.losses import trajectory_losses
 from trajdist.models.registry import build_model
+from trajdist.objectives import ContrastModel, DefectContrast, Objective, ReconstructionError
 from trajdist.residuals import PlaceMoments, ResidualModel
 from trajdist.trajectory import BlockMoments, TrajectoryExtractor, pca_whitening
 
@@ -166,6 +166,8 @@ class Rehearsal:
             self._become_fake(module)
         self.widths = [min(count, config.model.feature_dim) for count in self.extractor.projection.channels]
         self.sizes = self._measure_sizes()
+        self._contrasts = phase == 2 and config.domain_adaptation.objective == "contrast"
+        self.trainee = self._contrasting() if self._contrasts else self.model
 
     def _become_fake(self, module: nn.Module) -> None:
         """Replace every parameter and buffer in place by one of the same shape that has no contents."""
@@ -175,6 +177,12 @@ class Rehearsal:
                 frozen = [name for name in fake if not part.get_parameter(name).requires_grad]
                 part._parameters |= {name: nn.Parameter(weight, name not in frozen) for name, weight in fake.items()}
                 part._buffers |= {name: _like(value) for name, value in part._buffers.items() if value is not None}
+
+    def _contrasting(self) -> nn.Module:
+        entries, places = sum(self.widths), self.extractor.resolution**2
+        with self._mode:
+            valid_F = torch.zeros(entries, dtype=torch.int64)
+            return ContrastModel(self.model, self._residual_model(places, entries), valid_F)
 
     def _measure_sizes(self) -> Sizes:
         trained = [weight.numel() for weight in self.model.parameters() if weight.requires_grad]
@@ -198,7 +206,8 @@ class Rehearsal:
             statistics = self._statistics(images, live) if self.phase == 1 else Live()
             residuals = self._residuals(images, live)
         with self._counting() as live:
-            trajectories_bytes, backbone, model = self._step(self._images(batch_size), live)
+            seen = 2 * batch_size if self._contrasts else batch_size
+            trajectories_bytes, backbone, model = self._step(self._images(seen), batch_size, live)
         return Peaks(images_bytes, trajectories_bytes, backbone, model, statistics, residuals)
 
     @contextlib.contextmanager
@@ -220,24 +229,31 @@ class Rehearsal:
         with torch.autocast("cpu", kind, enabled=self._precision != "no"):
             yield
 
-    def _step(self, images: torch.Tensor, live: LiveBytes) -> tuple[int, Live, Live]:
+    def _step(self, images: torch.Tensor, batch_size: int, live: LiveBytes) -> tuple[int, Live, Live]:
         """Bytes of the trajectories, peaks of the backbone and of the model, gradients included."""
         backbone, model, trajectories_bytes = Live(), Live(), 0
-        for weight in self.model.parameters():
+        batch, objective = self._batch(images, batch_size), self._objective()
+        for weight in self.trainee.parameters():
             weight.grad = torch.zeros_like(weight) if self._shared_gradients and weight.requires_grad else None
         for _ in range(self._micro_batches):
             live.take()
-            trajectories = self._trajectories(images)
+            feed = Feed([batch], self.extractor, images.device, self._autocast, Clock(images.device))
+            trajectories = next(iter(feed))[1]
             trajectories_bytes = trajectories.nbytes
             backbone |= live.take()
-            self._train(trajectories)
+            losses = objective(self._call, trajectories, batch, 0.5)
+            (losses.loss @ batch.weights).backward()
             model |= live.take()
             del trajectories
         return trajectories_bytes, backbone, model
 
-    def _trajectories(self, images: torch.Tensor) -> torch.Tensor:
-        """As the run's feed makes them, of an empty cache where there is to be one."""
-        count, (length, width) = len(images), self.extractor.projection.valid_LD.shape
+    def _batch(self, images: torch.Tensor, count: int) -> ImageBatch:
+        """As the run's loader makes it; of an empty cache where there is to be one."""
+        weights, digest = torch.ones(count), torch.zeros(())
+        if self._contrasts:
+            coverage = torch.zeros(count, self.extractor.resolution**2)
+            return ImageBatch(images, weights, digest, [], coverage=coverage)
+        length, width = self.extractor.projection.valid_LD.shape
         chosen = num_places(self.config, self.extractor)
         places = torch.zeros(count, chosen, dtype=torch.int64) if chosen < self.extractor.resolution**2 else None
         cached = None
@@ -245,19 +261,17 @@ class Rehearsal:
             found = torch.zeros(0, chosen, length, width, dtype=torch.bfloat16)
             none, all_slots = torch.zeros(0, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
             cached = Cached(found, none, all_slots, all_slots)
-        batch = ImageBatch(images, torch.ones(count), torch.zeros(()), [], places, cached)
-        feed = Feed([batch], self.extractor, images.device, self._autocast, Clock(images.device))
-        return next(iter(feed))[1]
+        return ImageBatch(images, weights, digest, [], places, cached)
 
-    def _train(self, trajectories: torch.Tensor) -> None:
-        target_NLD = trajectories.flatten(0, -3)
+    def _objective(self) -> Objective:
+        valid_LD = self.extractor.projection.valid_LD
+        return DefectContrast(valid_LD) if self._contrasts else ReconstructionError(valid_LD, 1.0, 0.0)
+
+    def _call(self, target_NLD: torch.Tensor) -> Any:
+        """As Accelerate calls a model: it hands the outputs on in float32."""
         with self._autocast():
-            reconstruction = self.model(target_NLD)
-        # Accelerate hands the outputs of a model on in float32.
-        reconstruction = reconstruction._make(None if part is None else part.float() for part in reconstruction)
-        batch_size = len(trajectories)
-        losses = trajectory_losses(reconstruction, target_NLD, self.extractor.projection.valid_LD, batch_size, 1.0)
-        (losses.loss @ torch.ones(batch_size)).backward()
+            answer = self.trainee(target_NLD)
+        return tree_map(lambda part: part.float() if isinstance(part, torch.Tensor) else part, answer)
 
     @torch.no_grad()
     def _statistics(self, images: torch.Tensor, live: LiveBytes) -> Live:

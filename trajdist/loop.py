@@ -28,11 +28,11 @@ from trajdist.data.loader import ImageBatch
 from trajdist.errors import ArtifactError, StopRequested
 from trajdist.feed import Feed
 from trajdist.journal import Journal
-from trajdist.losses import Losses, trajectory_losses
+from trajdist.objectives import Objective
 from trajdist.progress import Progress
 from trajdist.rundir import RunDir
 from trajdist.runtime import Processes, StopFlag, empty_cache, memory_bytes, peak_memory_bytes
-from trajdist.schedules import linear_warmup, warmup_cosine
+from trajdist.schedules import warmup_cosine
 from trajdist.sharding import Plan, Step, key64
 from trajdist.watchdog import Watchdog
 
@@ -57,8 +57,6 @@ class Recipe:
     learning_rate: float
     warmup_fraction: float
     max_grad_norm: float
-    kl_weight: float
-    kl_warmup_fraction: float
     seed: int
 
 
@@ -82,6 +80,7 @@ class Job:
     plan: Plan
     feed: Feed
     model: nn.Module
+    objective: Objective
     optimizer: torch.optim.Optimizer
     recipe: Recipe
     rhythm: Rhythm
@@ -133,7 +132,7 @@ def begin_step(job: Job, step: Step) -> None:
     torch.manual_seed(key64(job.recipe.seed, job.phase, step.index, job.processes.rank) >> 1)
     factor = warmup_cosine(progress_at(job, step), job.recipe.warmup_fraction)
     for group in job.optimizer.param_groups:
-        group["lr"] = job.recipe.learning_rate * factor
+        group["lr"] = job.recipe.learning_rate * factor * group.get("rate", 1.0)
     job.journal.begin(step)
     job.watchdog.beat()
 
@@ -152,17 +151,10 @@ def next_batch(job: Job, batches: Iterator[tuple[ImageBatch, torch.Tensor]]) -> 
 def add_gradients(job: Job, step: Step, batch: ImageBatch, trajectories: torch.Tensor) -> None:
     """Forward and backward of one micro-batch; the last one of a step sums the gradients over the processes."""
     with job.accelerator.accumulate(job.model), job.clock("model"):
-        losses = compute_losses(job, step, trajectories, batch)
+        losses = job.objective(job.model, trajectories, batch, progress_at(job, step))
         job.watchdog.beat()
         job.accelerator.backward(losses.loss @ batch.weights / step.num_images * gradient_share(job))
     job.journal.add(step, batch, losses)
-
-
-def compute_losses(job: Job, step: Step, trajectories: torch.Tensor, batch: ImageBatch) -> Losses:
-    target_NLD = trajectories.flatten(0, -3)
-    kl_weight = job.recipe.kl_weight * linear_warmup(progress_at(job, step), job.recipe.kl_warmup_fraction)
-    valid_LD = job.feed.extractor.projection.valid_LD
-    return trajectory_losses(job.model(target_NLD), target_NLD, valid_LD, len(batch.weights), kl_weight)
 
 
 def gradient_share(job: Job) -> int:

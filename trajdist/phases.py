@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,21 @@ import torch
 from trajdist import bundle
 from trajdist.artifacts import fingerprint
 from trajdist.config import SETS, Config
+from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import processors, resolve_workers
 from trajdist.data.sources import ImageSource
 from trajdist.doctor import Facts, diagnose, split
 from trajdist.errors import ArtifactError, ConfigError, StopRequested, UserError
 from trajdist.loop import Job, Position, seconds, trainable, trained_model
+from trajdist.objectives import ContrastModel, DefectContrast, Objective, ReconstructionError
 from trajdist.progress import summary_table
+from trajdist.residuals import ResidualModel
 from trajdist.runtime import peak_memory_bytes
 from trajdist.session import Session, open_session
 from trajdist.sharding import key64
-from trajdist.statistics import calibrate, load_extractor, prepare_extractor
+from trajdist.statistics import calibrate, contrast_residuals, load_extractor, prepare_extractor
 from trajdist.training import Trainee, train
+from trajdist.trajectory import TrajectoryExtractor
 
 
 def run(
@@ -99,7 +104,9 @@ def phase1(session: Session, at: Position) -> None:
         torch.manual_seed(key64(session.config.seed, 1) >> 1)
         model = bundle.new_model(document)
     settings = session.config.train
-    trainee = Trainee(model, settings.learning_rate, settings.weight_decay, document.trajectory_fingerprint)
+    objective = _reconstruction(session.config, extractor)
+    base = document.trajectory_fingerprint
+    trainee = Trainee(model, objective, settings.learning_rate, settings.weight_decay, base)
     job = train(session, at, selection, extractor, trainee)
     summary = _summarise(session, job)
     trained = trained_model(job)
@@ -130,14 +137,34 @@ def phase2(session: Session, at: Position) -> None:
             base, **settings.model_dump(exclude={"learning_rate", "weight_decay"}), base_fingerprint=base_id
         )
     before = fingerprint(lora.base_state(adapted))
-    trainee = Trainee(adapted, settings.learning_rate, settings.weight_decay, base_id)
+    objective: Objective = _reconstruction(session.config, extractor)
+    trainee = Trainee(adapted, objective, settings.learning_rate, settings.weight_decay, base_id)
+    whitened = None
+    if session.config.domain_adaptation.objective == "contrast":
+        whitened = contrast_residuals(session, selection, extractor, adapted, base_id)
+        trainee = _contrasting(trainee, session, extractor, whitened)
     job = train(session, at, selection, extractor, trainee)
     summary = _summarise(session, job)
     trained = trained_model(job)
+    trained = trained.model if whitened is not None else trained
     session.processes.main_does(lambda: lora.save_proven(session.rundir, trained, before, base_id))
     adapter_id = lora.adapter_fingerprint(trained, base_id)
-    calibrate(session, "domain", selection, extractor, trained, session.rundir.calibration(2), adapter_id)
+    calibrate(session, "domain", selection, extractor, trained, session.rundir.calibration(2), adapter_id, whitened)
     _finish(session, 2, summary)
+
+
+def _reconstruction(config: Config, extractor: TrajectoryExtractor) -> ReconstructionError:
+    return ReconstructionError(extractor.projection.valid_LD, config.train.kl_weight, config.train.kl_warmup_fraction)
+
+
+def _contrasting(
+    trainee: Trainee, session: Session, extractor: TrajectoryExtractor, whitened: ResidualModel
+) -> Trainee:
+    """The same adapter, trained to tell drawn defects from clean places."""
+    valid_LD = extractor.projection.valid_LD
+    model = ContrastModel(trainee.model, whitened, valid_LD.flatten().nonzero().squeeze(1))
+    defects = DefectDraw(extractor.resolution, session.config.seed, phase=2)
+    return replace(trainee, model=model, objective=DefectContrast(valid_LD), defects=defects)
 
 
 def adopt_phase1(session: Session) -> None:
@@ -225,19 +252,20 @@ def _summarise(session: Session, job: Job) -> dict[str, Any]:
 
 def _facts(session: Session, job: Job, time: dict[str, float], taken: float) -> Facts:
     config, processes = session.config, session.processes
+    # It draws new defects in every epoch, over the whole of each image.
+    contrast = job.phase == 2 and config.domain_adaptation.objective == "contrast"
     return Facts(
         seconds=taken,
         steps=job.plan.total_steps,
-        epochs=job.plan.num_epochs,
         time=time,
         waits=processes.gather([time["data"]]),
         workers=resolve_workers(config.data.num_workers, processes.local_world),
         processors=processors() // processes.local_world,
         overlapping=processes.device.type == "cuda",
         compiled=config.backbone.compile,
-        keeps=config.cache.dir is not None,
+        cacheable=config.cache.dir is None and job.plan.num_epochs > 1 and not contrast,
         half_precision=session.accelerator.mixed_precision != "no",
-        cell_fraction=config.train.cell_fraction,
+        all_places=config.train.cell_fraction == 1 and not contrast,
     )
 
 

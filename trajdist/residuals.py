@@ -105,20 +105,18 @@ class ResidualModel(nn.Module):
         raw_BP = raw_BP - IMAGE_SHARE * raw_BP.median(1, keepdim=True).values
         return (raw_BP - self.centre) / self.spread
 
-    def fit(self, moments: PlaceMoments) -> None:
-        """Set means, whitening and clean energies from the moments of clean residuals."""
+    def fit(self, moments: PlaceMoments, whiten: bool = True) -> None:
+        """Set means, whitening and clean energies from the moments of clean residuals.
+
+        Without ``whiten`` the whitening stays what it is.
+        """
         covariance_FF = moments.covariance_FF.cpu().double()
-        identity_FF = torch.eye(len(covariance_FF), dtype=torch.float64)
-        # Of the variance over all places: that about the places' means is zero where there is but one image.
-        variance = moments.all.covariance_CC.diagonal().mean().cpu().double().clamp(min=1e-6)
-        shrunk_FF = covariance_FF + SHRINKAGE * variance * identity_FF
-        order = deepest_first(self.widths)
-        lower_FF = torch.linalg.cholesky(shrunk_FF[order][:, order])
-        inverse_FF = torch.linalg.solve_triangular(lower_FF, identity_FF, upper=False)
-        back = torch.argsort(order)
-        whitening_FF = inverse_FF[back][:, back].T
-        self.whitening_FF.copy_(whitening_FF)
+        if whiten:
+            # Of the variance over all places: that about the places' means is zero where there is but one image.
+            variance = moments.all.covariance_CC.diagonal().mean().cpu().double().clamp(min=1e-6)
+            self.whitening_FF.copy_(block_whitening(covariance_FF, variance, self.widths))
         # The expected energy follows from the covariance: no further pass is needed.
+        whitening_FF = self.whitening_FF.cpu().double()
         energy_F = torch.einsum("fg,fh,hg->g", whitening_FF, covariance_FF, whitening_FF)
         self.energy_L.copy_(torch.stack([part.sum() for part in energy_F.split(self.widths)]).clamp(min=1e-6))
         self.mean_PF.copy_(moments.mean_PF)
@@ -130,6 +128,21 @@ class ResidualModel(nn.Module):
         # Of a typical image, whose median is about its mean.
         self.centre.copy_((1 - IMAGE_SHARE) * mean_P.mean())
         self.spread.copy_(roots.covariance_CC.diagonal().mean().sqrt().clamp(min=1e-6))
+
+
+def block_whitening(covariance_FF: torch.Tensor, variance: torch.Tensor, widths: list[int]) -> torch.Tensor:
+    """Whitens the deepest block first and each shallower one given those, ``[F, F]``, for rows from the left.
+
+    Args:
+        variance: the scale of the noise that :data:`SHRINKAGE` adds.
+    """
+    identity_FF = torch.eye(len(covariance_FF), dtype=torch.float64)
+    shrunk_FF = covariance_FF + SHRINKAGE * variance * identity_FF
+    order = deepest_first(widths)
+    lower_FF = torch.linalg.cholesky(shrunk_FF[order][:, order])
+    inverse_FF = torch.linalg.solve_triangular(lower_FF, identity_FF, upper=False)
+    back = torch.argsort(order)
+    return inverse_FF[back][:, back].T
 
 
 def roots(energies_BPL: torch.Tensor) -> torch.Tensor:

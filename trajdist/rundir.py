@@ -59,6 +59,10 @@ class RunDir:
     def adapter(self) -> Path:
         return self.path / "phase2" / "adapter"
 
+    @property
+    def contrast(self) -> Path:
+        return self.path / "phase2" / "contrast.safetensors"
+
     def calibration(self, phase: int) -> Path:
         return self.path / f"phase{phase}" / "calibration.safetensors"
 

@@ -13,6 +13,7 @@ from trajdist.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from trajdist.config import Config, fields, flatten
 from trajdist.config_files import dump_yaml, read_yaml
 from trajdist.data.cache import TrajectoryCache
+from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_workers
 from trajdist.data.sources import ImageSource
 from trajdist.errors import ArtifactError, ConfigError, DataError
@@ -85,6 +86,7 @@ class Session:
         cursor: int = 0,
         draw: PlaceDraw | None = None,
         cache: TrajectoryCache | None = None,
+        defects: DefectDraw | None = None,
     ) -> DataLoader[ImageBatch]:
         """The loader of a plan, sharded by Accelerate; batches stay on the host until the feed moves them."""
         data = self.config.data
@@ -99,6 +101,7 @@ class Session:
             pin_memory=self.processes.device.type == "cuda",
             draw=draw,
             cache=cache,
+            defects=defects,
         )
         prepared: DataLoader[ImageBatch] = self.accelerator.prepare_data_loader(loader, device_placement=False)
         return prepared

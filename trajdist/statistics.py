@@ -114,6 +114,33 @@ def clean_batches(
     check_bad_fraction(len(bad), num_images, session.config.data.max_bad_fraction, session.rundir)
 
 
+def contrast_residuals(
+    session: Session, selection: Selection, extractor: TrajectoryExtractor, model: nn.Module, base: str
+) -> ResidualModel:
+    """What the base model's residuals are like on the domain. Measured once: every resumed run reads the same file.
+
+    Raises:
+        StopRequested: the pass starts over next time.
+    """
+    path = session.rundir.contrast
+    detector = _new_detector(session, path, extractor, model)
+    if not path.exists():
+        detector.residual.fit(_residual_moments(session, "domain", selection, extractor, detector))
+
+        def save() -> None:
+            path.parent.mkdir(exist_ok=True)
+            detector.save(path, base)
+
+        session.processes.main_does(save)
+    detector.load(path, base)
+    return detector.residual
+
+
+def _new_detector(session: Session, path: Path, extractor: TrajectoryExtractor, model: nn.Module) -> Detector:
+    residual = ResidualModel(extractor.projection.valid_LD.cpu(), extractor.resolution)
+    return Detector(path.parent.name, model, residual).to(session.processes.device)
+
+
 def calibrate(
     session: Session,
     set_name: str,
@@ -122,28 +149,33 @@ def calibrate(
     model: nn.Module,
     path: Path,
     base: str,
+    whitened: ResidualModel | None = None,
 ) -> None:
     """Learn what residuals and scores of clean images are like, and save it to ``path``.
 
     Residuals are measured on (a bounded sample of) the images trained on; scores on images held out from training,
     so that the p-values made from them mean what they say. All in float32, as scoring does it.
 
+    Args:
+        whitened: has the whitening that the model was trained under; None measures one.
+
     Raises:
         StopRequested: the passes start over next time.
     """
-    num_images = min(selection.num_train, session.config.trajectory.statistics_images)
-    detector = Detector(
-        path.parent.name, model, ResidualModel(extractor.projection.valid_LD.cpu(), extractor.resolution)
-    )
-    detector.to(session.processes.device)
-    _fit_residuals(session, set_name, selection, extractor, detector, num_images)
+    detector = _new_detector(session, path, extractor, model)
+    if whitened is not None:
+        detector.residual.load_state_dict(whitened.state_dict())
+    moments = _residual_moments(session, set_name, selection, extractor, detector)
+    detector.residual.fit(moments, whiten=whitened is None)
+    _fit_places(session, set_name, selection, extractor, detector)
     if not selection.num_holdout:
         session.say("no images are held out: p-values rest on images that were trained on, and promise too much")
     detector.held_out = selection.num_holdout > 0
     index_at = selection.holdout if detector.held_out else selection.train
     valid_LD = extractor.projection.valid_LD
     cells, images = detector.cells.histogram, detector.images.histogram
-    held_out = min(selection.num_holdout, session.config.trajectory.statistics_images) or num_images
+    most = session.config.trajectory.statistics_images
+    held_out = min(selection.num_holdout, most) or min(selection.num_train, most)
     for batch in clean_batches(session, set_name, index_at, held_out, "calibration"):
         scores = detector.score(extractor(batch.images), valid_LD)
         cells.update(scores.cells_BHW.cpu(), batch.weights.cpu()[:, None, None].expand_as(scores.cells_BHW))
@@ -154,22 +186,27 @@ def calibrate(
 
 
 @torch.no_grad()
-def _fit_residuals(
-    session: Session,
-    set_name: str,
-    selection: Selection,
-    extractor: TrajectoryExtractor,
-    detector: Detector,
-    num_images: int,
-) -> None:
-    """Two passes: covariance of the residuals, then what clean images score at each place."""
+def _residual_moments(
+    session: Session, set_name: str, selection: Selection, extractor: TrajectoryExtractor, detector: Detector
+) -> PlaceMoments:
+    """A pass over (a bounded sample of) the images trained on."""
     processes, valid_LD, places = session.processes, extractor.projection.valid_LD, extractor.resolution**2
+    num_images = min(selection.num_train, session.config.trajectory.statistics_images)
     moments = PlaceMoments(places, int(valid_LD.sum()), processes.device)
     for batch in clean_batches(session, set_name, selection.train, num_images, "residuals"):
         moments.update(detector.residuals(extractor(batch.images), valid_LD), batch.weights)
     moments.all_reduce(processes.sum)
-    detector.residual.fit(moments)
-    usual = BlockMoments(places, processes.device)
+    return moments
+
+
+@torch.no_grad()
+def _fit_places(
+    session: Session, set_name: str, selection: Selection, extractor: TrajectoryExtractor, detector: Detector
+) -> None:
+    """Another pass: what clean images score at each place."""
+    processes, valid_LD = session.processes, extractor.projection.valid_LD
+    num_images = min(selection.num_train, session.config.trajectory.statistics_images)
+    usual = BlockMoments(extractor.resolution**2, processes.device)
     for batch in clean_batches(session, set_name, selection.train, num_images, "places"):
         usual.update(roots(detector.energies(extractor(batch.images), valid_LD)), batch.weights)
     usual.all_reduce(processes.sum)

@@ -17,10 +17,12 @@ from trajdist.checkpoint import Checkpoint, CheckpointWriter
 from trajdist.clock import Clock, sum_gradients
 from trajdist.config import SETS, Config
 from trajdist.data.cache import GIB, CacheWriter, TrajectoryCache
+from trajdist.data.drawing import DefectDraw
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.feed import Feed, num_places
 from trajdist.journal import Journal
 from trajdist.loop import Job, Position, Recipe, Rhythm, fit, restore
+from trajdist.objectives import LOGISTIC_RATE, Objective
 from trajdist.profiling import nothing, profiling
 from trajdist.progress import Progress
 from trajdist.runtime import reset_peak_memory
@@ -31,12 +33,17 @@ from trajdist.trajectory import TrajectoryExtractor
 
 @dataclass(frozen=True)
 class Trainee:
-    """A model to train, how fast, and the fingerprint of what it stands on."""
+    """A model to train, what it minimises, how fast, and the fingerprint of what it stands on.
+
+    ``defects`` draws what the objective contrasts clean images with; it sees whole images, afresh in every epoch.
+    """
 
     model: nn.Module
+    objective: Objective
     learning_rate: float
     weight_decay: float
     base: str
+    defects: DefectDraw | None = None
 
 
 def train(
@@ -57,9 +64,10 @@ def train(
         prepared_model.register_comm_hook(clock, sum_gradients)
     if config.backbone.compile and processes.device.type == "cuda":
         prepared_model = torch.compile(prepared_model, dynamic=False)  # On CPUs it loses (docs/LOG.md).
-    cache = _cache(session, set_name, extractor) if config.cache.dir else None
-    draw = _place_draw(session, at.phase, extractor)
-    loader = session.loader(set_name, selection.train, plan, cursor, draw, cache)
+    whole = trainee.defects is not None
+    cache = _cache(session, set_name, extractor) if config.cache.dir and not whole else None
+    draw = None if whole else _place_draw(session, at.phase, extractor)
+    loader = session.loader(set_name, selection.train, plan, cursor, draw, cache, trainee.defects)
     writer = _cache_writer(session, cache) if cache is not None else None
     feed = Feed(loader, extractor, processes.device, session.accelerator.autocast, clock, writer)
     torch.autograd.set_detect_anomaly(config.runtime.detect_anomaly)
@@ -76,6 +84,7 @@ def train(
             plan=plan,
             feed=feed,
             model=prepared_model,
+            objective=trainee.objective,
             optimizer=prepared_optimizer,
             recipe=_recipe(config, trainee.learning_rate),
             rhythm=_rhythm(config),
@@ -232,9 +241,15 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019); biases, gains and embeddings of depth are not decayed."""
     weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    logistic = [weight for name, weight in weights if name == "logistic"]
+    weights = [(name, weight) for name, weight in weights if name != "logistic"]
     decayed = [weight for name, weight in weights if weight.ndim >= 2 and "depth_" not in name]
     others = [weight for name, weight in weights if weight.ndim < 2 or "depth_" in name]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+        {"params": logistic, "weight_decay": 0.0, "rate": LOGISTIC_RATE},
+    ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=learning_rate, fused=device.type in ("cuda", "cpu")
     )
@@ -245,8 +260,6 @@ def _recipe(config: Config, learning_rate: float) -> Recipe:
         learning_rate=learning_rate,
         warmup_fraction=config.train.warmup_fraction,
         max_grad_norm=config.train.max_grad_norm,
-        kl_weight=config.train.kl_weight,
-        kl_warmup_fraction=config.train.kl_warmup_fraction,
         seed=config.seed,
     )
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from trajdist.data.cache import Cached, TrajectoryCache, look_up, padded
 from trajdist.data.decode import Fit, to_square
+from trajdist.data.drawing import DefectDraw
 from trajdist.data.sources import ImageSource
 from trajdist.sharding import Int64s, PlaceDraw, Plan, Slots, digest
 
@@ -31,6 +33,8 @@ class ImageBatch(NamedTuple):
         failures: ``(index, reason)`` of each image that could not be used; its slot is empty.
         places: int64 ``[B, K]``, the places to train on; None is all of them.
         cached: what the trajectory cache has of the batch; ``images`` are then those that it has not.
+        coverage: float32 ``[B, P]``, share of each place that a drawn defect covers; ``images`` are then ``2 B``, the
+            clean ones first.
     """
 
     images: torch.Tensor
@@ -39,6 +43,7 @@ class ImageBatch(NamedTuple):
     failures: list[tuple[int, str]]
     places: torch.Tensor | None = None
     cached: Cached | None = None
+    coverage: torch.Tensor | None = None
 
 
 class SlotDataset(Dataset[ImageBatch]):
@@ -52,9 +57,10 @@ class SlotDataset(Dataset[ImageBatch]):
         fit: Fit,
         draw: PlaceDraw | None = None,
         cache: TrajectoryCache | None = None,
+        defects: DefectDraw | None = None,
     ) -> None:
         self._source, self._index_at, self._size, self._fit = source, index_at, size, fit
-        self._draw, self._cache = draw, cache
+        self._draw, self._cache, self._defects = draw, cache, defects
 
     def __getitems__(self, slots: Slots) -> ImageBatch:
         # The DataLoader hands a whole batch of the sampler to this method when it exists.
@@ -63,16 +69,20 @@ class SlotDataset(Dataset[ImageBatch]):
         cached = look_up(self._cache, numbers, places) if self._cache is not None else None
         wanted = numbers if cached is None else numbers[cached.misses.numpy()]
         size = slots.size if cached is None else padded(len(wanted), slots.size)
-        images, failures = self._load(wanted, size)
+        pixels, failures = self._load(wanted, size)
+        coverage = None
+        if self._defects is not None:
+            pixels, coverage = _with_defects(self._defects, pixels, slots)
         failed = [number for number, _ in failures]
         usable = ~np.isin(numbers, failed)
         weights = torch.zeros(slots.size)
         weights[: len(numbers)] = torch.from_numpy(usable).float()
         if cached is not None:
             cached.numbers[torch.from_numpy(np.isin(wanted, failed))] = -1
-        return ImageBatch(images, weights, torch.tensor(digest(numbers[usable])), failures, places, cached)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return ImageBatch(images, weights, torch.tensor(digest(numbers[usable])), failures, places, cached, coverage)
 
-    def _load(self, numbers: Int64s, size: int) -> tuple[torch.Tensor, list[tuple[int, str]]]:
+    def _load(self, numbers: Int64s, size: int) -> tuple[npt.NDArray[np.uint8], list[tuple[int, str]]]:
         """``size`` squares, grey beyond the images and where one cannot be used; and why it cannot."""
         pixels = np.full((size, self._size, self._size, 3), 128, np.uint8)
         failures: list[tuple[int, str]] = []
@@ -82,10 +92,19 @@ class SlotDataset(Dataset[ImageBatch]):
                 pixels[slot] = to_square(image, self._size, self._fit)
             except Exception as error:  # Hostile bytes make decoders raise anything; the image is named and left out.
                 failures.append((number, _reason(error)))
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2), failures
+        return pixels, failures
 
     def __getitem__(self, slots: Slots) -> ImageBatch:
         return self.__getitems__(slots)
+
+
+def _with_defects(
+    draw: DefectDraw, pixels: npt.NDArray[np.uint8], slots: Slots
+) -> tuple[npt.NDArray[np.uint8], torch.Tensor]:
+    """The images followed by themselves with defects, and what the defects cover."""
+    pairs = [draw(image, slots.epoch, slots.start + slot) for slot, image in enumerate(pixels)]
+    drawn, coverage = (np.stack(part) for part in zip(*pairs, strict=True))
+    return np.concatenate([pixels, drawn]), torch.from_numpy(coverage)
 
 
 def _reason(error: Exception) -> str:
@@ -122,10 +141,11 @@ def build_loader(
     pin_memory: bool,
     draw: PlaceDraw | None = None,
     cache: TrajectoryCache | None = None,
+    defects: DefectDraw | None = None,
 ) -> DataLoader[ImageBatch]:
     """The loader over all processes' micro-batches, for ``accelerator.prepare`` to shard."""
     return DataLoader(
-        SlotDataset(source, index_at, size, fit, draw, cache),
+        SlotDataset(source, index_at, size, fit, draw, cache, defects),
         batch_sampler=SlotSampler(plan, cursor),
         collate_fn=_as_is,
         num_workers=num_workers,
