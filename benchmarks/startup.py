@@ -2,10 +2,10 @@
 
     python benchmarks/startup.py [--rounds 5] [--json FILE] [CONFIG] [key=value ...]
 
-``trajdist --help``, ``import torch``, ``import trajdist.phases`` (torch and all that training needs), the backbone
-built beside it, and ``trajdist train`` to its first line of metrics.jsonl, which follows the first step. CONFIG is by
-default ResNet-50 with random weights on 32 photographs of scikit-image. "own" is what is left of that when torch is
-imported and the backbone is built: statistics over those images, their eigenvectors, the model, and the step.
+``trajdist --help``, ``import torch``, ``import trajdist.phases`` (torch and all that training needs), the same and the
+backbone built, and ``trajdist train`` to its first line of metrics.jsonl, which follows the first step. CONFIG is by
+default ResNet-50 with random weights on 32 photographs of scikit-image. "own" is what the run takes beyond imports and
+building: statistics over those images, their eigenvectors, the model, and the step.
 """
 
 from __future__ import annotations

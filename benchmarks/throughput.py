@@ -1,6 +1,6 @@
 """How close does training come to what the frozen backbone's forward alone costs? One process, one run, interleaved.
 
-    python benchmarks/throughput.py [--backbones resnet50 ...] [--models autoencoder ...] [--images DIR] [--count 128]
+    python benchmarks/throughput.py [--backbones resnet50 ...] [--models autoencoder ...] [--images DIR] [--count 256]
                                     [--rounds 3] [--json FILE] [key=value ...]
 
 In every round, on the same images and batches (images/s; medians over the rounds; ratios within a round, with spread):
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["resnet50"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["autoencoder"])
     parser.add_argument("--images", help="a folder of images (default: photographs of scikit-image)")
-    parser.add_argument("--count", type=int, default=128, help="images of an epoch; the folder is repeated")
+    parser.add_argument("--count", type=int, default=256, help="images of an epoch; the folder is repeated")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as backbone.compile=true")

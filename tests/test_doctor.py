@@ -17,16 +17,15 @@ def facts(time: dict[str, float], **changes: object) -> Facts:
     plain = Facts(
         seconds=100.0,
         steps=1000,
-        epochs=3,
         time=dict.fromkeys(STAGES, 0.0) | time,
         waits=[time.get("data", 0.0)],
         workers=0,
         processors=8,
         overlapping=False,
         compiled=False,
-        keeps=False,
+        cacheable=True,
         half_precision=False,
-        cell_fraction=1.0,
+        all_places=True,
     )
     return dataclasses.replace(plain, **changes)
 
@@ -39,11 +38,11 @@ def facts(time: dict[str, float], **changes: object) -> Facts:
         ({"data": 30, "backbone": 60}, {}, "or set cache.dir"),
         ({"data": 19, "backbone": 75}, {}, "at its limit"),
         ({"backbone": 90}, {}, "backbone.compile=true and cache.dir=DIR"),
-        ({"backbone": 90}, {"epochs": 1}, "backbone.compile=true make"),
+        ({"backbone": 90}, {"cacheable": False}, "backbone.compile=true make"),
         ({"backbone": 90}, {"overlapping": True}, "runtime.mixed_precision=bf16"),
-        ({"backbone": 90}, {"compiled": True, "keeps": True}, "only more processes"),
+        ({"backbone": 90}, {"compiled": True, "cacheable": False}, "only more processes"),
         ({"backbone": 30, "model": 60}, {}, "train.cell_fraction=0.25"),
-        ({"backbone": 30, "model": 60}, {"cell_fraction": 0.25}, "smaller model.hidden_dim"),
+        ({"backbone": 30, "model": 60}, {"all_places": False}, "smaller model.hidden_dim"),
         ({"sync": 25, "backbone": 65}, {}, "gradient_accumulation_steps"),
         ({"checkpoint": 12, "backbone": 80}, {}, "checkpoint.every_steps"),
         ({"optimizer": 30, "backbone": 65}, {}, "the optimizer (30%"),
@@ -80,7 +79,7 @@ def test_the_settings_it_names_exist():
     known = {key for key, *_ in fields()}
     sentences = [diagnose(facts({stage: 99.0})) for stage in (*STAGES, "other")]
     sentences += [
-        diagnose(facts({"model": 99.0}, cell_fraction=0.5)),
+        diagnose(facts({"model": 99.0}, all_places=False)),
         diagnose(facts({"backbone": 99}, overlapping=True)),
     ]
     named = {key for sentence in sentences for key in re.findall(r"\b[a-z]+\.[a-z_]+[a-z]\b", sentence)}

@@ -13,7 +13,8 @@ from images import write_images
 from jobs import launch
 from safetensors.torch import load_file
 
-from trajdist import loop, objectives
+from trajdist import bundle, loop, objectives
+from trajdist.backbones import build_backbone
 from trajdist.cli import main
 from trajdist.losses import trajectory_losses
 
@@ -175,3 +176,15 @@ def test_anomaly_detection_names_the_operation(images, tmp_path, monkeypatch, fr
             main(arguments("train", images, tmp_path / "run", "runtime.detect_anomaly=true"))
     finally:
         torch.autograd.set_detect_anomaly(False)
+
+
+def test_one_backbone_serves_statistics_and_both_phases(tmp_path, monkeypatch):
+    built = []
+
+    def build(*args):
+        built.append(args)
+        return build_backbone(*args)
+
+    monkeypatch.setattr(bundle, "build_backbone", build)
+    assert main(["run", "debug", f"run_dir={tmp_path / 'run'}", "runtime.mixed_precision=no"]) == 0
+    assert len(built) == 1

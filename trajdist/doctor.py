@@ -21,21 +21,21 @@ class Facts:
         waits: seconds that each process waited for its images.
         processors: that one process may use.
         overlapping: the backbone runs beside the model (CUDA), so the stages' sum may exceed ``seconds``.
-        keeps: whether cache.dir is set.
+        cacheable: whether setting cache.dir would serve later epochs.
+        all_places: whether a smaller train.cell_fraction than 1 would serve.
     """
 
     seconds: float
     steps: int
-    epochs: int
     time: Mapping[str, float]
     waits: Sequence[float]
     workers: int
     processors: int
     overlapping: bool
     compiled: bool
-    keeps: bool
+    cacheable: bool
     half_precision: bool
-    cell_fraction: float
+    all_places: bool
 
 
 def split(time: Mapping[str, float], seconds: float) -> dict[str, float]:
@@ -86,12 +86,12 @@ def _more_data(facts: Facts) -> str:
 
 
 def _keep(facts: Facts) -> str:
-    return ", or set cache.dir: later epochs read no images" if facts.epochs > 1 and not facts.keeps else ""
+    return ", or set cache.dir: later epochs read no images" if facts.cacheable else ""
 
 
 def _lighter_backbone(facts: Facts) -> str:
     ways = [] if facts.compiled else ["backbone.compile=true"]
-    if facts.epochs > 1 and not facts.keeps:
+    if facts.cacheable:
         ways.append("cache.dir=DIR (epochs from the second on do without it)")
     if facts.overlapping and not facts.half_precision:
         ways.append("runtime.mixed_precision=bf16")
@@ -99,9 +99,9 @@ def _lighter_backbone(facts: Facts) -> str:
 
 
 def _lighter_model(facts: Facts) -> str:
-    if facts.cell_fraction == 1:
+    if facts.all_places:
         return "train.cell_fraction=0.25 trains on a quarter of the places of each image"
-    return "lower train.cell_fraction further, or choose a smaller model.hidden_dim"
+    return "a smaller model.hidden_dim, from Phase 1 on, makes it faster"
 
 
 Rule = tuple[float, str, Callable[[Facts], str]]

@@ -252,19 +252,20 @@ def _summarise(session: Session, job: Job) -> dict[str, Any]:
 
 def _facts(session: Session, job: Job, time: dict[str, float], taken: float) -> Facts:
     config, processes = session.config, session.processes
+    # It draws new defects in every epoch, over the whole of each image.
+    contrast = job.phase == 2 and config.domain_adaptation.objective == "contrast"
     return Facts(
         seconds=taken,
         steps=job.plan.total_steps,
-        epochs=job.plan.num_epochs,
         time=time,
         waits=processes.gather([time["data"]]),
         workers=resolve_workers(config.data.num_workers, processes.local_world),
         processors=processors() // processes.local_world,
         overlapping=processes.device.type == "cuda",
         compiled=config.backbone.compile,
-        keeps=config.cache.dir is not None,
+        cacheable=config.cache.dir is None and job.plan.num_epochs > 1 and not contrast,
         half_precision=session.accelerator.mixed_precision != "no",
-        cell_fraction=config.train.cell_fraction,
+        all_places=config.train.cell_fraction == 1 and not contrast,
     )
 
 
