@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import io
 import json
 import os
 import statistics
@@ -86,9 +87,10 @@ class Case:
         """Seconds of an epoch's loop, and of the whole command."""
         run_dir = self.folder / name
         started = time.perf_counter()
-        with quiet():
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             code = trajdist(["train", "default", *self.overrides, f"run_dir={run_dir}", *overrides, "--fresh"])
-        assert code == 0, f"trajdist ended with {code}"
+        if code:
+            raise SystemExit(f"{printed.getvalue()}\ntrajdist ended with {code}")
         whole = time.perf_counter() - started
         # One process has no launcher to tell it that a run is over.
         gc.collect()
@@ -158,13 +160,6 @@ def forward_alone(extractor: TrajectoryExtractor, compile: bool) -> Callable[[to
 def synchronize() -> None:
     if device_type() == "cuda":
         torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def quiet() -> Any:
-    """Without what a command prints."""
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-        yield
 
 
 def gflop_per_image(case: Case) -> dict[str, float]:
