@@ -137,7 +137,7 @@ class Reference:
 def reference(config: Config, extractor: TrajectoryExtractor, folder: Path) -> Reference:
     """The plain trainings of a config; ``extractor`` says which blocks there are."""
     settings, device = config.backbone, torch.device(device_type())
-    workers = resolve_workers(config.data.num_workers, 1)
+    workers = resolve_workers(config.data.num_workers, 1, device.type)
     loader = DataLoader(Pixels(config, folder), config.data.imagenet.batch_size, shuffle=True, num_workers=workers)
     return Reference(
         config,

@@ -25,6 +25,7 @@ import gc
 import io
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -191,6 +192,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         limit, stream = case.limit(), case.reference.stream()
         collecting, training = case.reference.collect()
         plain, whole = case.train("plain")
+        shutil.rmtree(case.folder / "cache", ignore_errors=True)
         filling, _ = case.train("filling", cache)
         cached, _ = case.train("cached", cache)
         for name, epochs, taken in (

@@ -72,7 +72,7 @@ class Data(Section):
     image_size: Annotated[int, Field(ge=16)] = 224
     """Height and width the backbone sees, in pixels."""
     num_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field("auto", json_schema_extra=FREE)
-    """Decoding processes per training process; `auto` divides the processors that the job may use."""
+    """Decoding processes per training process; `auto` shares out the processors that do not compute."""
     read_retries: Annotated[int, Field(ge=0)] = Field(3, json_schema_extra=FREE)
     """How often a read that fails with a passing I/O error is tried again, with growing pauses."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.05, json_schema_extra=FREE)

@@ -259,7 +259,7 @@ def _facts(session: Session, job: Job, time: dict[str, float], taken: float) -> 
         steps=job.plan.total_steps,
         time=time,
         waits=processes.gather([time["data"]]),
-        workers=resolve_workers(config.data.num_workers, processes.local_world),
+        workers=resolve_workers(config.data.num_workers, processes.local_world, processes.device.type),
         processors=processors() // processes.local_world,
         overlapping=processes.device.type == "cuda",
         compiled=config.backbone.compile,

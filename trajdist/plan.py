@@ -79,7 +79,8 @@ def _plan_phase(
     selection = _select(config, source, phase)
     global_batch = world * settings.batch_size * settings.gradient_accumulation_steps
     walk = Plan(selection.num_train, settings.num_epochs, global_batch, world, settings.batch_size)
-    workers = resolve_workers(config.data.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    workers = resolve_workers(config.data.num_workers, local_world, torch.device(device).type)
     precision = resolve_precision(config.runtime.mixed_precision, device)
 
     modules = build_modules(config, phase)

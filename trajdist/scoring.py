@@ -121,7 +121,7 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
             cursor=cursor,
             size=scorer.size,
             fit=scorer.fit,
-            num_workers=resolve_workers("auto", processes.local_world),
+            num_workers=resolve_workers("auto", processes.local_world, processes.device.type),
             pin_memory=processes.device.type == "cuda",
         )
         return accelerator.prepare_data_loader(loader, device_placement=False)

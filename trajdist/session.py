@@ -97,7 +97,7 @@ class Session:
             cursor=cursor,
             size=data.image_size,
             fit=getattr(data, set_name).fit,
-            num_workers=resolve_workers(data.num_workers, self.processes.local_world),
+            num_workers=resolve_workers(data.num_workers, self.processes.local_world, self.processes.device.type),
             pin_memory=self.processes.device.type == "cuda",
             draw=draw,
             cache=cache,

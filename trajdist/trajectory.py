@@ -64,6 +64,12 @@ class Projection(nn.Module):
         centred_BPC = pooled_BPC - self.get_buffer(f"mean_{block}")
         return linear(centred_BPC, self.get_buffer(f"matrix_{block}").T)
 
+    def lay_out(self) -> None:
+        """Keep the matrices in memory as their products read them."""
+        for block in range(len(self.channels)):
+            matrix_CD = self.get_buffer(f"matrix_{block}")
+            self.register_buffer(f"matrix_{block}", matrix_CD.T.contiguous().T)
+
     def set_block(self, block: int, mean_C: torch.Tensor, matrix_CD: torch.Tensor) -> None:
         self.get_buffer(f"mean_{block}").copy_(mean_C)
         self.get_buffer(f"matrix_{block}").copy_(matrix_CD)
@@ -74,6 +80,7 @@ class TrajectoryExtractor:
 
     def __init__(self, backbone: Backbone, projection: Projection, resolution: int) -> None:
         self.backbone, self.projection, self.resolution = backbone, projection, resolution
+        projection.lay_out()
         self._run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = self._trajectories
 
     def to(self, device: torch.device) -> TrajectoryExtractor:

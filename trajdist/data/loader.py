@@ -171,8 +171,12 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resolve_workers(setting: int | str, local_world: int) -> int:
-    """``auto``: the processors this job may use, shared out, one left for training; at most 16 per process."""
+def resolve_workers(setting: int | str, local_world: int, device_type: str) -> int:
+    """``auto``: the processors this job may use, shared out, less those that compute; at most 16 per process.
+
+    On a CPU the network's own threads compute, and a worker beside them would only hold them up.
+    """
     if isinstance(setting, int):
         return setting
-    return min(16, max(0, processors() // local_world - 1))
+    computing = torch.get_num_threads() if device_type == "cpu" else 1
+    return min(16, max(0, processors() // local_world - computing))
