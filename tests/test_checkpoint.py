@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from trajdist import checkpoint as writing
+from trajdist.artifacts import read_tensors
 from trajdist.checkpoint import FILES, Checkpoint, CheckpointWriter, load_checkpoint, newest_checkpoint, verify
+from trajdist.errors import ArtifactError
 from trajdist.runtime import memory_bytes, peak_memory_bytes, reset_peak_memory
 
 CPU = torch.device("cpu")
@@ -49,3 +53,26 @@ def test_what_was_written_is_what_is_read(debug_run):
     checkpoint = load_checkpoint(path)
     assert checkpoint.model
     assert {name.split(".")[1] for name in checkpoint.optimizer} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_not_a_number_is_written_and_read_as_anything_else(tmp_path):
+    path = write(tmp_path, {"a": torch.tensor([float("nan"), 1.0])}, {"0.step": torch.ones(())})
+    assert read_tensors(path / "model.safetensors")["a"].isnan().tolist() == [True, False]
+
+
+def test_a_file_that_is_not_what_was_in_memory_is_no_checkpoint(tmp_path, monkeypatch):
+    """Hashes of what lies on the disk cannot know that the disk took something else than it was given."""
+    good = write(tmp_path, {"a": torch.zeros(3)}, {"0.step": torch.ones(())})
+
+    def one_bit_else(tensors: dict[str, torch.Tensor], path: Path, **options: object) -> None:
+        save_file(tensors, path, **options)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(writing, "save_file", one_bit_else)
+    writer = CheckpointWriter(tmp_path, keep=2)
+    writer.save(8, Checkpoint({"a": torch.ones(3)}, {"0.step": torch.ones(())}, {}))
+    with pytest.raises(ArtifactError, match=r"model\.safetensors reads back as something else"):
+        writer.finish()
+    assert newest_checkpoint(tmp_path)[0] == good

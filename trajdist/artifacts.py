@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ from trajdist.errors import ArtifactError
 from trajdist.files import write_bytes
 
 METADATA_KEY = "trajdist"
+_PIECE = 2**24  # bytes
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | None = None) -> str:
@@ -50,6 +51,34 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise _damaged(path, error) from None
+
+
+def holds(path: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a safetensors file has exactly these CPU tensors, bit by bit.
+
+    The file is read in pieces, not mapped: mapped pages would count as this process's memory.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+            entries.pop("__metadata__", None)
+            return entries.keys() == tensors.keys() and all(
+                _same(file, 8 + length + entry["data_offsets"][0], tensors[name]) for name, entry in entries.items()
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _same(file: BinaryIO, start: int, tensor: torch.Tensor) -> bool:
+    """Bit by bit, so that a NaN equals itself."""
+    file.seek(start)
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    pieces = (content[at : at + _PIECE] for at in range(0, len(content), _PIECE))
+    return all(file.read(len(piece)) == piece for piece in pieces)
 
 
 def read_document(path: Path) -> Any:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from trajdist.artifacts import read_tensors
+from trajdist.artifacts import holds, read_tensors
 from trajdist.errors import ArtifactError
 from trajdist.files import read_json, sync_file, sync_folder, write_bytes
 
@@ -86,6 +86,7 @@ class CheckpointWriter:
                 shutil.copymode(temporary / "state.json", temporary / name)
                 sync_file(temporary / name)
             write_bytes(temporary / "manifest.json", json.dumps(_manifest(temporary), indent=2).encode())
+            _check_contents(temporary, checkpoint)
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
@@ -108,6 +109,22 @@ def _copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 def _manifest(folder: Path) -> dict[str, Any]:
     entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in FILES}
     return {"format": 1, "files": entries}
+
+
+def _check_contents(folder: Path, checkpoint: Checkpoint) -> None:
+    """The hashes are those of the files; here the files are held against the memory they came from, after the hashing.
+
+    A tensor at a time: a second copy of all of them may not fit.
+
+    Raises:
+        ArtifactError: a file that reads back as something else than was written.
+    """
+    pairs = {"model.safetensors": checkpoint.model, "optimizer.safetensors": checkpoint.optimizer}
+    same = (folder / "state.json").read_text(encoding="utf-8") == json.dumps(checkpoint.state, indent=2)
+    wrong = [] if same else ["state.json"]
+    wrong += [name for name, tensors in pairs.items() if not holds(folder / name, tensors)]
+    if wrong:
+        raise ArtifactError(f"{wrong[0]} reads back as something else than was written")
 
 
 def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
