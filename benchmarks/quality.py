@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from trajdist.bundle import load_extractor
 from trajdist.data.decode import Fit, to_square
 from trajdist.data.labelled import GOOD, LabelledFolder
-from trajdist.data.sources import ImageFolder, ImageSource
+from trajdist.data.protocol import ImageSource
+from trajdist.data.sources import ImageFolder
 from trajdist.histogram import ScoreHistogram
 from trajdist.metrics import PixelScores, curve
 from trajdist.trajectory import BlockMoments, TrajectoryExtractor

@@ -16,7 +16,8 @@ from PIL import ExifTags, Image
 from trajdist.data.decode import decode, to_square
 from trajdist.data.loader import ImageBatch, SlotDataset, build_loader
 from trajdist.data.samples import SamplePhotos
-from trajdist.data.sources import ImageFolder, open_source, read_bytes
+from trajdist.data.sources import ImageFolder, open_source
+from trajdist.data.storage import read_bytes
 from trajdist.errors import DataError
 from trajdist.sharding import Plan, Selection, Slots, digest
 

@@ -17,6 +17,7 @@ from trajdist.budget import LARGEST_BATCH, largest_within
 from trajdist.cli import _size, main
 from trajdist.config_files import load_config
 from trajdist.data.sources import open_sets
+from trajdist.data.storage import Access
 from trajdist.footprint import HEAP_LIMIT, LiveBytes, Rehearsal, build_modules
 from trajdist.plan import Options, make_plan, plan_table
 from trajdist.probe import Rates
@@ -35,7 +36,7 @@ def plan(images, *overrides, phases=(1,), **options):
     """The plan of a tiny job."""
     config = load_config(None, [*TINY, f"data.imagenet.path={images}", f"data.domain.path={images}", *overrides])
     paths = {1: ("imagenet", str(images)), 2: ("domain", str(images))}
-    sources = open_sets(dict(paths[phase] for phase in phases), 0)
+    sources = open_sets(dict(paths[phase] for phase in phases), Access())
     return make_plan(config, sources, list(phases), Options(**{"measure": False, "device": "cpu", **options}))
 
 

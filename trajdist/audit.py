@@ -19,6 +19,7 @@ from trajdist.config import SETS, Config, parse_config
 from trajdist.config_files import read_yaml
 from trajdist.errors import ArtifactError
 from trajdist.rundir import RunDir
+from trajdist.selection import recall
 from trajdist.sharding import Selection, digest
 
 CHUNK = 2**16
@@ -155,17 +156,9 @@ def audit(run_dir: str | Path) -> Audit:
 
 def _phases(rundir: RunDir, config: Config) -> Iterator[tuple[int, PhaseAudit]]:
     """The phases that have begun."""
-    for phase, set_name in SETS.items():
-        known = rundir.recall(set_name)
-        if known is None:
-            continue
-        total = known.get("num_images") if isinstance(known, dict) else None
-        if not isinstance(total, int) or not 0 < total < 2**40:
-            raise ArtifactError(f"{str(rundir.path / 'run.json')!r} is damaged: {set_name} has no number of images.")
-        settings = getattr(config.data, set_name)
-        fraction = config.calibration.holdout_fraction
-        selection = Selection.draw(total, settings.num_samples, fraction, config.seed, phase)
-        if selection.num_train:
+    for phase in SETS:
+        selection = recall(rundir, config, phase)
+        if selection is not None and selection.num_train:
             yield phase, PhaseAudit(phase, selection)
 
 

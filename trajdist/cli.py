@@ -14,7 +14,7 @@ from trajdist.errors import StopRequested, UserError
 
 if TYPE_CHECKING:
     from trajdist.config import Config
-    from trajdist.data.sources import ImageSource
+    from trajdist.data.protocol import ImageSource
     from trajdist.scoring import Options
 
 EPILOG = """\
@@ -170,6 +170,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource]
     """The config, its image sets, and the phases that it asks for."""
     from trajdist.config_files import load_config
     from trajdist.data.sources import open_sets
+    from trajdist.data.storage import Access
 
     config = load_config(arguments.config, arguments.overrides)
     phases = list(arguments.phases)
@@ -177,7 +178,9 @@ def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource]
     if 1 in phases and 2 in phases and (adaptation is False or (adaptation is None and not config.data.domain.path)):
         phases.remove(2)
     wanted = {1: ("imagenet", config.data.imagenet.path), 2: ("domain", config.data.domain.path)}
-    return config, open_sets(dict(wanted[phase] for phase in phases), config.data.read_retries), phases
+    data = config.data
+    access = Access(data.read_retries, data.cache_dir, data.cache_gib, data.shuffle_window)
+    return config, open_sets(dict(wanted[phase] for phase in phases), access), phases
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -208,8 +211,9 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> int:
     from trajdist.data.sources import open_source
+    from trajdist.data.storage import Access
 
-    source = open_source(arguments.images, "IMAGES", read_retries=3)
+    source = open_source(arguments.images, "IMAGES", Access(retries=3))
     from trajdist.reporting import report
     from trajdist.scoring import open_scoring, score, score_table
 

@@ -42,11 +42,12 @@ class ImageSet(Section):
     """A set of images and how training walks through it."""
 
     path: str | None = Field(None, json_schema_extra=FREE)
-    """A folder of images (searched recursively), or `skimage:NAME`, photographs that scikit-image ships."""
+    """A folder of images (searched recursively), tar shards (`/data/set-{000..127}.tar`, `s3://...`), `hf:NAME:SPLIT`,
+    `hf:imagefolder:DIR`, or `skimage:NAME`, photographs that scikit-image ships."""
     batch_size: PositiveInt = 32
     """Images per process and micro-batch."""
     num_samples: Annotated[int, Field(ge=-1)] = -1
-    """Images to train on: a seeded random subset; -1 is all."""
+    """Images to train on: a seeded random subset, of each known class its share; -1 is all."""
     num_epochs: PositiveInt = Field(1, json_schema_extra=FREE)
     """Passes over the images."""
     gradient_accumulation_steps: PositiveInt = 1
@@ -75,6 +76,12 @@ class Data(Section):
     """Decoding processes per training process; `auto` shares out the processors that do not compute."""
     read_retries: Annotated[int, Field(ge=0)] = Field(3, json_schema_extra=FREE)
     """How often a read that fails with a passing I/O error is tried again, with growing pauses."""
+    shuffle_window: Annotated[int, Field(ge=0)] = 16
+    """Tar shards that are mixed, and read from, at a time; 0, or no more shards than this, mixes all as in a folder."""
+    cache_dir: str | None = Field(None, json_schema_extra=FREE)
+    """A folder on a disk of the machine for copies of remote shards; null reads each image over the network."""
+    cache_gib: Rate = Field(100.0, json_schema_extra=FREE)
+    """Most that those copies may take, in GiB; the least recently used go first."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.05, json_schema_extra=FREE)
     """Unreadable images are left out and listed; when they are more than this share, the run stops."""
 

@@ -17,12 +17,12 @@ from trajdist import probe
 from trajdist.budget import FLOAT, Budget, measure_bases
 from trajdist.config import SETS, Config
 from trajdist.data.loader import resolve_workers
-from trajdist.data.sources import ImageSource
-from trajdist.errors import DataError
+from trajdist.data.protocol import ImageSource
 from trajdist.footprint import Live, Rehearsal, build_modules
 from trajdist.probe import Rates
 from trajdist.progress import GIB, Cells, format_seconds, phase_table
 from trajdist.runtime import device_type
+from trajdist.selection import draw
 from trajdist.sharding import Plan, Selection
 
 # A loader's worker has so many batches ready or in the making.
@@ -76,7 +76,7 @@ def _plan_phase(
     device = options.device or default_device()
     world = options.processes or int(os.environ.get("WORLD_SIZE", "1"))
     settings = getattr(config.data, SETS[phase])
-    selection = _select(config, source, phase)
+    selection = draw(config, phase, source)
     global_batch = world * settings.batch_size * settings.gradient_accumulation_steps
     walk = Plan(selection.num_train, settings.num_epochs, global_batch, world, settings.batch_size)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -128,14 +128,6 @@ def _plan_phase(
         **_time(config, walk, selection, rates, workers, device),
     }
     return report, earlier | budget.left_in_heap(peaks)
-
-
-def _select(config: Config, source: ImageSource, phase: int) -> Selection:
-    name = SETS[phase]
-    num_samples = getattr(config.data, name).num_samples
-    if num_samples == 0:
-        raise DataError(f"data.{name}.num_samples=0 leaves nothing to train on: use -1 for all images.")
-    return Selection.draw(len(source), num_samples, config.calibration.holdout_fraction, config.seed, phase)
 
 
 def default_device() -> str:

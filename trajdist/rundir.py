@@ -63,6 +63,10 @@ class RunDir:
     def contrast(self) -> Path:
         return self.path / "phase2" / "contrast.safetensors"
 
+    def subset(self, set_name: str) -> Path:
+        """Numbers of the images of a stratified subset."""
+        return self.path / f"subset-{set_name}.npy"
+
     def calibration(self, phase: int) -> Path:
         return self.path / f"phase{phase}" / "calibration.safetensors"
 

@@ -5,11 +5,10 @@ Shape suffixes: N images, H W grid.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -67,19 +66,6 @@ def picture_name(image: str) -> str:
     # Most file systems allow 255 bytes; the hash keeps shortened names apart.
     raw = os.fsencode(flat)
     return flat if len(raw) <= 200 else f"{raw[:150].decode(errors='ignore')}-{hash_of(image)[:16]}"
-
-
-def files_fingerprint(root: Path, names: Iterable[str]) -> str:
-    """Tells files of the same names apart, without reading them: where they are, their sizes and times."""
-    digest = hashlib.sha256(os.fsencode(root.resolve()))
-    for name in names:
-        try:
-            stat = os.stat(root / name)
-        except OSError:
-            digest.update(b"none|")
-        else:
-            digest.update(f"{stat.st_size} {stat.st_mtime_ns}|".encode())
-    return digest.hexdigest()
 
 
 def hash_of(text: str) -> str:

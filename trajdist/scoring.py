@@ -19,7 +19,7 @@ from rich.table import Table
 from trajdist import pictures, residuals
 from trajdist.artifacts import fingerprint
 from trajdist.data.loader import ImageBatch, build_loader, resolve_workers
-from trajdist.data.sources import ImageSource
+from trajdist.data.protocol import ImageSource
 from trajdist.errors import ArtifactError, ConfigError, UserError
 from trajdist.files import read_json, write_json
 from trajdist.progress import Progress, make_console
@@ -28,7 +28,6 @@ from trajdist.score_files import (
     MapsFile,
     Row,
     count_rows,
-    files_fingerprint,
     keep_rows,
     most_anomalous,
     picture_name,
@@ -329,7 +328,7 @@ def _identity(job: Scoring) -> dict[str, Any]:
     """What must be the same for an interrupted scoring to go on."""
     return {
         "images": job.source.fingerprint,
-        "files": _files(job),
+        "files": job.source.stamp(),
         "num_images": len(job.source),
         "detectors": [fingerprint(d.residual.state_dict(), {"name": d.name}) for d in job.scorer.detectors],
         "false_alarm_rates": job.rates,
@@ -337,15 +336,6 @@ def _identity(job: Scoring) -> dict[str, Any]:
         "explain": job.options.explain,
         "overlays": job.options.overlays,
     }
-
-
-def _files(job: Scoring) -> str | None:
-    """Tells other images of the same names apart; the sample photos never change."""
-    path = Path(job.images_title).expanduser()
-    if not path.exists():
-        return None
-    root = path if path.is_dir() else path.parent
-    return files_fingerprint(root, (job.source.name(position) for position in range(len(job.source))))
 
 
 def _prepare_out(job: Scoring, plan: Plan, maps: MapsFile, resumable: bool) -> int:

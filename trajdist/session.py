@@ -15,12 +15,13 @@ from trajdist.config_files import dump_yaml, read_yaml
 from trajdist.data.cache import TrajectoryCache
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_workers
-from trajdist.data.sources import ImageSource
+from trajdist.data.protocol import ImageSource
 from trajdist.errors import ArtifactError, ConfigError, DataError
 from trajdist.preflight import add_up, compare
 from trajdist.progress import make_console
 from trajdist.rundir import RunDir
 from trajdist.runtime import Processes, StopFlag, start_accelerator
+from trajdist.selection import draw, facts, keep
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.trajectory import TrajectoryExtractor
 from trajdist.watchdog import Watchdog
@@ -55,22 +56,21 @@ class Session:
         Raises:
             DataError: other files than before, or nothing left to train on.
         """
-        source, settings = self.sources[set_name], getattr(self.config.data, set_name)
-        facts = {"num_images": len(source), "fingerprint": source.fingerprint}
-        before = self.rundir.recall(set_name) or facts
-        if before != facts:
+        source = self.sources[set_name]
+        selection = draw(self.config, phase, source)
+        found = facts(source, selection)
+        before = self.rundir.recall(set_name) or found
+        if before != found:
+            path = getattr(self.config.data, set_name).path
             count = before.get("num_images") if isinstance(before, dict) else before
             raise DataError(
-                f"data.{set_name}.path={settings.path!r} holds {len(source)} images, the run began with "
+                f"data.{set_name}.path={path!r} holds {len(source)} images, the run began with "
                 f"{count} (or their names changed): restore them, or start over with --fresh."
             )
         if self.processes.is_main:
-            self.rundir.remember(set_name, facts)
-        if settings.num_samples == 0:
-            raise DataError(f"data.{set_name}.num_samples=0 leaves nothing to train on: use -1 for all images.")
-        return Selection.draw(
-            len(source), settings.num_samples, self.config.calibration.holdout_fraction, self.config.seed, phase
-        )
+            keep(self.rundir, set_name, selection)
+            self.rundir.remember(set_name, found)
+        return selection
 
     def plan(self, set_name: str, num_images: int, num_epochs: int) -> Plan:
         """The walk through a set. The global batch is that of the world size the run began with."""

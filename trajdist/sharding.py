@@ -10,8 +10,8 @@ processes takes the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -165,28 +165,104 @@ def permute(positions: Int64s, size: int, key: int) -> Int64s:
     return result.astype(np.int64)
 
 
+def permute_windows(positions: Int64s, sizes: Int64s, window: int, key: int) -> Int64s:
+    """The places at ``positions`` when shards of ``sizes`` places lie end to end and nearly keep together.
+
+    The shards are shuffled and cut into windows of ``window`` shards; inside of a window all places are shuffled. So
+    only a window's shards are read at any time. Memory grows with the number of shards alone.
+    """
+    positions = np.asarray(positions, np.int64)
+    order = permute(np.arange(len(sizes)), len(sizes), key64(key, 0))
+    starts, ends = np.cumsum(sizes) - sizes, np.cumsum(sizes[order])
+    borders = np.append(0, ends)[np.append(np.arange(0, len(sizes), window), len(sizes))]
+    windows = np.searchsorted(borders, positions, side="right") - 1
+    mixed = np.empty_like(positions)
+    for number in np.unique(windows):
+        within, first = windows == number, borders[number]
+        size = int(borders[number + 1] - first)
+        mixed[within] = first + permute(positions[within] - first, size, key64(key, 1, int(number)))
+    places = np.searchsorted(ends, mixed, side="right")
+    shards = order[places]
+    return starts[shards] + mixed - (ends[places] - sizes[shards])
+
+
+@dataclass(frozen=True)
+class Order:
+    """What decides the order of the images beyond their number and the seed.
+
+    Attributes:
+        shard_sizes: images in each shard of the set.
+        window: shards to mix; 0 mixes all, and so does a window that holds them all.
+        classes: ``[N]``, the class of each image, where a subset is to have its share of each.
+    """
+
+    shard_sizes: Sequence[int] = ()
+    window: int = 0
+    classes: Int64s | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def by_shards(self) -> bool:
+        return 0 < self.window < len(self.shard_sizes)
+
+
 @dataclass(frozen=True)
 class Selection:
-    """Which of ``total`` images are trained on, which are held out for calibration, and the order of each epoch."""
+    """Which of ``total`` images are trained on, which are held out for calibration, and the order of each epoch.
+
+    Attributes:
+        window: shards to mix, where the order goes by shards.
+        stratified: whether each class has its share.
+        members: the images that are trained on, rising; None where a formula says it without a list.
+        member_sizes: how many of them are in each shard, where the order goes by shards.
+    """
 
     total: int
     num_train: int
     num_holdout: int
     seed: int
     phase: int
+    window: int = 0
+    stratified: bool = False
+    members: Int64s | None = field(default=None, compare=False, repr=False)
+    member_sizes: Int64s | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def draw(cls, total: int, num_samples: int, holdout_fraction: float, seed: int, phase: int) -> Selection:
-        """Hold out a seeded share of all images, then train on ``num_samples`` of the others (-1: all of them)."""
+    def draw(
+        cls, total: int, num_samples: int, holdout_fraction: float, seed: int, phase: int, order: Order | None = None
+    ) -> Selection:
+        """Hold out a seeded share of all images, then train on ``num_samples`` of the others (-1: all of them).
+
+        Where classes are known, each has its share of the ``num_samples``.
+        """
+        order = order or Order()
         num_holdout = min(round(total * holdout_fraction), total - 1) if total else 0
         available = total - num_holdout
         num_train = available if num_samples < 0 else min(num_samples, available)
-        return cls(total, num_train, num_holdout, seed, phase)
+        plain = cls(total, num_train, num_holdout, seed, phase)
+        stratified = order.classes is not None and num_train < available
+        if not stratified and not order.by_shards:
+            return plain
+        images = plain._split(np.arange(available if stratified else num_train))
+        if stratified:
+            assert order.classes is not None
+            images = images[_shares(order.classes[images], num_train)]
+        return replace(plain, stratified=stratified).of(np.sort(images), order)
+
+    def of(self, members: Int64s, order: Order) -> Selection:
+        """The same, with another list of images to train on."""
+        if not order.by_shards:
+            return replace(self, members=members)
+        borders = np.searchsorted(members, np.append(0, np.cumsum(order.shard_sizes)))
+        return replace(self, members=members, window=order.window, member_sizes=np.diff(borders))
 
     def train(self, epoch: int, positions: Int64s) -> Int64s:
         """Image indices at ``positions`` of an epoch."""
-        order = permute(positions, self.num_train, key64(self.seed, self.phase, 1, epoch))
-        return self._split(order)
+        key = key64(self.seed, self.phase, 1, epoch)
+        if self.members is None:
+            return self._split(permute(positions, self.num_train, key))
+        if self.member_sizes is None:
+            return self.members[permute(positions, self.num_train, key)]
+        return self.members[permute_windows(positions, self.member_sizes, self.window, key)]
 
     def holdout(self, epoch: int, positions: Int64s) -> Int64s:
         """Image indices at ``positions`` of the held-out images, the same in every epoch."""
@@ -194,6 +270,18 @@ class Selection:
 
     def _split(self, ranks: Int64s) -> Int64s:
         return permute(ranks, self.total, key64(self.seed, self.phase, 0))
+
+
+def _shares(classes: Int64s, count: int) -> Int64s:
+    """Which ``count`` of shuffled images to take so that each class has its share, by the largest remainders."""
+    _, numbers, sizes = np.unique(classes, return_inverse=True, return_counts=True)
+    quotas = sizes * count // len(classes)
+    remainders = sizes * count % len(classes)
+    quotas[np.argsort(-remainders, kind="stable")[: count - quotas.sum()]] += 1
+    by_class = np.argsort(numbers, kind="stable")
+    turn = np.empty(len(classes), np.int64)
+    turn[by_class] = np.arange(len(classes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.flatnonzero(turn < quotas[numbers])
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from trajdist.data.sources import ImageSource, open_source
+from trajdist.data.protocol import ImageSource
+from trajdist.data.sources import open_source
 from trajdist.sharding import key64
 
 SIDE = 224

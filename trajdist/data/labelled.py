@@ -15,15 +15,17 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 from trajdist.data.decode import Fit, to_square
-from trajdist.data.sources import ImageFolder, read_bytes
+from trajdist.data.protocol import EncodedSource
+from trajdist.data.sources import ImageFolder
+from trajdist.data.storage import read_bytes
 from trajdist.errors import DataError
 
 GOOD = "good"
 LAYOUT = "test/good/*, test/<defect>/* and ground_truth/<defect>/<name>_mask.png"
 
 
-class LabelledFolder:
-    """An :class:`trajdist.data.sources.ImageSource` of the test images, sorted by path, that knows what is wrong.
+class LabelledFolder(EncodedSource):
+    """The test images, sorted by path, that knows what is wrong.
 
     Args:
         root: the folder with ``test`` and ``ground_truth`` in it.
@@ -62,8 +64,11 @@ class LabelledFolder:
         """The path below the root, such as ``test/crack/003.png``."""
         return os.path.join("test", self._images.name(index))
 
-    def load(self, index: int, size: int | None) -> Image.Image:
-        return self._images.load(index, size)
+    def read(self, index: int) -> bytes:
+        return self._images.read(index)
+
+    def stamp(self) -> str:
+        return self._images.stamp()
 
     def kind(self, index: int) -> str:
         """The class folder: "good" or the name of the defect."""

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from trajdist.data.decode import to_rgb
+from trajdist.data.protocol import ImageSource
 from trajdist.errors import DataError
 from trajdist.sharding import key64, mix64
 
@@ -25,7 +26,7 @@ HELDOUT_CROPS_PER_PICTURE = {"photos": 6, "gravel": 36, "grass": 36, "brick": 36
 TRAIN_SHARE = 0.7
 
 
-class SamplePhotos:
+class SamplePhotos(ImageSource):
     """Seeded crops, each a pure function of its number."""
 
     def __init__(self, path: str, key: str) -> None:

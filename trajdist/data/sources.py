@@ -1,42 +1,21 @@
-"""Where images come from. A source is a numbered, ordered list of images that any process can read at random."""
+"""Where images come from: folders here, and which source a path means."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from PIL import Image
+import numpy.typing as npt
 
-from trajdist.data.decode import decode
+from trajdist.data.protocol import EXTENSIONS, EncodedSource, ImageSource, Names, numbered
+from trajdist.data.storage import Access, expand, has_pattern, is_url, read_bytes, refusal
 from trajdist.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-PASSING_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENETUNREACH}
 
-
-class ImageSource(Protocol):
-    """A numbered list of images."""
-
-    fingerprint: str
-    """Changes when the list does: names and order, not contents."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """What people call image ``index``: its path below the folder."""
-        ...
-
-    def load(self, index: int, size: int | None) -> Image.Image:
-        """Decode image ``index`` to RGB; ``size`` is a hint as for :func:`trajdist.data.decode.decode`."""
-        ...
-
-
-def open_source(path: str | None, key: str, read_retries: int = 0) -> ImageSource:
+def open_source(path: str | None, key: str, access: Access | None = None) -> ImageSource:
     """The source that ``path`` names; ``key`` is the config key or argument it came from, for the error.
 
     Raises:
@@ -44,18 +23,52 @@ def open_source(path: str | None, key: str, read_retries: int = 0) -> ImageSourc
     """
     if not path:
         raise DataError(f"{key} is not set: name a folder of images, as in {key}=/data/images.")
+    access = access or Access()
     if path.startswith("skimage:"):
         from trajdist.data.samples import SamplePhotos
 
         return SamplePhotos(path, key)
-    return ImageFolder(Path(path).expanduser(), key, read_retries)
+    if path.startswith("hf:"):
+        from trajdist.data.hub import HubDataset
+
+        return HubDataset(path, key)
+    if shards := _shards_of(path, key):
+        from trajdist.data.shards import TarShards
+
+        return TarShards(shards, key, access)
+    return ImageFolder(Path(path).expanduser(), key, access.retries)
 
 
-class ImageFolder:
-    """All image files below a folder, with or without class folders, sorted by path; or one image file.
+def _shards_of(path: str, key: str) -> list[str]:
+    """The tar shards that a path means: what a pattern or URL names, or all of a folder that holds no images; or none.
 
-    A million names are kept in one buffer (about 60 bytes each), which worker processes share.
+    Raises:
+        DataError: a folder with images and with tar files, of which some would be lost either way.
     """
+    local = Path(path).expanduser()
+    if is_url(path) or (path.endswith(".tar") and not local.is_dir() and (local.exists() or has_pattern(path))):
+        return _expanded(path if is_url(path) else str(local), key)
+    shards = sorted(str(shard) for shard in local.glob("*.tar")) if local.is_dir() else []
+    if shards and _list_images(local):
+        raise DataError(
+            f"{key}={path!r} holds images as well as tar files: name {str(local / '*.tar')!r} for the shards, or move "
+            "the tar files away."
+        )
+    return shards
+
+
+def _expanded(path: str, key: str) -> list[str]:
+    try:
+        found = expand(f"{path}*.tar" if path.endswith("/") else path)
+    except Exception as error:  # Each store raises errors of its own.
+        raise refusal(key, path, error) from None
+    if not found:
+        raise DataError(f"{key}={path!r} names no shards: nothing there matches.")
+    return found
+
+
+class ImageFolder(EncodedSource):
+    """All image files below a folder, with or without class folders, sorted by path; or one image file."""
 
     def __init__(self, root: Path, key: str, read_retries: int = 0) -> None:
         if not root.exists():
@@ -65,20 +78,32 @@ class ImageFolder:
         names = _list_images(root) if root.is_dir() else [root.name]
         if not names:
             raise DataError(f"{key}={str(root)!r} holds no images: files that end in {', '.join(EXTENSIONS)} count.")
-        encoded = [os.fsencode(name) for name in names]
-        self._buffer = b"".join(encoded)
-        self._ends = np.cumsum([len(name) for name in encoded])
-        self.fingerprint = hashlib.sha256(b"\0".join(encoded)).hexdigest()
+        self._names = Names(names)
+        self.fingerprint = self._names.fingerprint
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._names)
 
     def name(self, index: int) -> str:
-        start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._buffer[start : int(self._ends[index])])
+        return self._names[index]
 
-    def load(self, index: int, size: int | None) -> Image.Image:
-        return decode(read_bytes(self._root / self.name(index), self._retries), size)
+    def read(self, index: int) -> bytes:
+        return read_bytes(self._root / self.name(index), self._retries)
+
+    def classes(self) -> npt.NDArray[np.int64] | None:
+        """One for each folder that has images in it; None where that is one."""
+        return numbered(os.path.dirname(self.name(index)) for index in range(len(self)))
+
+    def stamp(self) -> str:
+        digest = hashlib.sha256(os.fsencode(self._root.resolve()))
+        for index in range(len(self)):
+            try:
+                stat = os.stat(self._root / self.name(index))
+            except OSError:
+                digest.update(b"none|")
+            else:
+                digest.update(f"{stat.st_size} {stat.st_mtime_ns}|".encode())
+        return digest.hexdigest()
 
 
 def _list_images(root: Path) -> list[str]:
@@ -102,18 +127,6 @@ def _raise_unreadable(error: OSError) -> None:
     raise DataError(f"the folder {error.filename!r} cannot be listed ({error.strerror}): make it readable.") from None
 
 
-def read_bytes(path: Path, retries: int) -> bytes:
-    """Read a file; an I/O error of the passing kind is tried again with growing pauses."""
-    for attempt in range(retries + 1):
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            if error.errno not in PASSING_ERRORS or attempt == retries:
-                raise
-            time.sleep(0.1 * 4**attempt)
-    raise AssertionError("unreachable")
-
-
-def open_sets(wanted: dict[str, str | None], read_retries: int) -> dict[str, ImageSource]:
+def open_sets(wanted: Mapping[str, str | None], access: Access) -> dict[str, ImageSource]:
     """Open several sets, given as ``{"imagenet": path}``, for the keys ``data.imagenet.path`` and so on."""
-    return {name: open_source(path, f"data.{name}.path", read_retries) for name, path in wanted.items()}
+    return {name: open_source(path, f"data.{name}.path", access) for name, path in wanted.items()}

@@ -1,0 +1,191 @@
+"""Tar shards in WebDataset's layout, on disk or in an object store, read at random by their indexes.
+
+Nothing is ever unpacked onto the disk, so that no name or link of a shard can reach outside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tarfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import track
+
+from trajdist.data import storage
+from trajdist.data.protocol import EXTENSIONS, EncodedSource, Names, numbered
+from trajdist.data.shard_cache import GIB, ShardCache
+from trajdist.data.shard_index import BLOCK, ShardIndex, load_index
+from trajdist.data.storage import Access, Version
+from trajdist.errors import DataError, UserError
+
+THREADS = 16
+SHOWN = 5
+
+
+class TarShards(EncodedSource):
+    """The images of tar shards, shard after shard; see :mod:`trajdist.data.shard_index` for what counts as one.
+
+    Args:
+        paths: of the shards, or URLs.
+        key: the config key or argument they came from, for the errors.
+        access: retries, and where remote shards are cached.
+
+    Raises:
+        DataError: no images; or a shard that is missing, may not be read, is damaged, or is larger than the cache.
+        ArtifactError: the cache folder cannot be written.
+    """
+
+    def __init__(self, paths: Sequence[str], key: str, access: Access) -> None:
+        self._paths, self._access = list(paths), access
+        self._shards = _open_shards(self._paths, key, access)
+        self._cache = self._open_cache(key)
+        self._ends = np.cumsum([len(shard.names) for shard in self._shards])
+        if not len(self):
+            raise DataError(f"{key}={paths[0]!r} holds no images: members that end in {', '.join(EXTENSIONS)} count.")
+        self._shown = _shown(self._paths)
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(os.fsencode(self.name(index)) + b"\0")
+        self.fingerprint = digest.hexdigest()
+        _tell_left_out(self._paths, self._shards)
+
+    def _open_cache(self, key: str) -> ShardCache | None:
+        remote = [version.size for name, version in self._versions() if storage.is_url(name)]
+        if not remote or self._access.cache_dir is None:
+            return None
+        used = sum(sorted(remote)[-self._access.window :] if self._access.window else remote)
+        if used > self._access.cache_gib * GIB:
+            raise DataError(
+                f"data.cache_gib={self._access.cache_gib:g} is less than the {used / GIB:.3g} GiB of the shards of "
+                f"{key} that are read at the same time: raise it, or lower data.shuffle_window."
+            )
+        return ShardCache(Path(self._access.cache_dir).expanduser(), self._access.cache_gib)
+
+    def _versions(self) -> list[tuple[str, Version]]:
+        return [(path, shard.version) for path, shard in zip(self._paths, self._shards, strict=True)]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Number of the shard, and of the image within it."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - int(self._ends[shard]) + len(self._shards[shard].names)
+
+    def name(self, index: int) -> str:
+        """Such as ``train-000007.tar/n01440764/n01440764_10026.jpg``."""
+        shard, member = self._find(index)
+        return f"{self._shown[shard]}/{self._shards[shard].names[member]}"
+
+    def read(self, index: int) -> bytes:
+        """The member of image ``index``.
+
+        Raises:
+            OSError: the shard is no longer what was indexed.
+            Exception: whatever the store raises.
+        """
+        shard, member = self._find(index)
+        start, size = int(self._shards[shard].offsets[member]) - BLOCK, int(self._shards[shard].sizes[member])
+        place = self._place(shard)
+        try:
+            content = storage.read_exactly(place, start, BLOCK + size, self._access.retries)
+        except FileNotFoundError:
+            # Between the look at the cache and the reading, somebody needed the room.
+            content = storage.read_exactly(self._paths[shard], start, BLOCK + size, self._access.retries)
+        if _size_in(content[:BLOCK]) != size:
+            raise OSError(f"{self._shown[shard]} has changed since it was indexed")
+        return content[BLOCK:]
+
+    def _place(self, shard: int) -> str:
+        """Where to read a shard: a copy on this machine if there is a cache with room for it."""
+        name = self._paths[shard]
+        if self._cache is None or not storage.is_url(name):
+            return name
+        try:
+            return str(self._cache.path_of(name, self._shards[shard].version, self._access.retries))
+        except OSError as error:
+            if not error.errno:
+                raise
+            return name  # A full disk makes it slow, not wrong.
+
+    def classes(self) -> npt.NDArray[np.int64] | None:
+        """What the ``.cls`` members say, or else the folders within the shards."""
+        return numbered(name for shard in self._shards for name in shard.classes)
+
+    def shard_sizes(self) -> list[int]:
+        return [len(shard.names) for shard in self._shards]
+
+    def stamp(self) -> str:
+        facts = "".join(f"{name} {version.size} {version.tag}|" for name, version in self._versions())
+        return hashlib.sha256(facts.encode(errors="surrogateescape")).hexdigest()
+
+
+def _size_in(header: bytes) -> int:
+    """What a tar header says of its member's size; -1 where it is no header."""
+    try:
+        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+    except tarfile.TarError:
+        return -1
+
+
+def _shown(paths: Sequence[str]) -> Sequence[str]:
+    """File names, or whole ones where two shards have the same."""
+    short = [os.path.basename(path) for path in paths]
+    return short if len(set(short)) == len(short) else paths
+
+
+class _Shard:
+    """An index in little memory."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.version = Version(*index.version)
+        self.names = Names(index.names)
+        self.offsets, self.sizes = np.array(index.offsets, np.int64), np.array(index.sizes, np.int64)
+        self.classes = Names(index.classes)
+        self.left_out = index.left_out
+
+
+def _open_shards(paths: list[str], key: str, access: Access) -> list[_Shard]:
+    """Processes of one job begin at different shards, so that each finds the others' indexes."""
+    folder = Path(access.cache_dir or "~/.cache/trajdist").expanduser()
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    first = rank * len(paths) // max(world, 1) % len(paths)
+    failed = threading.Event()
+
+    def load(path: str) -> tuple[str, _Shard | None]:
+        if failed.is_set():
+            return path, None
+        try:
+            return path, _Shard(storage.retrying(lambda: load_index(path, folder), access.retries))
+        except Exception as error:  # Each store raises errors of its own.
+            failed.set()
+            raise error if isinstance(error, UserError) else storage.refusal(key, path, error) from None
+
+    console = Console(stderr=True)
+    silent = rank != 0 or not console.is_terminal
+    with ThreadPoolExecutor(min(THREADS, len(paths))) as threads:
+        loading = threads.map(load, paths[first:] + paths[:first])
+        shown = track(loading, "indexes of the shards", len(paths), console=console, transient=True, disable=silent)
+        found = dict(shown)
+    return [shard for path in paths if (shard := found[path]) is not None]
+
+
+def _tell_left_out(paths: list[str], shards: list[_Shard]) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    lines = [
+        f"{path}: {name} is left out: {reason}"
+        for path, shard in zip(paths, shards, strict=True)
+        for name, reason in shard.left_out.items()
+    ]
+    more = [f"and {len(lines) - SHOWN} more members, all named in the shards' index files"]
+    for line in lines[:SHOWN] + (more if len(lines) > SHOWN else []):
+        print(f"trajdist: {line}", file=sys.stderr)
