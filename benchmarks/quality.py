@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from trajdist.bundle import load_extractor
+from trajdist.data.base import ImageSource
 from trajdist.data.decode import Fit, to_square
 from trajdist.data.labelled import GOOD, LabelledFolder
-from trajdist.data.protocol import ImageSource
 from trajdist.data.sources import ImageFolder
 from trajdist.histogram import ScoreHistogram
 from trajdist.metrics import PixelScores, curve

@@ -14,12 +14,13 @@ import trajdist
 PACKAGE = Path(trajdist.__file__).parent
 LAYERS = (
     "errors files config config_files sharding artifacts pictures folding linear doctor",
-    "data.__init__ data.decode data.drawing data.protocol data.storage data.sources data.samples data.hub"
+    "data.__init__ data.decode data.drawing data.base data.storage data.sources data.samples data.hub"
     " data.shard_index data.shard_cache data.shards data.cache data.loader data.labelled"
     " data.defects backbones",
     "trajectory models.__init__ models.reconstruction models.autoencoder models.vae models.transformer"
     " models.registry losses schedules",
-    "lora checkpoint bundle rundir selection histogram metrics calibration residuals objectives report score_files",
+    "lora checkpoint bundle rundir selection pack histogram metrics calibration residuals objectives"
+    " report score_files",
     "runtime watchdog preflight progress journal clock profiling feed loop session scorer",
     "statistics training phases scoring evaluation reporting audit footprint budget probe plan",
     "cli __main__ inspection __init__",

@@ -14,7 +14,7 @@ from trajdist.errors import StopRequested, UserError
 
 if TYPE_CHECKING:
     from trajdist.config import Config
-    from trajdist.data.protocol import ImageSource
+    from trajdist.data.base import ImageSource
     from trajdist.scoring import Options
 
 EPILOG = """\
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("images", metavar="IMAGES", help="a folder of images, one image, or skimage:NAME/heldout")
     evaluate = _add_scoring(commands, "evaluate", "labelled images in MVTec layout -> metrics.json as well", _evaluate)
     evaluate.add_argument("images", metavar="DATASET", help="a folder with test/ and ground_truth/ in it")
+    _add_pack(commands)
     audit = _add(commands, "audit", "proves that each image was seen once per epoch", _audit)
     audit.add_argument("run_dir", metavar="RUN_DIR")
     inspect = _add(commands, "inspect", "what is in a run, an adapter, a checkpoint or a safetensors file", _inspect)
@@ -124,6 +125,23 @@ def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> 
     parser.add_argument("--explain", action="store_true", help="also the blocks' errors at the hottest place")
     parser.add_argument("--overlays", choices=("all", "anomalous", "none"), default="all", help="pictures to draw")
     return parser
+
+
+def _add_pack(commands: Commands) -> None:
+    pack = _add(commands, "pack", "a folder of images -> tar shards (WebDataset), verified; goes on by itself", _pack)
+    pack.add_argument("source", metavar="SOURCE", help="a folder of images, or shards to pack anew")
+    pack.add_argument("out", metavar="OUT", help="a folder for the shards")
+    pack.add_argument("--shard-size", type=_size, default=2**28, metavar="SIZE", help="at most (256MiB)")
+    pack.add_argument("--short-side", type=_positive, metavar="PIXELS", help="scale larger images down (keep files)")
+    pack.add_argument("--quality", type=_quality, default=95, metavar="1..100", help="of scaled images' JPEGs (95)")
+    pack.add_argument("--workers", type=_positive, metavar="N", help="processes that scale (one per processor)")
+
+
+def _quality(text: str) -> int:
+    value = _positive(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"{text} is more than 100")
+    return value
 
 
 def _rate(text: str) -> float:
@@ -256,6 +274,26 @@ def _scoring_options(arguments: argparse.Namespace) -> Options:
         explain=arguments.explain,
         overlays=arguments.overlays,
     )
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from trajdist.data.base import EncodedSource
+    from trajdist.data.loader import processors
+    from trajdist.data.sources import open_source
+    from trajdist.data.storage import Access
+    from trajdist.errors import DataError
+    from trajdist.pack import Options, pack
+    from trajdist.progress import make_console
+
+    source = open_source(arguments.source, "SOURCE", Access(retries=3))
+    if not isinstance(source, EncodedSource):
+        raise DataError(f"SOURCE={arguments.source!r} has no image files to pack: name a folder of images.")
+    options = Options(arguments.shard_size, arguments.short_side, arguments.quality)
+    workers = arguments.workers or processors()
+    pack(source, arguments.source, Path(arguments.out).expanduser(), options, workers, make_console(True))
+    return 0
 
 
 def _audit(arguments: argparse.Namespace) -> int:

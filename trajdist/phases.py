@@ -14,9 +14,9 @@ import torch
 from trajdist import bundle
 from trajdist.artifacts import fingerprint
 from trajdist.config import SETS, Config
+from trajdist.data.base import ImageSource
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import processors, resolve_workers
-from trajdist.data.protocol import ImageSource
 from trajdist.doctor import Facts, diagnose, split
 from trajdist.errors import ArtifactError, ConfigError, StopRequested, UserError
 from trajdist.loop import Job, Position, seconds, trainable, trained_model

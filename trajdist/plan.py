@@ -16,8 +16,8 @@ from rich.table import Table
 from trajdist import probe
 from trajdist.budget import FLOAT, Budget, measure_bases
 from trajdist.config import SETS, Config
+from trajdist.data.base import ImageSource
 from trajdist.data.loader import resolve_workers
-from trajdist.data.protocol import ImageSource
 from trajdist.footprint import Live, Rehearsal, build_modules
 from trajdist.probe import Rates
 from trajdist.progress import GIB, Cells, format_seconds, phase_table

@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from trajdist import __version__
 from trajdist.config import Config, flatten
-from trajdist.data.protocol import ImageSource
+from trajdist.data.base import ImageSource
 from trajdist.errors import ConfigError, TrainingError
 from trajdist.runtime import Processes, device_type, named, precision
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from trajdist.config import SETS, Config
+from trajdist.data.base import ImageSource
 from trajdist.data.loader import SlotDataset
-from trajdist.data.protocol import ImageSource
 from trajdist.losses import trajectory_losses
 from trajdist.sharding import Selection, Slots
 from trajdist.trajectory import TrajectoryExtractor

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from trajdist import pictures, residuals
 from trajdist.artifacts import fingerprint
+from trajdist.data.base import ImageSource
 from trajdist.data.loader import ImageBatch, build_loader, resolve_workers
-from trajdist.data.protocol import ImageSource
 from trajdist.errors import ArtifactError, ConfigError, UserError
 from trajdist.files import read_json, write_json
 from trajdist.progress import Progress, make_console

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trajdist.config import SETS, Config
-from trajdist.data.protocol import ImageSource
+from trajdist.data.base import ImageSource
 from trajdist.errors import ArtifactError, DataError
 from trajdist.files import write_bytes
 from trajdist.rundir import RunDir

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 from trajdist.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from trajdist.config import Config, fields, flatten
 from trajdist.config_files import dump_yaml, read_yaml
+from trajdist.data.base import ImageSource
 from trajdist.data.cache import TrajectoryCache
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_workers
-from trajdist.data.protocol import ImageSource
 from trajdist.errors import ArtifactError, ConfigError, DataError
 from trajdist.preflight import add_up, compare
 from trajdist.progress import make_console

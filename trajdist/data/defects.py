@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from trajdist.data.protocol import ImageSource
+from trajdist.data.base import ImageSource
 from trajdist.data.sources import open_source
 from trajdist.sharding import key64
 

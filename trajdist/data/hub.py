@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trajdist.data.protocol import EncodedSource
+from trajdist.data.base import EncodedSource
 from trajdist.errors import DataError
 
 LOADERS = ("imagefolder", "webdataset", "parquet", "arrow")

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
+from trajdist.data.base import EncodedSource
 from trajdist.data.decode import Fit, to_square
-from trajdist.data.protocol import EncodedSource
 from trajdist.data.sources import ImageFolder
 from trajdist.data.storage import read_bytes
 from trajdist.errors import DataError

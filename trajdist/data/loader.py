@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from trajdist.data.base import ImageSource
 from trajdist.data.cache import Cached, TrajectoryCache, look_up, padded
 from trajdist.data.decode import Fit, to_square
 from trajdist.data.drawing import DefectDraw
-from trajdist.data.protocol import ImageSource
 from trajdist.sharding import Int64s, PlaceDraw, Plan, Slots, digest
 
 IndexAt = Callable[[int, Int64s], Int64s]

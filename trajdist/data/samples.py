@@ -13,8 +13,8 @@ import hashlib
 import numpy as np
 from PIL import Image
 
+from trajdist.data.base import ImageSource
 from trajdist.data.decode import to_rgb
-from trajdist.data.protocol import ImageSource
 from trajdist.errors import DataError
 from trajdist.sharding import key64, mix64
 

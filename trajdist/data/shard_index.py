@@ -16,7 +16,7 @@ from typing import IO, ClassVar, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from trajdist.data import storage
-from trajdist.data.protocol import EXTENSIONS
+from trajdist.data.base import EXTENSIONS
 from trajdist.data.storage import Version
 from trajdist.errors import ArtifactError, DataError
 from trajdist.files import write_bytes

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from trajdist.data import storage
-from trajdist.data.protocol import EXTENSIONS, EncodedSource, Names, numbered
+from trajdist.data.base import EXTENSIONS, EncodedSource, Names, numbered
 from trajdist.data.shard_cache import GIB, ShardCache
 from trajdist.data.shard_index import BLOCK, ShardIndex, load_index
 from trajdist.data.storage import Access, Version

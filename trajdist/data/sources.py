@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trajdist.data.protocol import EXTENSIONS, EncodedSource, ImageSource, Names, numbered
+from trajdist.data.base import EXTENSIONS, EncodedSource, ImageSource, Names, numbered
 from trajdist.data.storage import Access, expand, has_pattern, is_url, read_bytes, refusal
 from trajdist.errors import DataError
 

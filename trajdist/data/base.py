@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,7 @@ from trajdist.data.decode import decode
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-class ImageSource(Protocol):
+class ImageSource(ABC):
     """A numbered list of images. What has a body here need not be written again."""
 
     fingerprint: str
@@ -47,7 +46,7 @@ class ImageSource(Protocol):
         return None
 
 
-class EncodedSource(ImageSource, Protocol):
+class EncodedSource(ImageSource):
     """A source of image files."""
 
     @abstractmethod

@@ -1,0 +1,384 @@
+"""``trajdist pack``: a million files become tar shards in WebDataset's layout, whole or not at all, shard by shard.
+
+Images keep their order: image 17 of the shards is image 17 of the folder. A shard is written beside its place, read
+back against the hash of what was written, and renamed; the same command goes on behind the last whole shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from trajdist.data.base import EncodedSource
+from trajdist.data.decode import decode, to_square
+from trajdist.data.shard_index import BLOCK, SUFFIX, load_index, split_key
+from trajdist.errors import ArtifactError, ConfigError, DataError, TrainingError
+from trajdist.files import read_json, sync_file, sync_folder, write_json
+
+PIECE = 2**23
+CHUNK = 16  # images that a worker makes at a time
+TRIAL = 64  # images that the speed is measured on
+TRIAL_SIZE = 224  # pixels
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the shards are made of.
+
+    Attributes:
+        shard_bytes: a shard ends before the image that would make it larger.
+        short_side: larger images are scaled down to it, in pixels; None keeps all files as they are.
+        quality: of the JPEGs that scaled images become.
+    """
+
+    shard_bytes: int = 2**28
+    short_side: int | None = None
+    quality: int = 95
+
+
+class Packed(NamedTuple):
+    """An image that is ready to be written.
+
+    Attributes:
+        name: its path, with another ending where it was scaled.
+        source_bytes: size of its file.
+        problem: why an image that was to be scaled is packed as it is.
+    """
+
+    name: str
+    content: bytes
+    source_bytes: int
+    problem: str | None
+
+
+def pack(source: EncodedSource, title: str, out: Path, options: Options, workers: int, console: Console) -> None:
+    """Write the images of a source to shards, or go on where a command before this one ended.
+
+    Args:
+        source: the images.
+        title: what the user calls them.
+        out: a folder for the shards, made if need be; it gets ``pack.json`` and ``bad_images.jsonl`` as well.
+        options: what the shards are made of.
+        workers: processes that read and scale.
+        console: where to report.
+
+    Raises:
+        ConfigError: the folder holds something else.
+        ArtifactError: it cannot be written, or a shard reads back as something else than was written.
+        DataError: a file cannot be read.
+    """
+    packing = Packing(out, source, options)
+    with _writing(out):
+        packing.begin()
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("packing", total=len(source), completed=packing.done)
+            for shard in packing.shards_to_write(_prepared(source, options, packing.done, len(source), workers)):
+                packing.write(shard)
+                progress.update(task, completed=packing.done)
+    console.print(packing.describe(title))
+    console.print(_compare_speed(source, packing))
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{str(out)!r} cannot be written ({error.strerror}): free some space or make it writable and run the same "
+            "command again; it goes on behind the last whole shard."
+        ) from None
+
+
+class Packing:
+    """The state of the output folder."""
+
+    def __init__(self, out: Path, source: EncodedSource, options: Options) -> None:
+        self.out, self._options, self._classes = out, options, source.classes()
+        self._plan = {
+            "format": 1,
+            "fingerprint": source.fingerprint,
+            "contents": source.stamp(),
+            "num_images": len(source),
+            **asdict(options),
+        }
+        self.shards: list[dict[str, Any]] = []
+
+    @property
+    def done(self) -> int:
+        """Images in whole shards."""
+        return sum(shard["images"] for shard in self.shards)
+
+    def begin(self) -> None:
+        """Take the folder; whole shards of the same plan stay.
+
+        Raises:
+            ConfigError: it holds other shards, or other files of that kind.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        known: Any = read_json(self.out / "pack.json") if (self.out / "pack.json").exists() else {"plan": self._plan}
+        if not isinstance(known, dict) or known.get("plan") != self._plan:
+            raise ConfigError(f"OUT={str(self.out)!r} holds shards of other images or options: name another folder.")
+        for shard in known.get("shards", []):
+            if not self._is_whole(shard):
+                break
+            self.shards.append(shard)
+        expected = {shard["name"] for shard in self.shards} | {_shard_name(len(self.shards))}
+        strange = sorted(path.name for path in self.out.glob("*.tar") if path.name not in expected)
+        if strange and "shards" not in known:
+            raise ConfigError(
+                f"OUT={str(self.out)!r} holds {strange[0]!r}, which is none of these: name another folder."
+            )
+        for path in (*self.out.glob(".*.part"), *(self.out / name for name in strange)):
+            path.unlink()
+        self._note()
+
+    def _is_whole(self, shard: dict[str, Any]) -> bool:
+        path = self.out / shard["name"]
+        return path.is_file() and path.stat().st_size == shard["bytes"]
+
+    def _note(self) -> None:
+        write_json(self.out / "pack.json", {"plan": self._plan, "shards": self.shards})
+
+    def shards_to_write(self, images: Iterator[Packed]) -> Iterator[list[tuple[Packed, str | None]]]:
+        """Images with the class of each, as many as fit into a shard."""
+        shard: list[tuple[Packed, str | None]] = []
+        taken = 2 * BLOCK  # The mark at the end.
+        for number, image in enumerate(images, start=self.done):
+            label = None if self._classes is None else str(self._classes[number])
+            size = _taken_by(image.content) + (0 if label is None else _taken_by(label.encode()))
+            if shard and taken + size > self._options.shard_bytes:
+                yield shard
+                shard, taken = [], 2 * BLOCK
+            shard.append((image, label))
+            taken += size
+        if shard:
+            yield shard
+
+    def write(self, images: list[tuple[Packed, str | None]]) -> None:
+        """Write the next shard and check it.
+
+        Raises:
+            ArtifactError: it reads back as something else.
+        """
+        path = self.out / _shard_name(len(self.shards))
+        part = path.with_name(f".{path.name}.part")
+        named = _with_member_names(images)
+        with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name, image, label in named:
+                _add(tar, name, image.content)
+                if label is not None:
+                    _add(tar, f"{split_key(name)[0]}.cls", label.encode())
+        sync_file(part)
+        os.replace(part, path)
+        (self.out / f"{path.name}{SUFFIX}").unlink(missing_ok=True)
+        _check(path, named)
+        sync_folder(self.out)
+        self._note_shard(path, named)
+
+    def _note_shard(self, path: Path, named: list[tuple[str, Packed, str | None]]) -> None:
+        problems = [image for _, image, _ in named if image.problem]
+        with open(self.out / "bad_images.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"image": bad.name, "reason": bad.problem}) + "\n" for bad in problems)
+        self.shards.append(
+            {
+                "name": path.name,
+                "images": len(named),
+                "bytes": path.stat().st_size,
+                "sha256": _sha256(path),
+                "source_bytes": sum(image.source_bytes for _, image, _ in named),
+                "renamed": sum(image.name != name for name, image, _ in named),
+                "not_decoded": len(problems),
+            }
+        )
+        self._note()
+
+    def describe(self, title: str) -> str:
+        """What lies in the folder now."""
+        total = {key: sum(shard[key] for shard in self.shards) for key in ("bytes", "source_bytes", "renamed")}
+        bad = sum(shard["not_decoded"] for shard in self.shards)
+        text = (
+            f"{self.done:,} images of {title} are in {len(self.shards)} shards in {str(self.out)!r}: "
+            f"{total['bytes'] / 2**20:.1f} MiB, the files had {total['source_bytes'] / 2**20:.1f} MiB."
+        )
+        if total["renamed"]:
+            text += f" {total['renamed']} names changed, as WebDataset takes all behind the first dot for the ending."
+        if bad:
+            text += f" {bad} could not be decoded and are packed as they are; bad_images.jsonl names them."
+        return text
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def _taken_by(content: bytes) -> int:
+    return BLOCK + -(-len(content) // BLOCK) * BLOCK
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _check(path: Path, named: list[tuple[str, Packed, str | None]]) -> None:
+    """Read a shard back, as training will, and hold it against what is in memory."""
+    index = load_index(str(path), path.parent)
+    same = index.names == [name for name, _, _ in named]
+    with open(path, "rb") as file:
+        for offset, (_, image, _) in zip(index.offsets, named, strict=False):
+            file.seek(offset)
+            same = same and file.read(len(image.content)) == image.content
+    if not same:
+        path.unlink()
+        raise ArtifactError(f"{str(path)!r} reads back as something else than was written: check the disk.")
+
+
+def _with_member_names(images: list[tuple[Packed, str | None]]) -> list[tuple[str, Packed, str | None]]:
+    """Names whose keys differ: a key ends at the first dot, so other dots must go."""
+    taken: set[str] = set()
+    found = []
+    for image, label in images:
+        folder, slash, last = image.name.rpartition("/")
+        stem, _, ending = last.rpartition(".")
+        key = choice = folder + slash + stem.replace(".", "_")
+        number = 1
+        while choice in taken:
+            number += 1
+            choice = f"{key}_{number}"
+        taken.add(choice)
+        found.append((f"{choice}.{ending}", image, label))
+    return found
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _prepared(source: EncodedSource, options: Options, start: int, stop: int, workers: int) -> Iterator[Packed]:
+    """Images ``start`` to ``stop``, in order; a bounded number of them is made ahead."""
+    parts = [range(first, min(first + CHUNK, stop)) for first in range(start, stop, CHUNK)]
+    if workers < 2 or len(parts) < 2:
+        for part in parts:
+            yield from _prepare(source, options, part)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (source, options)) as pool:
+        try:
+            yield from _in_order(pool, parts, 2 * workers)
+        except BrokenProcessPool:
+            raise TrainingError("a packing process was killed (out of memory?): run the same command again.") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, parts: list[range], ahead: int) -> Iterator[Packed]:
+    waiting: deque[Future[list[Packed]]] = deque()
+    for part in parts:
+        waiting.append(pool.submit(_work, part))
+        if len(waiting) > ahead:
+            yield from waiting.popleft().result()
+    while waiting:
+        yield from waiting.popleft().result()
+
+
+_job: tuple[EncodedSource, Options]
+
+
+def _start_worker(source: EncodedSource, options: Options) -> None:
+    global _job
+    _job = source, options
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _work(part: range) -> list[Packed]:
+    return _prepare(*_job, part)
+
+
+def _prepare(source: EncodedSource, options: Options, part: range) -> list[Packed]:
+    return [_prepare_one(source, options, index) for index in part]
+
+
+def _prepare_one(source: EncodedSource, options: Options, index: int) -> Packed:
+    name = source.name(index)
+    name = name.partition(".tar/")[2] or name
+    try:
+        raw = source.read(index)
+    except Exception as error:  # Each store raises errors of its own.
+        raise DataError(f"{source.name(index)!r} cannot be read ({error}): restore it or remove it.") from None
+    if options.short_side is None:
+        return Packed(name, raw, len(raw), None)
+    try:
+        scaled = _scaled(raw, options.short_side, options.quality)
+    except Exception as error:  # Hostile bytes make decoders raise anything; training will name the image again.
+        return Packed(name, raw, len(raw), " ".join(f"{type(error).__name__}: {error}".split()).split(" <_io")[0])
+    if scaled is None:
+        return Packed(name, raw, len(raw), None)
+    return Packed(f"{name.rpartition('.')[0]}.jpg", scaled, len(raw), None)
+
+
+def _scaled(raw: bytes, short_side: int, quality: int) -> bytes | None:
+    """A JPEG with this short side; None where the image is no larger."""
+    image = decode(raw, short_side)
+    short = min(image.size)
+    if short <= short_side:
+        return None
+    size = [max(1, round(side * short_side / short)) for side in image.size]
+    content = io.BytesIO()
+    image.resize((size[0], size[1]), Image.Resampling.BICUBIC).save(content, "JPEG", quality=quality)
+    return content.getvalue()
+
+
+def _compare_speed(source: EncodedSource, packing: Packing) -> str:
+    """The same images from both, on one core."""
+    from trajdist.data.shards import TarShards
+    from trajdist.data.storage import Access
+
+    packed = TarShards([str(packing.out / shard["name"]) for shard in packing.shards], "OUT", Access())
+    chosen = np.random.default_rng(0).permutation(len(source))[:TRIAL].tolist()
+    before, after = _rate(source, chosen), _rate(packed, chosen)
+    if not before or not after:
+        return "no image could be decoded to compare the speed."
+    return (
+        f"one core decodes {after:.0f} images/s from the shards, {before:.0f} from the source "
+        f"({after / before:.2f} times as many; {len(chosen)} images, {TRIAL_SIZE} pixels)."
+    )
+
+
+def _rate(source: EncodedSource, chosen: list[int]) -> float:
+    """Images that are read, decoded and made square per second; the second time, when both are in memory."""
+    seconds, good = 0.0, 0
+    for _ in range(2):
+        good, begun = 0, time.perf_counter()
+        for index in chosen:
+            try:
+                to_square(source.load(index, TRIAL_SIZE), TRIAL_SIZE, "crop")
+            except Exception:  # Named when it was packed.
+                continue
+            good += 1
+        seconds = time.perf_counter() - begun
+    return good / seconds
