@@ -45,8 +45,9 @@ class TarShards(EncodedSource):
 
     def __init__(self, paths: Sequence[str], key: str, access: Access) -> None:
         self._paths, self._access = list(paths), access
+        self._cache = self._open_cache()
         self._shards = _open_shards(self._paths, key, access)
-        self._cache = self._open_cache(key)
+        self._check_room(key)
         self._ends = np.cumsum([len(shard.names) for shard in self._shards])
         if not len(self):
             raise DataError(f"{key}={paths[0]!r} holds no images: members that end in {', '.join(EXTENSIONS)} count.")
@@ -57,17 +58,21 @@ class TarShards(EncodedSource):
         self.fingerprint = digest.hexdigest()
         _tell_left_out(self._paths, self._shards)
 
-    def _open_cache(self, key: str) -> ShardCache | None:
-        remote = [version.size for name, version in self._versions() if storage.is_url(name)]
-        if not remote or self._access.cache_dir is None:
+    def _open_cache(self) -> ShardCache | None:
+        if self._access.cache_dir is None or not any(map(storage.is_url, self._paths)):
             return None
-        used = sum(sorted(remote)[-self._access.window :] if self._access.window else remote)
+        return ShardCache(Path(self._access.cache_dir).expanduser(), self._access.cache_gib)
+
+    def _check_room(self, key: str) -> None:
+        if self._cache is None:
+            return
+        remote = sorted(version.size for path, version in self._versions() if storage.is_url(path))
+        used = sum(remote[-self._access.window :])  # A window of 0 shards means all of them.
         if used > self._access.cache_gib * GIB:
             raise DataError(
                 f"data.cache_gib={self._access.cache_gib:g} is less than the {used / GIB:.3g} GiB of the shards of "
                 f"{key} that are read at the same time: raise it, or lower data.shuffle_window."
             )
-        return ShardCache(Path(self._access.cache_dir).expanduser(), self._access.cache_gib)
 
     def _versions(self) -> list[tuple[str, Version]]:
         return [(path, shard.version) for path, shard in zip(self._paths, self._shards, strict=True)]

@@ -173,9 +173,11 @@ def _may_pass(error: Exception) -> bool:
 def refusal(key: str, name: str, error: Exception) -> DataError:
     """A sentence for a name that cannot be read."""
     shown = f"{key}: {name!r}"
-    if isinstance(error, FileNotFoundError):
+    # Over plain HTTP any refusal is reported as a file that is not there; its cause knows better.
+    status = getattr(error.__cause__, "status", None)
+    if isinstance(error, FileNotFoundError) and status in (None, 404, 410):
         return DataError(f"{shown} does not exist: check the name, and that all shards were copied.")
-    if isinstance(error, PermissionError) or type(error).__name__ in LASTING_NAMES:
+    if status in (401, 403) or isinstance(error, PermissionError) or type(error).__name__ in LASTING_NAMES:
         return DataError(f"{shown} may not be read ({_one_line(error)}): check its permissions and your credentials.")
     if isinstance(error, ImportError):
         extra = EXTRAS.get(name.partition("://")[0])
