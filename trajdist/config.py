@@ -42,8 +42,7 @@ class ImageSet(Section):
     """A set of images and how training walks through it."""
 
     path: str | None = Field(None, json_schema_extra=FREE)
-    """A folder of images (searched recursively), tar shards (`/data/set-{000..127}.tar`, `s3://...`), `hf:NAME:SPLIT`,
-    `hf:imagefolder:DIR`, or `skimage:NAME`, photographs that scikit-image ships."""
+    """A folder (searched recursively), tar shards, `s3://...`, `hf:NAME:SPLIT` or `skimage:NAME`: see docs/data.md."""
     batch_size: PositiveInt = 32
     """Images per process and micro-batch."""
     num_samples: Annotated[int, Field(ge=-1)] = -1
