@@ -16,7 +16,7 @@ import pytest
 from images import write_images
 from jobs import launch
 from tars import encoded, write_shards, write_tar
-from test_shards import losses
+from test_shards import losses, run_at_one_three_and_two_processes
 
 from trajdist.audit import audit
 from trajdist.cli import main
@@ -319,6 +319,24 @@ def test_a_full_disk_makes_the_cache_slow_not_wrong(store, tmp_path, monkeypatch
     source = open_source(url, "key", Access(cache_dir=str(tmp_path / "cache")))
     monkeypatch.setattr(ShardCache, "_reserve", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     assert source.read(0) == encoded(0)
+
+
+def test_each_image_once_while_the_number_of_processes_changes(store, tmp_path):
+    write_shards(tmp_path / "tars", write_images(tmp_path / "images", 23, side=32), 4)
+    url = upload(tmp_path / "tars", "sizes")
+    options = ("data.shuffle_window=2", f"data.cache_dir={tmp_path / 'cache'}")
+    run_at_one_three_and_two_processes(url, tmp_path / "run", *options)
+
+
+def test_memory_urls(tmp_path):
+    import fsspec
+
+    write_shards(tmp_path / "tars", write_images(tmp_path / "images", 6), 4)
+    memory = fsspec.filesystem("memory")
+    for path in (tmp_path / "tars").glob("*.tar"):
+        memory.pipe(f"/set/{path.name}", path.read_bytes())
+    source = open_source("memory://set/*.tar", "key", Access(cache_dir=str(tmp_path / "cache")))
+    assert contents(source) == contents(open_source(str(tmp_path / "images"), "key"))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -320,20 +320,24 @@ def test_a_subset_by_class_trains_resumes_and_is_audited(tmp_path, fresh_acceler
 @pytest.mark.parametrize("window", [0, 2])
 def test_each_image_once_while_the_number_of_processes_changes(tmp_path, window):
     write_shards(tmp_path / "tars", write_images(tmp_path / "images", 23, side=32), 4)
-    run_dir = tmp_path / "run"
-    command = ["train", "debug", f"data.imagenet.path={tmp_path / 'tars'}", f"data.shuffle_window={window}", *PIXELS]
-    command += ["data.imagenet.batch_size=2", "data.num_workers=1", f"run_dir={run_dir}"]
+    run_at_one_three_and_two_processes(tmp_path / "tars", tmp_path / "run", f"data.shuffle_window={window}")
+
+
+def run_at_one_three_and_two_processes(path, run_dir, *overrides: str) -> None:
+    """A run that is stopped twice and goes on at another size; it is clean in the end."""
+    command = ["train", "debug", f"data.imagenet.path={path}", f"run_dir={run_dir}", *PIXELS, *overrides]
+    command += ["data.imagenet.batch_size=2", "data.num_workers=1"]
     for world in (1, 3):
         job = start([*command, "data.imagenet.num_epochs=500"], world)
         wait_for_steps(run_dir, 5)
         (run_dir / "STOP").touch()
         ended = job.end()
         assert ended.returncode in (0, 75), ended.stderr
-    position = int(audit(run_dir).facts[0].split(" epochs")[0].split(": ")[1])
-    last = launch([*command, f"data.imagenet.num_epochs={position + 2}"], 2)
+    epochs = int(audit(run_dir).facts[0].split(" epochs")[0].split(": ")[1])
+    last = launch([*command, f"data.imagenet.num_epochs={epochs + 2}"], 2)
     assert last.returncode == 0, last.stderr
     found = audit(run_dir)
-    assert (found.status, found.problems) == ("done", [])
+    assert (found.status, found.problems, found.replaced) == ("done", [], [])
     assert "1, then 3, then 2 processes" in found.facts[0]
 
 
