@@ -117,6 +117,18 @@ def test_squash_keeps_every_place_crop_keeps_the_aspect():
     assert to_square(image, 30, "squash").shape == (30, 30, 3)
 
 
+@pytest.mark.parametrize("shape", [(96, 96), (201, 90), (90, 201), (33, 20)])
+def test_resized_as_pillow_does_to_one_level(shape):
+    """The filter is Pillow's; a crop takes whole pixels, where Pillow's own would shift by half of one."""
+    image = noise(3, 120).resize(shape)
+    side = min(shape)
+    left, top = (shape[0] - side) // 2, (shape[1] - side) // 2
+    expected = {"squash": image, "crop": image.crop((left, top, left + side, top + side))}
+    for fit, part in expected.items():
+        pillow = np.asarray(part.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
+        assert np.abs(to_square(image, 64, fit).astype(int) - pillow).max() <= 1
+
+
 def test_decompression_bombs_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 47)
     with pytest.raises(Image.DecompressionBombWarning):

