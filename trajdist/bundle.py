@@ -6,10 +6,10 @@ Both carry what they are in their metadata, checked against this schema before a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from trajdist.artifacts import fingerprint, load_state, read_document, read_tensors, write_tensors
@@ -17,6 +17,7 @@ from trajdist.backbones import Backbone, build_backbone
 from trajdist.config import Config
 from trajdist.errors import ArtifactError
 from trajdist.models.registry import build_model
+from trajdist.plugins import known_model
 from trajdist.rundir import RunDir
 from trajdist.trajectory import Projection, TrajectoryExtractor
 
@@ -51,7 +52,7 @@ class ModelDocument(Document):
     """What a sequence model is, and which trajectories it belongs to."""
 
     kind: Literal["model"] = "model"
-    type: Literal["autoencoder", "vae", "transformer"]
+    type: Annotated[str, AfterValidator(known_model)]
     length: int = Field(gt=0, le=4096)
     width: int = Field(gt=0, le=65536)
     hidden_dim: int = Field(gt=0, le=65536)

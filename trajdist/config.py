@@ -11,9 +11,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from trajdist.errors import ConfigError
+from trajdist.plugins import BUILT_IN, installed_models, known_model
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Width = Annotated[int, Field(gt=0, le=65536)]
@@ -30,6 +31,10 @@ FREE: dict[str, Any] = {"resume": "free"}
 def _yaml_no(value: object) -> object:
     """YAML 1.1 reads a bare ``no`` as false; here it is the word."""
     return "no" if value is False else value
+
+
+def _list_models(schema: dict[str, Any]) -> None:
+    schema["enum"] = [*BUILT_IN, *sorted(installed_models())]
 
 
 class Section(BaseModel):
@@ -101,8 +106,8 @@ class Backbone(Section):
 class Model(Section):
     """The trajectories and the sequence model that learns them."""
 
-    type: Literal["autoencoder", "vae", "transformer"] = "autoencoder"
-    """The architecture."""
+    type: Annotated[str, AfterValidator(known_model)] = Field("autoencoder", json_schema_extra=_list_models)
+    """The architecture: `autoencoder`, `vae`, `transformer`, or one that an installed package registers."""
     hidden_dim: Width = 512
     """Width of the hidden layers."""
     latent_dim: Width = 128
@@ -331,6 +336,6 @@ def _explain(error: ValidationError) -> str:
         return f"unknown config key {shown} (= {value!r}): did you mean {close[0]}?"
     if key in sections:
         return f"{key} = {value!r} is not a group of keys: write {key}.KEY=VALUE (see trajdist config)."
-    message = problem["msg"]
+    message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{key} = {value!r} is not possible: {message} (see trajdist config --schema)."

@@ -23,7 +23,7 @@ class Autoencoder(nn.Module):
     """``[N, L, D]`` -> hidden layers -> latent -> hidden layers -> ``[N, L, D]``."""
 
     def __init__(
-        self, length: int, width: int, hidden_dim: int, latent_dim: int, num_layers: int, dropout: float
+        self, length: int, width: int, hidden_dim: int, latent_dim: int, num_layers: int, dropout: float, **_: int
     ) -> None:
         super().__init__()
         sizes = [length * width, *[hidden_dim] * num_layers, latent_dim]

@@ -13,7 +13,7 @@ class VariationalAutoencoder(nn.Module):
     """Encodes to a Gaussian, decodes a sample of it in training and its mean in eval (scores are deterministic)."""
 
     def __init__(
-        self, length: int, width: int, hidden_dim: int, latent_dim: int, num_layers: int, dropout: float
+        self, length: int, width: int, hidden_dim: int, latent_dim: int, num_layers: int, dropout: float, **_: int
     ) -> None:
         super().__init__()
         hidden = [hidden_dim] * num_layers
