@@ -22,7 +22,7 @@ LAYERS = (
     "lora checkpoint bundle rundir selection pack histogram metrics calibration residuals objectives"
     " report score_files",
     "runtime watchdog preflight progress journal clock profiling feed loop session scorer",
-    "statistics training phases scoring evaluation reporting audit footprint budget probe plan",
+    "statistics training phases scoring evaluation reporting export audit footprint budget probe plan",
     "cli __main__ inspection __init__",
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer.split()}

@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("images", metavar="IMAGES", help="a folder of images, one image, or skimage:NAME/heldout")
     evaluate = _add_scoring(commands, "evaluate", "labelled images in MVTec layout -> metrics.json as well", _evaluate)
     evaluate.add_argument("images", metavar="DATASET", help="a folder with test/ and ground_truth/ in it")
+    _add_export(commands)
     _add_pack(commands)
     audit = _add(commands, "audit", "proves that each image was seen once per epoch", _audit)
     audit.add_argument("run_dir", metavar="RUN_DIR")
@@ -125,6 +126,15 @@ def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> 
     parser.add_argument("--explain", action="store_true", help="also the blocks' errors at the hottest place")
     parser.add_argument("--overlays", choices=("all", "anomalous", "none"), default="all", help="pictures to draw")
     return parser
+
+
+def _add_export(commands: Commands) -> None:
+    export = _add(commands, "export", "one file, images in, maps and scores out, that needs no trajdist", _export)
+    export.add_argument("run_dir", metavar="RUN_DIR")
+    export.add_argument("--format", choices=("onnx", "torch"), required=True, help="torch is a program of torch.export")
+    export.add_argument("--out", metavar="FILE", help="(RUN_DIR/export.onnx or .pt2)")
+    export.add_argument("--phase", type=int, choices=(1, 2), help="1 for the unadapted model (default: the latest)")
+    export.add_argument("--adapter", metavar="DIR", help="another adapter than the run's own")
 
 
 def _add_pack(commands: Commands) -> None:
@@ -274,6 +284,21 @@ def _scoring_options(arguments: argparse.Namespace) -> Options:
         explain=arguments.explain,
         overlays=arguments.overlays,
     )
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from trajdist.export import export
+    from trajdist.scorer import load
+
+    name = "export.onnx" if arguments.format == "onnx" else "export.pt2"
+    scorer = load(arguments.run_dir, arguments.adapter, arguments.phase, device="cpu")
+    made = export(scorer, arguments.format, Path(arguments.out or Path(arguments.run_dir, name)))
+    shape = f"uint8 [B, 3, {scorer.size}, {scorer.size}]"
+    print(f"{made.path} ({made.path.stat().st_size / 2**20:.1f} MiB): {shape} -> maps, scores, p_values")
+    print(f"against the run itself: scores within {made.score_difference:.1g}, maps within {made.map_difference:.1g}")
+    return 0
 
 
 def _pack(arguments: argparse.Namespace) -> int:

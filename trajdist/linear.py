@@ -31,7 +31,8 @@ def _height(rows: torch.Tensor) -> int:
     if rows.device.type != "cpu" or rows.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return 0
     count = rows.numel() // max(1, rows.shape[-1])
-    if count < FEWEST_ROWS:
+    # A batch of any size is laid out in no certain way.
+    if torch.compiler.is_exporting() or count < FEWEST_ROWS:
         return 0
     return next(height for height in range(math.isqrt(count), 0, -1) if count % height == 0)
 

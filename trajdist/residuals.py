@@ -102,7 +102,9 @@ class ResidualModel(nn.Module):
     def cells(self, energies_BPL: torch.Tensor) -> torch.Tensor:
         """Score of every place, ``[B, P]``: about 0 on average and 1 in spread for clean images."""
         raw_BP = roots(energies_BPL) - PLACE_SHARE * self.usual_P
-        raw_BP = raw_BP - IMAGE_SHARE * raw_BP.median(1, keepdim=True).values
+        # The median, as exporters know it.
+        median_B1 = raw_BP.sort(1).values[:, (raw_BP.shape[1] - 1) // 2, None]
+        raw_BP = raw_BP - IMAGE_SHARE * median_B1
         return (raw_BP - self.centre) / self.spread
 
     def fit(self, moments: PlaceMoments, whiten: bool = True) -> None:

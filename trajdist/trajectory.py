@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,7 @@ class TrajectoryExtractor:
         """``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
         length, width = self.projection.valid_LD.shape
         places = self.resolution**2 if places_BK is None else places_BK.shape[1]
-        out_BPLD = torch.zeros(len(images_BCSS), places, length, width, device=images_BCSS.device)
+        out_BPLD = torch.zeros(images_BCSS.shape[0], places, length, width, device=images_BCSS.device)
         rows_BK = None if places_BK is None else self._rows(places_BK)
 
         def project(block: int, pooled_BPC: torch.Tensor) -> None:
@@ -156,10 +157,16 @@ class TrajectoryExtractor:
         device = images_BCSS.device.type
 
         def reduce_at_once(block: int, map_BCHW: torch.Tensor) -> None:
-            with torch.autocast(device, enabled=False):
+            with _full_precision(device):
                 visit(block, pool(map_BCHW, self.resolution))
 
         self.backbone(images_BCSS, reduce_at_once)
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Exported programs have no autocast to be turned off."""
+    exporting = torch.compiler.is_exporting()
+    return nullcontext() if exporting else torch.autocast(device_type, enabled=False)
 
 
 def _check_agreement(compiled: torch.Tensor, plain: torch.Tensor) -> None:

@@ -1,0 +1,124 @@
+"""One file that does what the run does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import noise
+
+import trajdist
+from trajdist import export
+from trajdist.cli import main
+from trajdist.data.decode import to_square
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def squares(count: int, size: int) -> np.ndarray:
+    return np.stack([to_square(noise(seed, 100), size, "squash") for seed in range(count)]).transpose(0, 3, 1, 2)
+
+
+def run_onnx(path: Path, images: np.ndarray):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["maps", "scores", "p_values"]
+    return session.run(None, {"images": images}), session.get_modelmeta().custom_metadata_map["trajdist"]
+
+
+def run_torch(path: Path, images: np.ndarray):
+    extra = {"trajdist": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    with torch.no_grad():
+        return [output.numpy() for output in program(torch.from_numpy(images.copy()))], extra["trajdist"]
+
+
+RUNNERS = {"onnx": run_onnx, "torch": run_torch}
+
+
+@pytest.mark.parametrize("kind", RUNNERS)
+@pytest.mark.parametrize("phase", [1, 2])
+def test_the_file_gives_what_the_run_gives(debug_run, tmp_path, capsys, kind, phase):
+    path = tmp_path / f"{kind}.pt2"
+    assert main(["export", str(debug_run), "--format", kind, "--out", str(path), "--phase", str(phase)]) == 0
+    assert "scores within" in capsys.readouterr().out
+    scorer = trajdist.load(debug_run, phase=phase, device="cpu")
+    for count in (1, 3, 5):
+        images = squares(count, scorer.size)
+        (maps, scores, p_values), document = RUNNERS[kind](path, images)
+        expected = scorer(list(images.transpose(0, 2, 3, 1)))
+        np.testing.assert_allclose(maps, expected.maps, atol=1e-3)
+        np.testing.assert_allclose(scores, expected.scores, atol=1e-3)
+        np.testing.assert_array_equal(p_values, scorer.detectors[0].images.p_values(torch.from_numpy(scores)).numpy())
+        assert len(set(p_values.tolist()) | {0.0}) > 1
+    facts = json.loads(document)
+    assert (facts["size"], facts["fit"], facts["clean_images"]) == (64, "squash", scorer.detectors[0].images.count)
+
+
+def test_p_values_at_the_edges_of_bins(debug_run):
+    """As the sketch counts them, for clean scores themselves and their neighbours."""
+    scorer = trajdist.load(debug_run, device="cpu")
+    sketch = scorer.detectors[0].images
+    upper_K, counts_K, total = export._table(sketch)
+    edges = sketch.histogram.occupied()[0]
+    below, above = (torch.nextafter(edges, torch.tensor(far)) for far in (-torch.inf, torch.inf))
+    scores = torch.cat([edges, below, above, upper_K, torch.tensor([1e30, -1e30, torch.nan])])
+    at_least = ((scores[:, None] < upper_K) * counts_K).sum(1)
+    assert torch.equal((1 + at_least) / (total + 1), sketch.p_values(scores))
+
+
+@pytest.mark.parametrize(
+    "overrides", [["model.type=vae"], ["model.type=transformer", "domain_adaptation.lora.use_dora=true"]]
+)
+def test_other_models(tmp_path, fresh_accelerate, overrides):
+    command = ["run", "debug", f"run_dir={tmp_path / 'run'}", "runtime.mixed_precision=no", *overrides]
+    assert main([*command, "data.imagenet.num_epochs=1", "data.domain.num_epochs=1"]) == 0
+    assert main(["export", str(tmp_path / "run"), "--format", "onnx"]) == 0
+    images = squares(3, 64)
+    (maps, scores, _), _ = run_onnx(tmp_path / "run" / "export.onnx", images)
+    expected = trajdist.load(tmp_path / "run", device="cpu")(list(images.transpose(0, 2, 3, 1)))
+    np.testing.assert_allclose(maps, expected.maps, atol=1e-3)
+    np.testing.assert_allclose(scores, expected.scores, atol=1e-3)
+
+
+def test_a_file_that_computes_something_else_is_removed(debug_run, tmp_path, monkeypatch, capsys):
+    table = export._program
+
+    def spoilt(module, images):
+        module.residual.centre += 1.0
+        return table(module, images)
+
+    monkeypatch.setattr(export, "_program", spoilt)
+    monkeypatch.setattr(export, "_compare", lambda *_: (1.0, 1.0))
+    assert main(["export", str(debug_run), "--format", "torch", "--out", str(tmp_path / "a.pt2")]) == 1
+    assert "gives other scores" in capsys.readouterr().err
+    assert not (tmp_path / "a.pt2").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "words"),
+    [
+        ("no package", 2, "pip install 'trajdist[onnx]'"),
+        ("no folder", 4, "cannot be written"),
+        ("no run", 4, "has no phase1"),
+        ("no adapter", 4, "adapter_config.json"),
+    ],
+)
+def test_refusals(debug_run, tmp_path, monkeypatch, capsys, what, code, words):
+    out, run_dir, more = tmp_path / "a.onnx", debug_run, []
+    if what == "no package":
+        monkeypatch.setitem(sys.modules, "onnx", None)
+    elif what == "no folder":
+        out = tmp_path / "none" / "a.onnx"
+    elif what == "no run":
+        run_dir = tmp_path
+    else:
+        more = ["--adapter", str(tmp_path)]
+    assert main(["export", str(run_dir), "--format", "onnx", "--out", str(out), *more]) == code
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
+    assert not out.exists()
