@@ -19,10 +19,10 @@ LAYERS = (
     " data.defects backbones",
     "trajectory models.__init__ models.reconstruction models.autoencoder models.vae models.transformer"
     " models.registry losses schedules",
-    "lora checkpoint bundle rundir selection pack histogram metrics calibration residuals objectives"
+    "lora checkpoint bundle rundir selection pack histogram metrics calibration residuals objectives card"
     " report score_files",
     "runtime watchdog preflight progress journal clock profiling feed loop session scorer",
-    "statistics training phases scoring evaluation reporting export audit footprint budget probe plan",
+    "statistics training phases scoring evaluation reporting export merge audit footprint budget probe plan",
     "cli __main__ inspection __init__",
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer.split()}

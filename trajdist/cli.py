@@ -64,6 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("images", metavar="IMAGES", help="a folder of images, one image, or skimage:NAME/heldout")
     evaluate = _add_scoring(commands, "evaluate", "labelled images in MVTec layout -> metrics.json as well", _evaluate)
     evaluate.add_argument("images", metavar="DATASET", help="a folder with test/ and ground_truth/ in it")
+    merge = _add(commands, "merge", "an adapter added to its base's weights, as a Phase 1 of its own", _merge)
+    merge.add_argument("run_dir", metavar="RUN_DIR")
+    merge.add_argument("--adapter", metavar="DIR", help="(RUN_DIR/phase2/adapter)")
+    merge.add_argument("--out", metavar="DIR", required=True, help="a folder that does not exist yet")
     _add_export(commands)
     _add_pack(commands)
     audit = _add(commands, "audit", "proves that each image was seen once per epoch", _audit)
@@ -284,6 +288,18 @@ def _scoring_options(arguments: argparse.Namespace) -> Options:
         explain=arguments.explain,
         overlays=arguments.overlays,
     )
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from trajdist.merge import merge
+    from trajdist.rundir import RunDir
+
+    adapter = arguments.adapter or RunDir(arguments.run_dir).adapter
+    difference = merge(arguments.run_dir, adapter, Path(arguments.out))
+    print(f"{arguments.out}/phase1 scores as {adapter} does, within {difference:.1g}")
+    return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ Shape suffixes: B images, S pixels per side, K occupied bins of the calibration.
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import logging
@@ -65,10 +64,12 @@ class Exported(nn.Module):
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """Without PEFT's layers: the adapter added to the weights."""
-    model = copy.deepcopy(model)
-    merge: Callable[[], nn.Module] | None = getattr(model, "merge_and_unload", None)
-    return (merge() if merge else model).eval()
+    """Without PEFT's layers; PEFT is not imported for a model that has none."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    from trajdist.lora import merged
+
+    return merged(model)
 
 
 def _table(sketch: QuantileSketch) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -105,10 +106,10 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
     document |= {"outputs": list(OUTPUTS), "detector": detector.name, "clean_images": detector.images.count}
     writers = {"onnx": _write_onnx, "torch": _write_torch}
     try:
-        run = writers[kind](module, _trial(scorer.size, 2), path, json.dumps(document))
+        run = writers[kind](module, trial_images(scorer.size, 2), path, json.dumps(document))
     except (OSError, ArtifactError) as error:
         raise ArtifactError(f"{str(path)!r} cannot be written ({error}): free some space or name another.") from None
-    differences = [_compare(scorer, run, _trial(scorer.size, count)) for count in TRIALS]
+    differences = [_compare(scorer, run, trial_images(scorer.size, count)) for count in TRIALS]
     found = Export(path, *(max(values) for values in zip(*differences, strict=True)))
     if not max(found.map_difference, found.score_difference) <= TOLERANCE:
         path.unlink()
@@ -119,8 +120,8 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
     return found
 
 
-def _trial(size: int, count: int) -> torch.Tensor:
-    """Blotchy pictures and noise."""
+def trial_images(size: int, count: int) -> torch.Tensor:
+    """Blotchy pictures with noise, uint8 ``[B, 3, S, S]``."""
     generator = torch.Generator().manual_seed(count)
     coarse = torch.rand(count, 3, 7, 7, generator=generator)
     smooth = nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -87,6 +88,7 @@ def is_alive(adapted: PeftModel) -> bool:
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
     """Save in PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
     adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # A form to be filled in; the run writes a card at its end.
 
 
 def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str, trainable: bool = False) -> PeftModel:
@@ -115,6 +117,13 @@ def check_base(folder: Path, base_fingerprint: str) -> None:
             f"the adapter {str(folder)!r} was trained on another base ({base[:28]}..., this one is "
             f"{BASE_PREFIX}{base_fingerprint[:19]}...): use it with the Phase 1 it was trained on."
         )
+
+
+def merged(adapted: nn.Module) -> nn.Module:
+    """The base model's class with the adapter added to its weights; ``adapted`` stays as it is."""
+    assert isinstance(adapted, PeftModel)
+    model: nn.Module = copy.deepcopy(adapted).merge_and_unload()
+    return model.eval()
 
 
 def save_proven(rundir: RunDir, adapted: nn.Module, base_before: str, base_id: str) -> None:

@@ -13,19 +13,21 @@ import torch
 
 from trajdist import bundle
 from trajdist.artifacts import fingerprint
+from trajdist.card import adapter_card
 from trajdist.config import SETS, Config
 from trajdist.data.base import ImageSource
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import processors, resolve_workers
 from trajdist.doctor import Facts, diagnose, split
 from trajdist.errors import ArtifactError, ConfigError, StopRequested, UserError
+from trajdist.files import write_bytes
 from trajdist.loop import Job, Position, seconds, trainable, trained_model
 from trajdist.objectives import ContrastModel, DefectContrast, Objective, ReconstructionError
 from trajdist.progress import summary_table
 from trajdist.residuals import ResidualModel
 from trajdist.runtime import peak_memory_bytes
 from trajdist.session import Session, open_session
-from trajdist.sharding import key64
+from trajdist.sharding import Selection, key64
 from trajdist.statistics import calibrate, contrast_residuals, load_extractor, prepare_extractor
 from trajdist.training import Trainee, train
 from trajdist.trajectory import TrajectoryExtractor
@@ -150,7 +152,19 @@ def phase2(session: Session, at: Position) -> None:
     session.processes.main_does(lambda: lora.save_proven(session.rundir, trained, before, base_id))
     adapter_id = lora.adapter_fingerprint(trained, base_id)
     calibrate(session, "domain", selection, extractor, trained, session.rundir.calibration(2), adapter_id, whitened)
+    session.processes.main_does(lambda: _write_card(session, selection, base_id, summary))
     _finish(session, 2, summary)
+
+
+def _write_card(session: Session, selection: Selection, base_id: str, summary: dict[str, Any]) -> None:
+    data = {
+        "trained_on": selection.num_train,
+        "held_out": selection.num_holdout,
+        "fingerprint": session.sources["domain"].fingerprint,
+        "num_processes": session.reference_world,
+    }
+    card = adapter_card(session.config, base_id, data, summary)
+    write_bytes(session.rundir.adapter / "README.md", card.encode())
 
 
 def _reconstruction(config: Config, extractor: TrajectoryExtractor) -> ReconstructionError:
