@@ -44,6 +44,9 @@ class Scores:
         maps: float32 ``[B, S, S]``, anomaly maps at the resolution the backbone sees.
         scores: float32 ``[B]``, one per image.
         p_values: float64 ``[B]``, conformal: the share of clean images that score at least as much.
+
+    >>> Scores(np.zeros((1, 64, 64), np.float32), np.zeros(1, np.float32), np.ones(1)).maps.shape
+    (1, 64, 64)
     """
 
     maps: npt.NDArray[np.float32]
@@ -117,7 +120,12 @@ class Detector:
 
 
 class Scorer:
-    """Scores images with one or several detectors; the backbone runs once."""
+    """Scores images with one or several detectors; the backbone runs once.
+
+    >>> scorer = load(run_dir, device="cpu")
+    >>> scorer([image, np.zeros((80, 60, 3), np.uint8)]).scores.shape
+    (2,)
+    """
 
     def __init__(self, extractor: TrajectoryExtractor, detectors: Sequence[Detector], size: int, fit: Any) -> None:
         self.extractor, self.detectors = extractor, list(detectors)
@@ -225,6 +233,9 @@ def load(
     Raises:
         ArtifactError: something is missing, damaged, or belongs to another run.
         ConfigError: phase 1 together with an adapter, or the same adapter twice.
+
+    >>> load(run_dir, phase=1, device="cpu").detectors[0].name
+    'phase1'
     """
     if adapter and phase == 1:
         raise ConfigError("phase 1 is the model without an adapter: name either phase 1 or an adapter.")

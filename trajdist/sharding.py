@@ -147,6 +147,9 @@ def permute(positions: Int64s, size: int, key: int) -> Int64s:
     A Feistel network on the smallest even number of bits that holds ``size``, walked until it falls below ``size``
     (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). No list of length ``size`` exists anywhere, any
     position is as cheap as the first, and the order depends on no library's random generator.
+
+    >>> permute(np.arange(10), 10, key=7).tolist()
+    [4, 2, 3, 6, 8, 9, 7, 0, 1, 5]
     """
     positions = np.asarray(positions, np.int64)
     assert positions.size == 0 or (positions.min() >= 0 and positions.max() < size), "position outside the epoch"
@@ -170,6 +173,9 @@ def permute_windows(positions: Int64s, sizes: Int64s, window: int, key: int) -> 
 
     The shards are shuffled and cut into windows of ``window`` shards; inside of a window all places are shuffled. So
     only a window's shards are read at any time. Memory grows with the number of shards alone.
+
+    >>> permute_windows(np.arange(6), np.array([2, 2, 2]), window=1, key=0).tolist()
+    [0, 1, 2, 3, 4, 5]
     """
     positions = np.asarray(positions, np.int64)
     order = permute(np.arange(len(sizes)), len(sizes), key64(key, 0))

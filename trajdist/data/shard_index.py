@@ -62,7 +62,11 @@ class ShardIndex(BaseModel):
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """WebDataset's key, the name up to the first dot of its last part, and the rest in lower case."""
+    """WebDataset's key, the name up to the first dot of its last part, and the rest in lower case.
+
+    >>> split_key("cats/0001.mask.PNG")
+    ('cats/0001', 'mask.png')
+    """
     folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
     return folder + slash + stem, extension.lower()

@@ -63,6 +63,9 @@ def expand(pattern: str) -> list[str]:
 
     Raises:
         Exception: whatever the store of a URL raises when it is asked for a list.
+
+    >>> expand("s3://bucket/set-{08..10}.tar")
+    ['s3://bucket/set-08.tar', 's3://bucket/set-09.tar', 's3://bucket/set-10.tar']
     """
     found: set[str] = set()
     for name in _braces(pattern):
