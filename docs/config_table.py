@@ -1,8 +1,22 @@
-"""Prints the README's table of config keys from the schema: python docs/config_table.py."""
+"""Prints the README's table of config keys from the schema: python docs/config_table.py.
+
+With --page it writes docs/configuration.md instead.
+"""
 
 import json
+import sys
+from pathlib import Path
 
 from trajdist.config import fields
+
+PREFACE = """\
+# Configuration
+
+Made from the schema by `python docs/config_table.py --page`. A config is YAML with any of these keys; the command
+line overrides them as `key=value`; what is named nowhere has its default. A dot marks the keys that may change when a
+run is resumed; the others would change its result and are refused. `trajdist config --schema` prints JSON Schema for
+editors, `trajdist config CONFIG` all values as resolved.
+"""
 
 
 def table() -> str:
@@ -14,5 +28,19 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def page() -> str:
+    """The configuration reference: a section for each group of keys, then all keys as YAML."""
+    rows, groups = table().splitlines(), {}
+    for row in rows[2:]:
+        key = row.split("`")[1]
+        groups.setdefault(key.rpartition(".")[0] or "the run", []).append(row)
+    parts = [PREFACE]
+    parts += ["\n".join([f"## {name}\n", *rows[:2], *lines, ""]) for name, lines in groups.items()]
+    return "\n".join(parts)
+
+
 if __name__ == "__main__":
-    print(table())
+    if "--page" in sys.argv:
+        Path(__file__).with_name("configuration.md").write_text(page(), encoding="utf-8")
+    else:
+        print(table())
