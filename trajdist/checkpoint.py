@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,8 @@ from trajdist.files import read_json, sync_file, sync_folder, write_bytes
 
 Tensors = dict[str, torch.Tensor]
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+# Only where something is kept beside the weights in training: their average, the best ones.
+KEPT = "kept.safetensors"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -37,6 +39,7 @@ class Checkpoint:
     model: Tensors
     optimizer: Tensors
     state: dict[str, Any]
+    kept: Tensors = field(default_factory=dict)
 
 
 class CheckpointWriter:
@@ -54,7 +57,9 @@ class CheckpointWriter:
             ArtifactError: the write before this one failed.
         """
         self.finish()
-        copy = Checkpoint(_copied(checkpoint.model), _copied(checkpoint.optimizer), checkpoint.state)
+        copy = Checkpoint(
+            _copied(checkpoint.model), _copied(checkpoint.optimizer), checkpoint.state, _copied(checkpoint.kept)
+        )
         self._pending = self._thread.submit(self._write, number, copy)
 
     def failed(self) -> bool:
@@ -80,8 +85,10 @@ class CheckpointWriter:
             # Straight from the tensors into the file: nothing of their size is held beside them.
             save_file(checkpoint.model, temporary / "model.safetensors")
             save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
+            if checkpoint.kept:
+                save_file(checkpoint.kept, temporary / KEPT)
             (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=2), encoding="utf-8")
-            for name in FILES:
+            for name in _files(temporary):
                 # safetensors makes files that nobody else can read, whatever the umask says.
                 shutil.copymode(temporary / "state.json", temporary / name)
                 sync_file(temporary / name)
@@ -106,8 +113,15 @@ def _copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
+def _files(folder: Path) -> tuple[str, ...]:
+    """The files of a checkpoint that is being written."""
+    return (*FILES, KEPT) if (folder / KEPT).exists() else FILES
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
-    entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in FILES}
+    entries = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in _files(folder)
+    }
     return {"format": 1, "files": entries}
 
 
@@ -120,6 +134,7 @@ def _check_contents(folder: Path, checkpoint: Checkpoint) -> None:
         ArtifactError: a file that reads back as something else than was written.
     """
     pairs = {"model.safetensors": checkpoint.model, "optimizer.safetensors": checkpoint.optimizer}
+    pairs |= {KEPT: checkpoint.kept} if checkpoint.kept else {}
     same = (folder / "state.json").read_text(encoding="utf-8") == json.dumps(checkpoint.state, indent=2)
     wrong = [] if same else ["state.json"]
     wrong += [name for name, tensors in pairs.items() if not holds(folder / name, tensors)]
@@ -169,7 +184,7 @@ def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None. File names come from here, never from the manifest."""
     try:
         manifest = read_json(path / "manifest.json")
-        for name in FILES:
+        for name in (*FILES, KEPT) if KEPT in manifest["files"] else FILES:
             entry = manifest["files"][name]
             if (path / name).stat().st_size != entry["bytes"]:
                 return f"{name} has the wrong size"
@@ -217,6 +232,16 @@ class Books(BaseModel):
     epoch_memory: list[float]
 
 
+class Validated(BaseModel):
+    """The state of a :class:`trajdist.keeper.Keeper`."""
+
+    model_config = ConfigDict(extra="forbid")
+    epoch: int = Field(ge=0)
+    stale: int = Field(ge=0)
+    best: dict[str, Any] | None
+    last: dict[str, Any] | None
+
+
 class State(BaseModel):
     """``state.json``."""
 
@@ -232,6 +257,7 @@ class State(BaseModel):
     journal: Books
     scaler: dict[str, int | float] | None
     file_sizes: dict[str, Annotated[int, Field(ge=0, lt=2**62)]]
+    validated: Validated | None = None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -246,7 +272,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         problem = error.errors(include_url=False)[0]
         field = ".".join(map(str, problem["loc"])) or "state"
         raise ArtifactError(f"{str(path / 'state.json')!r} is damaged ({field}: {problem['msg']}).") from None
-    return Checkpoint(read_tensors(path / "model.safetensors"), read_tensors(path / "optimizer.safetensors"), state)
+    kept = read_tensors(path / KEPT) if KEPT in read_json(path / "manifest.json")["files"] else {}
+    model, optimizer = (read_tensors(path / name) for name in ("model.safetensors", "optimizer.safetensors"))
+    return Checkpoint(model, optimizer, state, kept)
 
 
 def check_fits(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:

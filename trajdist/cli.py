@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from trajdist import __version__
+from trajdist import argument_types as types
 from trajdist.errors import StopRequested, UserError
 
 if TYPE_CHECKING:
@@ -102,12 +102,19 @@ def _add_plan(commands: Commands) -> None:
     plan.add_argument("config", metavar="CONFIG.yaml", help="a path, or the name of a shipped config")
     plan.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    plan.add_argument("--memory", type=_size, metavar="SIZE", help="such as 80GiB: finds the largest batch that fits")
     plan.add_argument(
-        "--processes", type=_positive, metavar="N", help="in the whole job (default: the launcher's, or 1)"
+        "--memory", type=types.size, metavar="SIZE", help="such as 80GiB: finds the largest batch that fits"
+    )
+    plan.add_argument(
+        "--processes",
+        type=types.positive,
+        metavar="N",
+        help="in the whole job (default: the launcher's, or 1)",
     )
     plan.add_argument("--device", choices=("cpu", "cuda"), help="to plan for (default: what a run would use here)")
-    plan.add_argument("--images-per-second", type=_speed, metavar="X", help="of one process; nothing is measured then")
+    plan.add_argument(
+        "--images-per-second", type=types.speed, metavar="X", help="of one process; nothing is measured then"
+    )
     plan.add_argument("--no-probe", action="store_true", help="measure no speed")
     plan.set_defaults(phases=[1, 2])
 
@@ -122,11 +129,11 @@ def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> 
     )
     parser.add_argument(
         "--false-alarm-rate",
-        type=_rate,
+        type=types.rate,
         metavar="RATE",
         help="share of clean images called anomalous (0.01 if possible)",
     )
-    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images per process (32)")
+    parser.add_argument("--batch-size", type=types.positive, default=32, metavar="N", help="images per process (32)")
     parser.add_argument("--explain", action="store_true", help="also the blocks' errors at the hottest place")
     parser.add_argument("--overlays", choices=("all", "anomalous", "none"), default="all", help="pictures to draw")
     return parser
@@ -145,48 +152,14 @@ def _add_pack(commands: Commands) -> None:
     pack = _add(commands, "pack", "a folder of images -> tar shards (WebDataset), verified; goes on by itself", _pack)
     pack.add_argument("source", metavar="SOURCE", help="a folder of images, or shards to pack anew")
     pack.add_argument("out", metavar="OUT", help="a folder for the shards")
-    pack.add_argument("--shard-size", type=_size, default=2**28, metavar="SIZE", help="at most (256MiB)")
-    pack.add_argument("--short-side", type=_positive, metavar="PIXELS", help="scale larger images down (keep files)")
-    pack.add_argument("--quality", type=_quality, default=95, metavar="1..100", help="of scaled images' JPEGs (95)")
-    pack.add_argument("--workers", type=_positive, metavar="N", help="processes that scale (one per processor)")
-
-
-def _quality(text: str) -> int:
-    value = _positive(text)
-    if value > 100:
-        raise argparse.ArgumentTypeError(f"{text} is more than 100")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _speed(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _size(text: str) -> int:
-    """Bytes: ``80GiB``, ``24 GB``, ``500MB``, or a plain number."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 80GiB, 24GB or 500MB")
-    number, prefix, binary = match.groups()
-    power = " KMGT".index(prefix.upper()) if prefix else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    pack.add_argument("--shard-size", type=types.size, default=2**28, metavar="SIZE", help="at most (256MiB)")
+    pack.add_argument(
+        "--short-side", type=types.positive, metavar="PIXELS", help="scale larger images down (keep files)"
+    )
+    pack.add_argument(
+        "--quality", type=types.quality, default=95, metavar="1..100", help="of scaled images' JPEGs (95)"
+    )
+    pack.add_argument("--workers", type=types.positive, metavar="N", help="processes that scale (one per processor)")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -212,7 +185,24 @@ def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource]
     wanted = {1: ("imagenet", config.data.imagenet.path), 2: ("domain", config.data.domain.path)}
     data = config.data
     access = Access(data.read_retries, data.cache_dir, data.cache_gib, data.shuffle_window)
-    return config, open_sets(dict(wanted[phase] for phase in phases), access), phases
+    sources = open_sets(dict(wanted[phase] for phase in phases), access)
+    return config, sources | _labelled(config), phases
+
+
+def _labelled(config: Config) -> dict[str, ImageSource]:
+    """The labelled images of validation.path, where there is one."""
+    from pathlib import Path
+
+    from trajdist.data.labelled import LabelledFolder
+    from trajdist.errors import DataError
+
+    path = config.validation.path
+    if path is None:
+        return {}
+    labelled = LabelledFolder(Path(path).expanduser(), "validation.path", config.data.read_retries)
+    if len(labelled.kinds) == 1:
+        raise DataError(f"validation.path={path!r} has good images alone: add some with defects, or leave it out.")
+    return {"validation": labelled}
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -202,11 +202,38 @@ class Checkpoint(Section):
     """Checkpoints to keep, the newest ones."""
 
 
+class Validation(Section):
+    """Looking at the weights between epochs, on images that they were not trained on."""
+
+    every_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs between validations, and one after the last; 0 never. See docs/validation.md."""
+    path: str | None = None
+    """Labelled images (MVTec layout) whose AUROCs are measured too; image AUROC then decides what is best."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights the phase ends with: those that validated best, or the last ones."""
+
+
+class EarlyStopping(Section):
+    """An end before the last epoch."""
+
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Validations without a better one after which the phase ends; 0 never."""
+
+
+class Ema(Section):
+    """A moving average of the weights."""
+
+    decay: Fraction = 0.0
+    """Share of the average that a step keeps, such as 0.999; what is validated and saved is the average. 0 is off."""
+
+
 class Logging(Section):
     """What is written while training."""
 
     every_steps: PositiveInt = Field(20, json_schema_extra=FREE)
     """Optimizer steps between lines of metrics.jsonl; losses stay on the device in between."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field([], json_schema_extra=FREE)
+    """Experiment trackers: `tensorboard`, `wandb`, `trackio`, `mlflow`; each is an extra. See docs/tracking.md."""
 
 
 class Cache(Section):
@@ -261,6 +288,12 @@ class Config(Section):
     """Phase 2."""
     calibration: Calibration = Calibration()
     """Calibration."""
+    validation: Validation = Validation()
+    """Validation."""
+    early_stopping: EarlyStopping = EarlyStopping()
+    """Early stopping."""
+    ema: Ema = Ema()
+    """Average of the weights."""
     checkpoint: Checkpoint = Checkpoint()
     """Checkpoints."""
     logging: Logging = Logging()
@@ -287,7 +320,21 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
             f"model.num_heads={model.num_heads} does not divide model.hidden_dim={model.hidden_dim}: "
             "choose a number of heads that does."
         )
+    _check_validation(config)
     return config
+
+
+def _check_validation(config: Config) -> None:
+    """Keys that mean nothing without others."""
+    validation, patience = config.validation, config.early_stopping.patience
+    if not validation.every_epochs and (patience or validation.path is not None):
+        key, value = ("early_stopping.patience", patience) if patience else ("validation.path", validation.path)
+        raise ConfigError(f"{key}={value!r} needs validations: set validation.every_epochs=1, or leave it out.")
+    if validation.every_epochs and validation.path is None and not config.calibration.holdout_fraction:
+        raise ConfigError(
+            f"validation.every_epochs={validation.every_epochs} has nothing to validate on: raise "
+            "calibration.holdout_fraction above 0, or name labelled images with validation.path."
+        )
 
 
 def json_schema() -> str:

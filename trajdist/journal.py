@@ -124,7 +124,7 @@ class Journal:
         self._bad_images.note(batch.failures)
         weights, counted = batch.weights, batch.weights > 0
         bad = counted & ~losses.loss.detach().isfinite()
-        fixed = [_fixed_point(part, weights) for part in losses]
+        fixed = [fixed_point(part, weights) for part in losses]
         failures = torch.full((), len(batch.failures), dtype=torch.int64, device=weights.device)
         self._device_sums += torch.stack([counted.sum(), *fixed, batch.digest, failures, bad.sum()])
         at = torch.where(bad.any(), step.index, NEVER)
@@ -228,7 +228,7 @@ def check_bad_fraction(failures: int, num_images: int, allowed: float, rundir: R
         )
 
 
-def _fixed_point(values_B: torch.Tensor, weights_B: torch.Tensor) -> torch.Tensor:
+def fixed_point(values_B: torch.Tensor, weights_B: torch.Tensor) -> torch.Tensor:
     """Sum of float losses as an integer; what is not finite counts as 0 here and is told apart elsewhere."""
     finite = torch.nan_to_num(values_B.detach().float(), nan=0.0, posinf=0.0, neginf=0.0).clamp(
         -LARGEST_LOSS, LARGEST_LOSS

@@ -28,18 +28,22 @@ from trajdist.data.loader import ImageBatch
 from trajdist.errors import ArtifactError, StopRequested
 from trajdist.feed import Feed
 from trajdist.journal import Journal
+from trajdist.keeper import Keeper
 from trajdist.objectives import Objective
 from trajdist.progress import Progress
 from trajdist.rundir import RunDir
 from trajdist.runtime import Processes, StopFlag, empty_cache, memory_bytes, peak_memory_bytes
 from trajdist.schedules import warmup_cosine
 from trajdist.sharding import Plan, Step, key64
+from trajdist.trackers import Picture, Trackers
 from trajdist.watchdog import Watchdog
 
 # On CUDA, reading a flag waits for the device, so processes agree only every so many steps; but launchers kill soon
 # after they ask for the end, so slow steps agree more often.
 AGREE_EVERY_ON_CUDA = 10
 AGREE_WITHIN_S = 2.0
+# What is said of a validation.
+VALIDATED = ("loss", "image_auroc", "pixel_auroc")
 
 
 @dataclass
@@ -62,12 +66,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Rhythm:
-    """When to log, to save, and to empty the allocator's cache."""
+    """When to log, to save, to validate, and to empty the allocator's cache."""
 
     log_every_steps: int
     save_every_steps: int
     save_every_s: float
     empty_cache_every: int
+    validate_every_epochs: int = 0
 
 
 @dataclass
@@ -95,6 +100,11 @@ class Job:
     base: str
     first_checkpoint_number: int
     tick: Callable[[], None]
+    keeper: Keeper
+    trackers: Trackers
+    validate: Callable[[Tensors], dict[str, Any]]
+    draw: Callable[[Tensors], list[Picture]]
+    say: Callable[[str], None]
     seconds_before: float = 0.0
     started: float = field(default_factory=time.monotonic)
     last_saved: float = field(default_factory=time.monotonic)
@@ -110,9 +120,12 @@ def fit(job: Job, cursor: int = 0) -> None:
         TrainingError, DataError: see :meth:`Journal.flush`.
         ArtifactError: a checkpoint could not be written.
     """
+    go_on_at(job, cursor)
     job.model.train()
     batches = iter(job.feed)
     for step in job.plan.steps(cursor):
+        if job.keeper.exhausted:
+            return
         begin_step(job, step)
         images = torch.zeros((), device=job.processes.device)
         for _ in range(job.plan.micro_batches):
@@ -125,6 +138,14 @@ def fit(job: Job, cursor: int = 0) -> None:
             update(job, step, images)
         finish_step(job, step)
         job.tick()
+
+
+def go_on_at(job: Job, cursor: int) -> None:
+    """A checkpoint may be from between an epoch and its validation."""
+    job.at.step = job.plan.step_index_at(cursor)
+    epochs, position = divmod(cursor, job.plan.num_images)
+    if epochs > job.keeper.epoch and position == 0:
+        validate_epoch(job, job.plan.step(job.at.step - 1))
 
 
 def begin_step(job: Job, step: Step) -> None:
@@ -171,6 +192,8 @@ def update(job: Job, step: Step, images: torch.Tensor) -> None:
     job.accelerator.clip_grad_norm_(job.model.parameters(), job.recipe.max_grad_norm)
     job.optimizer.step()
     job.optimizer.zero_grad()
+    if job.keeper.averages:
+        job.keeper.follow(trainable(job))
 
 
 def finish_step(job: Job, step: Step) -> None:
@@ -191,12 +214,40 @@ def finish_step(job: Job, step: Step) -> None:
         write_line(job, step)
     if step.ends_epoch:
         write_epoch(job, step)
-    if save:
+        stop = stop or not close_epoch(job, step)
+    if save or stop or job.keeper.exhausted:
         with job.clock("checkpoint"):
             save_checkpoint(job, step)
     if stop:
         job.writer.finish()
         raise StopRequested(job.stop.why or "another process was asked to stop")
+
+
+def close_epoch(job: Job, step: Step) -> bool:
+    """Pictures and validation. False where a request to stop came in between: the next start validates."""
+    if job.trackers:
+        title = f"phase{job.phase}/heat maps"
+        job.trackers.show(title, job.draw(job.keeper.judged(trainable(job))), number_of(job, step))
+    try:
+        validate_epoch(job, step)
+    except StopRequested:
+        return False
+    return True
+
+
+def validate_epoch(job: Job, step: Step) -> None:
+    """Validate the weights as they are after ``step``, the last one of its epoch, where that is due."""
+    epoch, every = step.epoch + 1, job.rhythm.validate_every_epochs
+    if not every or (epoch % every and epoch < job.plan.num_epochs):
+        return
+    weights = job.keeper.judged(trainable(job))
+    found = {"event": "validation", "phase": job.phase, "epoch": epoch, "step": step.index + 1, **job.validate(weights)}
+    job.keeper.judge(found, weights)
+    record(job, step, found)
+    figures = ", ".join(f"{name} {found[name]:.4f}" for name in VALIDATED if found.get(name) is not None)
+    job.say(f"phase {job.phase}: validation after epoch {epoch}: {figures}" + (" (best)" * (job.keeper.stale == 0)))
+    if job.keeper.exhausted:
+        job.say(f"phase {job.phase}: no better validation since epoch {job.keeper.best_epoch}: it ends here")
 
 
 def agree(job: Job, step: Step) -> tuple[bool, bool]:
@@ -229,28 +280,28 @@ def steps_to_next_agreement(job: Job, done: int) -> int:
 
 def write_line(job: Job, step: Step) -> None:
     """A line of metrics.jsonl, and the same on the screen."""
-    line = job.journal.take_line()
-    record = {
+    means = job.journal.take_line().means()
+    line = {
         "event": "step",
         "phase": job.phase,
         "epoch": step.epoch + 1,
         "step": step.index + 1,
         "images": job.plan.cursor_after(step),
-        **line.means(),
+        **means,
         "lr": job.optimizer.param_groups[0]["lr"],
         "images_per_s": job.progress.rate(job.plan.cursor_after(step)),
         "memory_bytes": memory_bytes(job.processes.device),
         "peak_memory_bytes": peak_memory_bytes(job.processes.device),
     }
+    record(job, step, line)
     if job.processes.is_main:
-        job.rundir.append(job.rundir.metrics, record)
-        job.progress.show(record)
+        job.progress.show(line)
 
 
 def write_epoch(job: Job, step: Step) -> None:
     """The epoch's line of metrics.jsonl."""
     sums = job.journal.end_epoch()
-    record = {
+    line = {
         "event": "epoch",
         "phase": job.phase,
         "epoch": step.epoch + 1,
@@ -263,8 +314,19 @@ def write_epoch(job: Job, step: Step) -> None:
         "peak_memory_bytes": peak_memory_bytes(job.processes.device),
         "failures": sums.failures,
     }
+    record(job, step, line)
+
+
+def record(job: Job, step: Step, line: dict[str, Any]) -> None:
+    """A line of metrics.jsonl, for the trackers too."""
     if job.processes.is_main:
-        job.rundir.append(job.rundir.metrics, record)
+        job.rundir.append(job.rundir.metrics, line)
+        job.trackers.log(line, number_of(job, step))
+
+
+def number_of(job: Job, step: Step) -> int:
+    """Steps done, counted through both phases."""
+    return job.first_checkpoint_number + step.index + 1
 
 
 def seconds(job: Job) -> float:
@@ -282,6 +344,14 @@ def trained_model(job: Job) -> Any:
     """The model in eval, without what training wrapped around it."""
     model = job.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False, keep_torch_compile=False)
     return model.eval()
+
+
+def settle_weights(job: Job) -> None:
+    """Training is over: the model gets the weights that the phase ends with."""
+    weights = trainable(job)
+    with torch.no_grad():
+        for name, weight in job.keeper.final(weights).items():
+            weights[name].copy_(weight)
 
 
 def save_checkpoint(job: Job, step: Step) -> None:
@@ -302,9 +372,10 @@ def save_checkpoint(job: Job, step: Step) -> None:
         "journal": job.journal.state(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "file_sizes": job.rundir.sync_records(),
+        "validated": job.keeper.state(),
     }
-    number = job.first_checkpoint_number + step.index + 1
-    job.writer.save(number, Checkpoint(trainable(job), optimizer_tensors(job.optimizer), state))
+    checkpoint = Checkpoint(trainable(job), optimizer_tensors(job.optimizer), state, job.keeper.tensors())
+    job.writer.save(number_of(job, step), checkpoint)
     job.rundir.write_status("running", job.phase, step.index + 1)
 
 
@@ -321,6 +392,7 @@ def restore(job: Job, checkpoint: Checkpoint) -> None:
     restore_optimizer(job.optimizer, checkpoint.optimizer)
     if job.accelerator.scaler is not None and checkpoint.state["scaler"]:
         job.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+    job.keeper.restore(checkpoint.state["validated"], checkpoint.kept, trainable(job))
     job.journal.restore(checkpoint.state["journal"])
     job.seconds_before = checkpoint.state["seconds"]
     job.clock.restore(checkpoint.state["stages"])

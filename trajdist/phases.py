@@ -72,6 +72,7 @@ def _run_phases(session: Session, at: Position, phases: Sequence[int]) -> None:
 
 
 def _record_end(session: Session, at: Position, error: BaseException | None) -> None:
+    session.trackers.finish()
     if not session.processes.is_main:
         return
     if error is None:
@@ -178,7 +179,7 @@ def _contrasting(
     valid_LD = extractor.projection.valid_LD
     model = ContrastModel(trainee.model, whitened, valid_LD.flatten().nonzero().squeeze(1))
     defects = DefectDraw(extractor.resolution, session.config.seed, phase=2)
-    return replace(trainee, model=model, objective=DefectContrast(valid_LD), defects=defects)
+    return replace(trainee, model=model, objective=DefectContrast(valid_LD), defects=defects, whitened=whitened)
 
 
 def adopt_phase1(session: Session) -> None:
@@ -229,6 +230,9 @@ def _is_done(session: Session, phase: int) -> bool:
     done = session.rundir.read_summary().get(f"phase{phase}")
     if not done:
         return False
+    if done.get("validation", {}).get("stopped_early"):
+        session.say(f"phase {phase} stopped early, after {done['epochs']} epochs: nothing to repeat")
+        return True
     epochs, wanted = done["epochs"], getattr(session.config.data, SETS[phase]).num_epochs
     checkpoint = session.newest_checkpoint() if wanted > epochs else None
     if checkpoint and checkpoint.state["phase"] == phase:
@@ -249,8 +253,8 @@ def _summarise(session: Session, job: Job) -> dict[str, Any]:
     return {
         "images": journal.total.images,
         "failures": journal.total.failures,
-        "epochs": job.plan.num_epochs,
-        "steps": job.plan.total_steps,
+        "epochs": job.at.step // job.plan.steps_per_epoch,
+        "steps": job.at.step,
         "seconds": taken,
         "images_per_s": journal.total.images / max(taken, 1e-9),
         "first_loss": journal.first_loss,
@@ -261,6 +265,7 @@ def _summarise(session: Session, job: Job) -> dict[str, Any]:
         "trained_parameters": sum(weight.numel() for weight in trainable(job).values()),
         "time": split(time, taken),
         "doctor": advice,
+        **({"validation": validation} if (validation := job.keeper.summary()) else {}),
     }
 
 
@@ -270,7 +275,7 @@ def _facts(session: Session, job: Job, time: dict[str, float], taken: float) -> 
     contrast = job.phase == 2 and config.domain_adaptation.objective == "contrast"
     return Facts(
         seconds=taken,
-        steps=job.plan.total_steps,
+        steps=job.at.step,
         time=time,
         waits=processes.gather([time["data"]]),
         workers=resolve_workers(config.data.num_workers, processes.local_world, processes.device.type),

@@ -219,6 +219,10 @@ class Meeting:
         )
 
 
+def _key(set_name: str) -> str:
+    return "validation.path" if set_name == "validation" else f"data.{set_name}.path"
+
+
 def _facts(config: Config, sources: Mapping[str, ImageSource], world: int) -> dict[str, Any]:
     """What must be the same everywhere, and the host. The order is that of the complaints."""
     return {
@@ -231,8 +235,8 @@ def _facts(config: Config, sources: Mapping[str, ImageSource], world: int) -> di
         "device": device_type(),
         "config": _hash(_flat(config)),
         "mixed precision": precision(config.runtime.mixed_precision),
-        **{f"number of images in data.{name}.path": len(source) for name, source in sources.items()},
-        **{f"list of images in data.{name}.path": source.fingerprint[:12] for name, source in sources.items()},
+        **{f"number of images in {_key(name)}": len(source) for name, source in sources.items()},
+        **{f"list of images in {_key(name)}": source.fingerprint[:12] for name, source in sources.items()},
     }
 
 

@@ -146,6 +146,24 @@ class Processes:
         if code:
             raise SystemExit(code)
 
+    def all_do(self, work: Callable[[], None]) -> None:
+        """Every process does ``work``; a user error on one of them ends all. Who found it says it.
+
+        Raises:
+            UserError: on the process that it happened on.
+            SystemExit: with its exit code, on the others.
+        """
+        failure: UserError | None = None
+        try:
+            work()
+        except UserError as error:
+            failure = error
+        codes = self.gather([failure.exit_code] if failure else [])
+        if failure:
+            raise failure
+        if codes:
+            raise SystemExit(codes[0])
+
     def wait(self) -> None:
         """Wait for all processes."""
         if self.world > 1:

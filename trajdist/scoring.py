@@ -20,7 +20,7 @@ from trajdist import pictures, residuals
 from trajdist.artifacts import fingerprint
 from trajdist.data.base import ImageSource
 from trajdist.data.loader import ImageBatch, build_loader, resolve_workers
-from trajdist.errors import ArtifactError, ConfigError, UserError
+from trajdist.errors import ArtifactError, ConfigError
 from trajdist.files import read_json, write_json
 from trajdist.progress import Progress, make_console
 from trajdist.runtime import Processes, start_accelerator
@@ -212,18 +212,11 @@ def _walk(job: Scoring, plan: Plan, cursor: int, maps: MapsFile, visit: Visit | 
 
 
 def _visit_all(processes: Processes, visit: Visit, scored: list[Scored]) -> None:
-    """A user error on one process ends them all; who found it says it."""
-    failure: UserError | None = None
-    try:
+    def visit_each() -> None:
         for image in scored:
             visit(image)
-    except UserError as error:
-        failure = error
-    codes = processes.gather([failure.exit_code] if failure else [])
-    if failure:
-        raise failure
-    if codes:
-        raise SystemExit(codes[0])
+
+    processes.all_do(visit_each)
 
 
 def score_batch(job: Scoring, batch: ImageBatch, start: int, stop: int) -> Iterator[Scored]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from trajdist.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
-from trajdist.config import Config, fields, flatten
+from trajdist.config import Config, ImageSet, fields, flatten
 from trajdist.config_files import dump_yaml, read_yaml
 from trajdist.data.base import ImageSource
 from trajdist.data.cache import TrajectoryCache
@@ -23,6 +23,7 @@ from trajdist.rundir import RunDir
 from trajdist.runtime import Processes, StopFlag, start_accelerator
 from trajdist.selection import draw, facts, keep
 from trajdist.sharding import PlaceDraw, Plan, Selection
+from trajdist.trackers import Trackers, check_installed
 from trajdist.trajectory import TrajectoryExtractor
 from trajdist.watchdog import Watchdog
 
@@ -44,11 +45,21 @@ class Session:
     console: Console
     reference_world: int
     profile: bool
+    trackers: Trackers
     extractor: TrajectoryExtractor | None = None
 
     def say(self, text: str) -> None:
         """A line for the user, from the main process."""
         self.console.print(text)
+
+    def silent(self) -> Session:
+        """The same for a stage within a stage: it says nothing and shows no bar."""
+        return replace(self, console=Console(quiet=True))
+
+    def settings(self, set_name: str) -> ImageSet:
+        """The keys of a set. Labelled images for validation are read as a domain's are, and as scoring reads them."""
+        settings: ImageSet = getattr(self.config.data, set_name, self.config.data.domain)
+        return settings
 
     def selection(self, set_name: str, phase: int) -> Selection:
         """Which images of a set to train on; refuses a set that changed since the run began.
@@ -96,7 +107,7 @@ class Session:
             plan,
             cursor=cursor,
             size=data.image_size,
-            fit=getattr(data, set_name).fit,
+            fit=self.settings(set_name).fit,
             num_workers=resolve_workers(data.num_workers, self.processes.local_world, self.processes.device.type),
             pin_memory=self.processes.device.type == "cuda",
             draw=draw,
@@ -124,6 +135,7 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
         ConfigError: processes that differ, or a changed key that would change the result.
         ArtifactError: the directory cannot be written, or another run holds it.
     """
+    check_installed(config.logging.trackers)
     init_method = compare(config, sources)
     runtime = config.runtime
     # The watchdog, which can name a lost process, comes before the process group's own timeout, which cannot.
@@ -150,7 +162,11 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
     stop = StopFlag(rundir.stop_file, watches_file=processes.is_main)
     watchdog = Watchdog(processes, stop, runtime.timeout_s)
     reference_world = _reference_world(rundir)
-    return Session(config, sources, accelerator, processes, rundir, stop, watchdog, console, reference_world, profile)
+    flat = flatten(config.model_dump(mode="json"))
+    trackers = Trackers(config.logging.trackers if processes.is_main else [], rundir, flat, console.print)
+    return Session(
+        config, sources, accelerator, processes, rundir, stop, watchdog, console, reference_world, profile, trackers
+    )
 
 
 def _restarted() -> bool:

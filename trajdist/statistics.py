@@ -11,6 +11,7 @@ from torch import nn
 from trajdist import bundle
 from trajdist.backbones import Backbone
 from trajdist.clock import Clock
+from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, IndexAt
 from trajdist.errors import StopRequested
 from trajdist.feed import move
@@ -89,21 +90,26 @@ def update_moments(
 
 
 def clean_batches(
-    session: Session, set_name: str, index_at: IndexAt, num_images: int, title: str
+    session: Session,
+    set_name: str,
+    index_at: IndexAt,
+    num_images: int,
+    title: str,
+    defects: DefectDraw | None = None,
 ) -> Iterator[ImageBatch]:
     """One pass over ``num_images`` images without training: this process's batches, on the device.
+
+    With ``defects`` the images come with themselves and a defect in them, as in training.
 
     Raises:
         StopRequested: somebody asked for it.
         DataError: too many images could not be read.
     """
-    processes = session.processes
-    batch_size = getattr(session.config.data, set_name).batch_size
-    plan = Plan(num_images, 1, processes.world * batch_size, processes.world, batch_size)
+    processes, plan = session.processes, pass_plan(session, set_name, num_images)
     bad_images, clock = BadImages(session.rundir, processes), Clock(processes.device)
     session.say(f"{title}: {num_images:,} images")
     with Progress(session.console, title, num_images) as progress:
-        for step, batch in zip(plan.steps(), session.loader(set_name, index_at, plan), strict=True):
+        for step, batch in zip(plan.steps(), session.loader(set_name, index_at, plan, defects=defects), strict=True):
             bad_images.note(batch.failures)
             session.watchdog.beat()
             yield move(batch, processes.device, clock)
@@ -112,6 +118,12 @@ def clean_batches(
                 raise StopRequested(session.stop.why or "another process was asked to stop")
     bad = bad_images.write(set_name, session.sources[set_name].name)
     check_bad_fraction(len(bad), num_images, session.config.data.max_bad_fraction, session.rundir)
+
+
+def pass_plan(session: Session, set_name: str, num_images: int) -> Plan:
+    """How :func:`clean_batches` walks through its images."""
+    batch_size, world = session.settings(set_name).batch_size, session.processes.world
+    return Plan(num_images, 1, world * batch_size, world, batch_size)
 
 
 def contrast_residuals(
@@ -123,7 +135,7 @@ def contrast_residuals(
         StopRequested: the pass starts over next time.
     """
     path = session.rundir.contrast
-    detector = _new_detector(session, path, extractor, model)
+    detector = new_detector(session, path.parent.name, extractor, model)
     if not path.exists():
         detector.residual.fit(_residual_moments(session, "domain", selection, extractor, detector))
 
@@ -136,9 +148,10 @@ def contrast_residuals(
     return detector.residual
 
 
-def _new_detector(session: Session, path: Path, extractor: TrajectoryExtractor, model: nn.Module) -> Detector:
+def new_detector(session: Session, name: str, extractor: TrajectoryExtractor, model: nn.Module) -> Detector:
+    """A detector on the device, not fitted yet."""
     residual = ResidualModel(extractor.projection.valid_LD.cpu(), extractor.resolution)
-    return Detector(path.parent.name, model, residual).to(session.processes.device)
+    return Detector(name, model, residual).to(session.processes.device)
 
 
 def calibrate(
@@ -162,12 +175,8 @@ def calibrate(
     Raises:
         StopRequested: the passes start over next time.
     """
-    detector = _new_detector(session, path, extractor, model)
-    if whitened is not None:
-        detector.residual.load_state_dict(whitened.state_dict())
-    moments = _residual_moments(session, set_name, selection, extractor, detector)
-    detector.residual.fit(moments, whiten=whitened is None)
-    _fit_places(session, set_name, selection, extractor, detector)
+    detector = new_detector(session, path.parent.name, extractor, model)
+    fit_detector(session, set_name, selection, extractor, detector, whitened)
     if not selection.num_holdout:
         session.say("no images are held out: p-values rest on images that were trained on, and promise too much")
     detector.held_out = selection.num_holdout > 0
@@ -183,6 +192,22 @@ def calibrate(
     for histogram in (cells, images):
         histogram.counts_K = session.processes.sum(histogram.counts_K.to(session.processes.device)).cpu()
     session.processes.main_does(lambda: detector.save(path, base))
+
+
+def fit_detector(
+    session: Session,
+    set_name: str,
+    selection: Selection,
+    extractor: TrajectoryExtractor,
+    detector: Detector,
+    whitened: ResidualModel | None,
+) -> None:
+    """Learn what residuals of (a bounded sample of) the images trained on are like, in two passes."""
+    if whitened is not None:
+        detector.residual.load_state_dict(whitened.state_dict())
+    moments = _residual_moments(session, set_name, selection, extractor, detector)
+    detector.residual.fit(moments, whiten=whitened is None)
+    _fit_places(session, set_name, selection, extractor, detector)
 
 
 @torch.no_grad()

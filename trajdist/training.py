@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,23 +14,27 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trajdist.bundle import trajectory_fingerprint
-from trajdist.checkpoint import Checkpoint, CheckpointWriter
+from trajdist.checkpoint import Checkpoint, CheckpointWriter, Tensors
 from trajdist.clock import Clock, sum_gradients
 from trajdist.config import SETS, Config
 from trajdist.data.cache import GIB, CacheWriter, TrajectoryCache
 from trajdist.data.decode import TRANSFORM
 from trajdist.data.drawing import DefectDraw
-from trajdist.errors import ArtifactError, ConfigError
+from trajdist.data.labelled import LabelledFolder
+from trajdist.errors import ArtifactError, ConfigError, DataError
 from trajdist.feed import Feed, num_places
 from trajdist.journal import Journal
-from trajdist.loop import Job, Position, Recipe, Rhythm, fit, restore
+from trajdist.keeper import Keeper
+from trajdist.loop import Job, Position, Recipe, Rhythm, fit, restore, settle_weights
 from trajdist.objectives import LOGISTIC_RATE, Objective
 from trajdist.profiling import nothing, profiling
 from trajdist.progress import Progress
+from trajdist.residuals import ResidualModel
 from trajdist.runtime import reset_peak_memory
 from trajdist.session import Session
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.trajectory import TrajectoryExtractor
+from trajdist.validation import Examiner
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Trainee:
     """A model to train, what it minimises, how fast, and the fingerprint of what it stands on.
 
     ``defects`` draws what the objective contrasts clean images with; it sees whole images, afresh in every epoch.
+    ``whitened`` has the whitening that the model is trained under, if it is trained under one.
     """
 
     model: nn.Module
@@ -45,6 +51,7 @@ class Trainee:
     weight_decay: float
     base: str
     defects: DefectDraw | None = None
+    whitened: ResidualModel | None = None
 
 
 def train(
@@ -58,8 +65,10 @@ def train(
     session.accelerator.gradient_accumulation_steps = plan.micro_batches
     session.accelerator.step = 0
     model = trainee.model.to(processes.device)
+    examiner = _examiner(session, at.phase, selection, extractor, trainee)
     optimizer = make_optimizer(model, trainee.learning_rate, trainee.weight_decay, processes.device)
     prepared_model, prepared_optimizer = session.accelerator.prepare(model, optimizer)
+    keeper = _keeper(config, model)
     clock = Clock(processes.device)
     if isinstance(prepared_model, DistributedDataParallel):
         prepared_model.register_comm_hook(clock, sum_gradients)
@@ -100,6 +109,11 @@ def train(
             base=trainee.base,
             first_checkpoint_number=_steps_before(session, at.phase),
             tick=tick,
+            keeper=keeper,
+            trackers=session.trackers,
+            validate=examiner.validate,
+            draw=examiner.draw,
+            say=session.say,
         )
         if checkpoint:
             restore(job, checkpoint)
@@ -111,7 +125,42 @@ def train(
                 session.say(why)
         with clock("checkpoint"):
             job.writer.finish()
+        settle_weights(job)
     return job
+
+
+def _keeper(config: Config, model: nn.Module) -> Keeper:
+    weights: Tensors = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return Keeper(weights, config.ema.decay, config.early_stopping.patience, config.validation.keep == "best")
+
+
+def _examiner(
+    session: Session, phase: int, selection: Selection, extractor: TrajectoryExtractor, trainee: Trainee
+) -> Examiner:
+    """Made before Accelerate wraps the model, of which it takes a copy if it has anything to look at.
+
+    Raises:
+        DataError: there is nothing to validate on.
+    """
+    labelled = session.sources.get("validation")
+    validates = session.config.validation.every_epochs > 0
+    if validates and labelled is None and not selection.num_holdout:
+        raise DataError(
+            f"data.{SETS[phase]}.path has {selection.total} images, of which calibration.holdout_fraction="
+            f"{session.config.calibration.holdout_fraction:g} holds none out to validate on: raise the fraction."
+        )
+    model = copy.deepcopy(trainee.model).eval() if validates or session.trackers else trainee.model
+    return Examiner(
+        session=session,
+        set_name=SETS[phase],
+        selection=selection,
+        extractor=extractor,
+        model=model,
+        objective=trainee.objective,
+        defects=trainee.defects,
+        whitened=trainee.whitened,
+        labelled=labelled if isinstance(labelled, LabelledFolder) else None,
+    )
 
 
 def _profiled(session: Session, phase: int) -> AbstractContextManager[Callable[[], None]]:
@@ -272,6 +321,7 @@ def _rhythm(config: Config) -> Rhythm:
         save_every_steps=config.checkpoint.every_steps,
         save_every_s=config.checkpoint.every_minutes * 60.0,
         empty_cache_every=config.memory.empty_cache_every,
+        validate_every_epochs=config.validation.every_epochs,
     )
 
 

@@ -1,0 +1,206 @@
+"""Validation between epochs: what it measures, what it keeps, when it stops, and that a restart changes none of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import launch, start
+
+from trajdist.artifacts import read_tensors
+from trajdist.cli import main
+from trajdist.config_files import load_config
+from trajdist.data.defects import write_labelled
+from trajdist.data.sources import open_source
+from trajdist.errors import ConfigError
+from trajdist.keeper import Keeper
+from trajdist.validation import Examiner
+
+SMALL = ("data.image_size=32", "runtime.mixed_precision=no", "calibration.holdout_fraction=0.2")
+EVERY = "validation.every_epochs=1"
+
+
+def train(run_dir: Path, *overrides: str) -> list[dict]:
+    """Phase 1 of the debug config; its validations."""
+    assert main(["train", "debug", f"run_dir={run_dir}", *SMALL, *overrides]) == 0
+    return validations(run_dir)
+
+
+def validations(run_dir: Path) -> list[dict]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == "validation"]
+
+
+def model_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(run_dir / "phase1" / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Validations with losses from a list; the weights that were validated."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def script(losses: list[float]) -> list[dict[str, torch.Tensor]]:
+        def validate(self: Examiner, weights: dict[str, torch.Tensor]) -> dict:
+            seen.append({name: weight.detach().clone() for name, weight in weights.items()})
+            return {"loss": losses[len(seen) - 1]}
+
+        monkeypatch.setattr(Examiner, "validate", validate)
+        return seen
+
+    return script
+
+
+def test_off_by_default(debug_run):
+    assert not validations(debug_run)
+    assert "validation" not in json.loads((debug_run / "summary.json").read_text())["phase1"]
+
+
+def test_held_out_loss_is_that_of_the_saved_model(tmp_path, fresh_accelerate):
+    found = train(tmp_path / "run", EVERY, "data.imagenet.num_epochs=3", "validation.keep=last")
+    assert [line["epoch"] for line in found] == [1, 2, 3]
+    assert found[0]["images"] == 48
+    assert found[2]["loss"] < found[0]["loss"], "it learns"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())["phase1"]
+    assert summary["validation"]["last"] == found[2]
+    assert summary["validation"]["kept"] == "last"
+    plain = tmp_path / "plain"
+    assert not train(plain, "data.imagenet.num_epochs=3")
+    assert same(model_of(plain), model_of(tmp_path / "run")), "looking changes nothing"
+
+
+def test_patience_stops_and_the_best_is_kept(tmp_path, fresh_accelerate, scripted):
+    seen = scripted([3.0, 2.0, 1.0, 4.0, 1.5, 0.1])
+    found = train(tmp_path, EVERY, "data.imagenet.num_epochs=6", "early_stopping.patience=2")
+    assert [line["epoch"] for line in found] == [1, 2, 3, 4, 5]
+    assert same(model_of(tmp_path), seen[2])
+    assert not same(model_of(tmp_path), seen[4])
+    summary = json.loads((tmp_path / "summary.json").read_text())["phase1"]
+    assert (summary["epochs"], summary["validation"]["best"]["epoch"]) == (5, 3)
+    assert summary["validation"]["stopped_early"]
+    assert main(["audit", str(tmp_path)]) == 0
+    again = ["train", "debug", f"run_dir={tmp_path}", *SMALL, EVERY, "early_stopping.patience=2"]
+    assert main([*again, "data.imagenet.num_epochs=9"]) == 0
+    assert len(seen) == 5, "what stopped early is done"
+
+
+def test_the_last_is_kept_if_asked_for(tmp_path, fresh_accelerate, scripted):
+    seen = scripted([1.0, 2.0, 3.0])
+    train(tmp_path, EVERY, "data.imagenet.num_epochs=3", "validation.keep=last")
+    assert same(model_of(tmp_path), seen[2])
+
+
+def test_every_other_epoch_and_the_last(tmp_path, fresh_accelerate, scripted):
+    scripted([3.0, 2.0, 1.0])
+    found = train(tmp_path, "validation.every_epochs=2", "data.imagenet.num_epochs=5")
+    assert [line["epoch"] for line in found] == [2, 4, 5]
+
+
+def test_the_average_of_the_weights(tmp_path, fresh_accelerate, monkeypatch):
+    steps: list[dict[str, torch.Tensor]] = []
+    follow, begin = Keeper.follow, Keeper.__init__
+
+    def spy(self: Keeper, weights: dict[str, torch.Tensor]) -> None:
+        steps.append({name: weight.detach().double().clone() for name, weight in weights.items()})
+        follow(self, weights)
+
+    def first(self: Keeper, weights: dict[str, torch.Tensor], *options) -> None:
+        steps.append({name: weight.detach().double().clone() for name, weight in weights.items()})
+        begin(self, weights, *options)
+
+    monkeypatch.setattr(Keeper, "follow", spy)
+    monkeypatch.setattr(Keeper, "__init__", first)
+    train(tmp_path, "ema.decay=0.8")
+    average, *later = steps
+    for weights in later:
+        average = {name: 0.8 * average[name] + 0.2 * weights[name] for name in average}
+    saved = model_of(tmp_path)
+    assert len(later) == 8
+    for name, tensor in saved.items():
+        torch.testing.assert_close(tensor.double(), average[name], rtol=1e-4, atol=1e-6)
+    assert not all(torch.equal(saved[name].double(), later[-1][name]) for name in saved)
+
+
+RESUMED = (EVERY, "ema.decay=0.9", "early_stopping.patience=3", "checkpoint.every_steps=3", "logging.every_steps=1")
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_restart_changes_nothing(tmp_path, world):
+    """Stopped in the middle, at the same number of processes: byte for byte."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ["train", "debug", *SMALL, *RESUMED, "data.imagenet.num_epochs=8", "train.learning_rate=0.02"]
+    reference = launch([*options, f"run_dir={whole}"], world)
+    assert reference.returncode == 0, reference.stderr
+    job = start([*options, f"run_dir={cut}"], world)
+    deadline = time.monotonic() + 90
+    while not (cut / "metrics.jsonl").exists() or len((cut / "metrics.jsonl").read_text().splitlines()) < 6:
+        assert time.monotonic() < deadline, "the job takes no steps"
+        time.sleep(0.01)
+    (cut / "STOP").touch()
+    assert job.end().returncode in (0, 75)
+    resumed = launch([*options, f"run_dir={cut}"], world)
+    assert resumed.returncode == 0, resumed.stderr
+    assert validations(cut) == validations(whole)
+    assert digest(cut / "phase1" / "model.safetensors") == digest(whole / "phase1" / "model.safetensors")
+    assert main(["audit", str(cut)]) == 0
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    runs = {}
+    for world, batch in ((1, 8), (2, 4)):
+        run_dir = tmp_path / str(world)
+        command = ["train", "debug", *SMALL, *RESUMED, f"run_dir={run_dir}", f"data.imagenet.batch_size={batch}"]
+        finished = launch(command, world)
+        assert finished.returncode == 0, finished.stderr
+        runs[world] = [line["loss"] for line in validations(run_dir)]
+    assert runs[1] == pytest.approx(runs[2], rel=1e-4)
+
+
+def test_labelled_images_are_judged_as_evaluate_judges_them(tmp_path, fresh_accelerate):
+    labelled = tmp_path / "labelled"
+    write_labelled(open_source("skimage:gravel/heldout", "source"), labelled)
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    command = ["run", "debug", f"run_dir={run_dir}", "runtime.mixed_precision=no", EVERY, "validation.keep=last"]
+    assert main([*command, f"validation.path={labelled}"]) == 0
+    assert main(["evaluate", str(run_dir), str(labelled), "--out", str(out), "--overlays", "none"]) == 0
+    found, metrics = validations(run_dir)[-1], json.loads((out / "metrics.json").read_text())
+    assert (found["phase"], found["labelled_images"]) == (2, 72)
+    assert found["image_auroc"] == pytest.approx(metrics["image_auroc"], abs=1e-3)
+    assert found["pixel_auroc"] == pytest.approx(metrics["pixel_auroc"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["early_stopping.patience=3"], "early_stopping.patience=3 needs validations"),
+        (["validation.path=/x"], "validation.path='/x' needs validations"),
+        ([EVERY, "calibration.holdout_fraction=0"], "has nothing to validate on"),
+    ],
+)
+def test_keys_that_need_each_other(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(None, overrides)
+
+
+def test_good_images_alone_tell_nothing_apart(tmp_path, capsys):
+    labelled = tmp_path / "labelled"
+    write_labelled(open_source("skimage:gravel/heldout", "source"), labelled)
+    for folder in (labelled / "test").iterdir():
+        if folder.name != "good":
+            for path in folder.iterdir():
+                path.unlink()
+    command = ["train", "debug", f"run_dir={tmp_path / 'run'}", EVERY, f"validation.path={labelled}"]
+    assert main(command) == 3
+    assert "good images alone" in capsys.readouterr().err
