@@ -317,7 +317,7 @@ def test_a_subset_by_class_trains_resumes_and_is_audited(tmp_path, fresh_acceler
     assert main(["audit", str(tmp_path / "folder")]) == 4
 
 
-@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_each_image_once_while_the_number_of_processes_changes(tmp_path, window):
     write_shards(tmp_path / "tars", write_images(tmp_path / "images", 23, side=32), 4)
     run_at_one_three_and_two_processes(tmp_path / "tars", tmp_path / "run", f"data.shuffle_window={window}")

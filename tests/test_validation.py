@@ -136,7 +136,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_restart_changes_nothing(tmp_path, world):
     """Stopped in the middle, at the same number of processes: byte for byte."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
