@@ -226,6 +226,21 @@ def test_an_index_goes_to_the_cache_where_the_shard_may_not_be_touched(tmp_path,
     assert len(shards(tmp_path / "tars")) == 1
 
 
+def test_an_index_that_can_be_kept_nowhere_is_made_each_time(tmp_path, monkeypatch):
+    from trajdist.data import shard_index
+    from trajdist.errors import ArtifactError
+
+    def refuse(path, content):
+        raise ArtifactError("a read-only file system")
+
+    monkeypatch.setattr(shard_index, "write_bytes", refuse)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_tar(tmp_path / "tars" / "a.tar", {"0.png": encoded(0)})
+    for _ in range(2):
+        assert shards(tmp_path / "tars").read(0) == encoded(0)
+    assert not list(tmp_path.rglob("*.json"))
+
+
 @given(
     st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(sum),
     st.integers(1, 13),

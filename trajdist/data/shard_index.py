@@ -10,6 +10,7 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, ClassVar, NamedTuple
 
@@ -116,14 +117,18 @@ def _is_of(index: ShardIndex, shard: str, version: Version) -> bool:
 
 
 def _keep(index: ShardIndex, shard: str, folder: Path) -> None:
+    """Where it can be kept: beside the shard, else in the folder. Without either, the next process walks the shard."""
     content = index.model_dump_json().encode()
-    try:
-        if storage.is_url(shard):
-            raise ArtifactError("nothing is written to a store")
-        write_bytes(Path(shard + SUFFIX), content)
-    except ArtifactError:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / _cached_name(shard), content)
+    places = (
+        [folder / _cached_name(shard)]
+        if storage.is_url(shard)
+        else [Path(shard + SUFFIX), folder / _cached_name(shard)]
+    )
+    for place in places:
+        with suppress(OSError, ArtifactError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(place, content)
+            return
 
 
 def walk(file: IO[bytes], shard: str, version: Version) -> ShardIndex:
