@@ -10,4 +10,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 "$venv"/bin/ruff format --check .
 "$venv"/bin/mypy trajdist
 echo "+ pytest $*"
-"$venv"/bin/python -m pytest -m "not slow" "$@"
+# Many tests wait for jobs of their own: two at a time keep two cores busy. Files stay together, so that one
+# Slurm, one object store and one finished run serve all tests of a file.
+"$venv"/bin/python -m pytest -m "not slow" -n 2 --dist loadfile "$@"

@@ -13,8 +13,9 @@ from images import write_images
 from jobs import launch
 
 from trajdist import budget, probe
+from trajdist.argument_types import size
 from trajdist.budget import LARGEST_BATCH, largest_within
-from trajdist.cli import _size, main
+from trajdist.cli import main
 from trajdist.config_files import load_config
 from trajdist.data.sources import open_sets
 from trajdist.data.storage import Access
@@ -216,13 +217,13 @@ def test_largest_within(start, fixed, slope, jump, available):
     [("80GiB", 80 * 2**30), ("24GB", 24 * 10**9), ("1.5 MiB", 1.5 * 2**20), ("7KB", 7000), ("2TiB", 2**41), ("99", 99)],
 )
 def test_sizes(text, count):
-    assert _size(text) == count
+    assert size(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-3GB", "0", "12 apples", "1e9", "8GiBB"])
 def test_what_is_no_size(text):
     with pytest.raises(argparse.ArgumentTypeError, match="80GiB"):
-        _size(text)
+        size(text)
 
 
 @pytest.mark.parametrize(
