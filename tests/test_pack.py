@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from images import noise, write_images
 from jobs import launch, start
@@ -143,8 +144,11 @@ def test_a_killed_command_goes_on(tmp_path):
     while len(list((tmp_path / "out").glob("shard-*.tar"))) < 2:
         assert time.monotonic() < deadline, "no shards come"
         time.sleep(0.01)
+    workers = job.descendants()[1:]
+    assert len(workers) >= 2
     job.signal(signal.SIGKILL)
     job.end()
+    assert not psutil.wait_procs(workers, timeout=30)[1], "no worker is left behind"
     finished = launch([*command, "--workers", "2"])
     assert finished.returncode == 0, finished.stderr
     assert packed(tmp_path / "images", tmp_path / "whole", "--shard-size", "400KiB", "--short-side", "150") == 0

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import tarfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -313,6 +314,15 @@ def _start_worker(source: EncodedSource, options: Options) -> None:
     global _job
     _job = source, options
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Workers of a process that was killed would wait for work for ever: each keeps the others' queue open."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(part: range) -> list[Packed]:
