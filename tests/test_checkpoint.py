@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from pathlib import Path
 
@@ -76,3 +77,21 @@ def test_a_file_that_is_not_what_was_in_memory_is_no_checkpoint(tmp_path, monkey
     with pytest.raises(ArtifactError, match=r"model\.safetensors reads back as something else"):
         writer.finish()
     assert newest_checkpoint(tmp_path)[0] == good
+
+
+def test_what_goes_on_while_a_checkpoint_is_written_is_not_in_it(tmp_path, monkeypatch):
+    """Training counts on in the same books."""
+    books = {"images": 1}
+
+    def count_on(tensors: dict[str, torch.Tensor], path: Path, **options: object) -> None:
+        books["images"] += 1
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr(writing, "save_file", count_on)
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(7, Checkpoint({"a": torch.ones(3)}, {"0.step": torch.ones(())}, {"journal": books}))
+    writer.finish()
+    path, problems = newest_checkpoint(tmp_path)
+    assert not problems
+    assert path is not None
+    assert json.loads((path / "state.json").read_text()) == {"journal": {"images": 1}}

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -51,16 +52,16 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, number: int, checkpoint: Checkpoint) -> None:
-        """Take a copy of the tensors now, write it soon. Waits for the write before this one.
+        """Take a copy of everything now, write it soon. Waits for the write before this one.
 
         Raises:
             ArtifactError: the write before this one failed.
         """
         self.finish()
-        copy = Checkpoint(
-            _copied(checkpoint.model), _copied(checkpoint.optimizer), checkpoint.state, _copied(checkpoint.kept)
-        )
-        self._pending = self._thread.submit(self._write, number, copy)
+        # The books in the state go on while it is written.
+        state = copy.deepcopy(checkpoint.state)
+        copied = Checkpoint(_copied(checkpoint.model), _copied(checkpoint.optimizer), state, _copied(checkpoint.kept))
+        self._pending = self._thread.submit(self._write, number, copied)
 
     def failed(self) -> bool:
         """Whether a write has failed by now; :meth:`finish` says how."""
