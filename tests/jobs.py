@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,6 +132,23 @@ def start(
         launcher += ["--main_process_port", str(free_port()), *launcher_options]
     command = [sys.executable, *launcher, "-m", module, *map(str, args)]
     return spawn(command, environment(env), cwd)
+
+
+def stop_after_lines(job: Job, run_dir: Path, count: int, timeout_s: float = 120) -> None:
+    """Stop a training by its STOP file when metrics.jsonl has ``count`` more lines; it must not have been done."""
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + timeout_s
+
+    def lines() -> int:
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    begin = lines()
+    while lines() < begin + count:
+        assert time.monotonic() < deadline, "the job takes no steps"
+        time.sleep(0.01)
+    (run_dir / "STOP").touch()
+    ended = job.end()
+    assert ended.returncode in (0, 75), ended.stderr
+    assert json.loads((run_dir / "status.json").read_text())["status"] == "stopped"
 
 
 def launch(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
-from jobs import launch, start
+from jobs import launch, start, stop_after_lines
 
 from trajdist.cli import main
 
@@ -55,12 +54,7 @@ def test_mlflow_goes_on_with_one_run_at_two_processes_and_after_a_restart(tmp_pa
         "data.imagenet.num_epochs=40",
     ]
     job = start(command, 2)
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").exists() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 6:
-        assert time.monotonic() < deadline, "the job takes no steps"
-        time.sleep(0.02)
-    (run_dir / "STOP").touch()
-    assert job.end().returncode in (0, 75)
+    stop_after_lines(job, run_dir, 6)
     resumed = launch([*command[:-1], "data.imagenet.num_epochs=41"], 1, timeout_s=240)
     assert resumed.returncode == 0, resumed.stderr
     client = mlflow.tracking.MlflowClient(f"sqlite:///{run_dir}/trackers/mlflow.db")

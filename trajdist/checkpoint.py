@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
 import shutil
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 
 from trajdist.artifacts import holds, read_tensors
 from trajdist.errors import ArtifactError
-from trajdist.files import read_json, sync_file, sync_folder, write_bytes
+from trajdist.files import read_json, sha256, sync_file, sync_folder, write_bytes
 
 Tensors = dict[str, torch.Tensor]
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -41,6 +40,11 @@ class Checkpoint:
     optimizer: Tensors
     state: dict[str, Any]
     kept: Tensors = field(default_factory=dict)
+
+    def files(self) -> dict[str, Tensors]:
+        """What each safetensors file holds."""
+        files = {"model.safetensors": self.model, "optimizer.safetensors": self.optimizer}
+        return files | ({KEPT: self.kept} if self.kept else {})
 
 
 class CheckpointWriter:
@@ -84,10 +88,8 @@ class CheckpointWriter:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             # Straight from the tensors into the file: nothing of their size is held beside them.
-            save_file(checkpoint.model, temporary / "model.safetensors")
-            save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
-            if checkpoint.kept:
-                save_file(checkpoint.kept, temporary / KEPT)
+            for name, tensors in checkpoint.files().items():
+                save_file(tensors, temporary / name)
             (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=2), encoding="utf-8")
             for name in _files(temporary):
                 # safetensors makes files that nobody else can read, whatever the umask says.
@@ -121,7 +123,7 @@ def _files(folder: Path) -> tuple[str, ...]:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     entries = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in _files(folder)
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in _files(folder)
     }
     return {"format": 1, "files": entries}
 
@@ -134,11 +136,9 @@ def _check_contents(folder: Path, checkpoint: Checkpoint) -> None:
     Raises:
         ArtifactError: a file that reads back as something else than was written.
     """
-    pairs = {"model.safetensors": checkpoint.model, "optimizer.safetensors": checkpoint.optimizer}
-    pairs |= {KEPT: checkpoint.kept} if checkpoint.kept else {}
     same = (folder / "state.json").read_text(encoding="utf-8") == json.dumps(checkpoint.state, indent=2)
     wrong = [] if same else ["state.json"]
-    wrong += [name for name, tensors in pairs.items() if not holds(folder / name, tensors)]
+    wrong += [name for name, tensors in checkpoint.files().items() if not holds(folder / name, tensors)]
     if wrong:
         raise ArtifactError(f"{wrong[0]} reads back as something else than was written")
 
@@ -189,7 +189,7 @@ def verify(path: Path) -> str | None:
             entry = manifest["files"][name]
             if (path / name).stat().st_size != entry["bytes"]:
                 return f"{name} has the wrong size"
-            if _sha256(path / name) != entry["sha256"]:
+            if sha256(path / name) != entry["sha256"]:
                 return f"{name} has the wrong SHA-256"
     except ArtifactError as error:
         return str(error)
@@ -198,14 +198,6 @@ def verify(path: Path) -> str | None:
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Totals(BaseModel):
@@ -294,13 +286,22 @@ def check_fits(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], opti
     pairs = [(checkpoint.model, {name: weight.shape for name, weight in weights.items()})]
     pairs += [(checkpoint.optimizer, moments)] if checkpoint.optimizer else []
     for found, expected in pairs:
-        shapes = {name: tensor.shape for name, tensor in found.items()}
-        wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
-        if wrong:
-            raise ArtifactError(
-                f"the checkpoint has another {wrong[0]!r} than the model: it belongs to another run; restore the "
-                "checkpoints folder, or start over with --fresh."
-            )
+        check_shapes(found, expected, "the model")
+
+
+def check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], what: str) -> None:
+    """Refuse tensors of a checkpoint that are not those of ``what``.
+
+    Raises:
+        ArtifactError: the first tensor that is missing, unknown or of another shape.
+    """
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    if wrong:
+        raise ArtifactError(
+            f"the checkpoint has another {wrong[0]!r} than {what}: it belongs to another run; restore the "
+            "checkpoints folder, or start over with --fresh."
+        )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:

@@ -4,6 +4,11 @@ Every message is one sentence that names the field or the file, its value, and t
 """
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What somebody else's error says, fit for the middle of a sentence."""
+    return " ".join(str(error).split())[:most].rstrip(". ")
+
+
 class UserError(ValueError):
     """Base of all errors that are shown as one sentence, without a traceback."""
 

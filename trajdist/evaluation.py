@@ -18,7 +18,6 @@ from trajdist.files import write_json
 from trajdist.histogram import ScoreHistogram
 from trajdist.metrics import Curve, PixelScores, bootstrap_interval, curve
 from trajdist.reporting import Labels, defect_scores, report
-from trajdist.runtime import Processes
 from trajdist.score_files import read_rows
 from trajdist.scoring import Scored, Scoring, map_of, score
 
@@ -41,7 +40,7 @@ def evaluate(job: Scoring, dataset: LabelledFolder) -> dict[str, Any]:
 
     score(job, visit=count_pixels)
     for scores in pixels.values():
-        _all_reduce(scores, job.processes)
+        scores.all_reduce(job.processes.sum_from_host)
     metrics: dict[str, Any] = {}
     job.processes.main_does(lambda: metrics.update(_conclude(job, dataset, pixels)))
     return metrics
@@ -58,11 +57,6 @@ def _conclude(job: Scoring, dataset: LabelledFolder, pixels: dict[str, PixelScor
     write_json(job.out / "metrics.json", metrics)
     report(job, Labels(dataset, metrics, images, pixels))
     return metrics
-
-
-def _all_reduce(scores: PixelScores, processes: Processes) -> None:
-    """Histograms are kept on the CPU; the processes may only be able to talk on their devices."""
-    scores.all_reduce(lambda counts: processes.sum(counts.to(processes.device)).cpu())
 
 
 def count_images(job: Scoring, dataset: LabelledFolder) -> tuple[dict[str, ScoreHistogram], dict[str, int], int]:

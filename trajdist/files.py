@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -29,6 +30,15 @@ def write_bytes(path: Path, data: bytes) -> None:
             "what was there before is untouched."
         ) from None
     sync_folder(path.parent)
+
+
+def sha256(path: Path) -> str:
+    """Of a file of any size, in constant memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync_file(path: Path) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from trajdist.checkpoint import Tensors
-from trajdist.errors import ArtifactError
+from trajdist.checkpoint import Tensors, check_shapes
 
 Found = dict[str, Any]
 
@@ -104,13 +103,7 @@ class Keeper:
         self.epoch, self.stale, self.best, self.last = (state[key] for key in ("epoch", "stale", "best", "last"))
         kinds = ["average"] * self.averages + ["best"] * (self._keeps_best and self.best is not None)
         expected = {f"{kind}.{name}": weight.shape for kind in kinds for name, weight in weights.items()}
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
-        if wrong:
-            raise ArtifactError(
-                f"the checkpoint has another {wrong[0]!r} than this run keeps: it belongs to another run; restore the "
-                "checkpoints folder, or start over with --fresh."
-            )
+        check_shapes(tensors, expected, "this run keeps")
         for name, average in self._average.items():
             average.copy_(tensors[f"average.{name}"])
         if "best" in kinds:

@@ -1,12 +1,11 @@
 """``trajdist pack``: a million files become tar shards in WebDataset's layout, whole or not at all, shard by shard.
 
 Images keep their order: image 17 of the shards is image 17 of the folder. A shard is written beside its place, read
-back against the hash of what was written, and renamed; the same command goes on behind the last whole shard.
+back against what is in memory, and renamed; the same command goes on behind the last whole shard.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import multiprocessing
@@ -30,12 +29,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from trajdist.data.base import EncodedSource
-from trajdist.data.decode import decode, to_square
-from trajdist.data.shard_index import BLOCK, SUFFIX, load_index, split_key
+from trajdist.data.decode import decode, reason, to_square
+from trajdist.data.shard_index import BLOCK, ShardIndex, keep_index, split_key, walk
+from trajdist.data.storage import version
 from trajdist.errors import ArtifactError, ConfigError, DataError, TrainingError
-from trajdist.files import read_json, sync_file, sync_folder, write_json
+from trajdist.files import read_json, sha256, sync_file, sync_folder, write_json
 
-PIECE = 2**23
 CHUNK = 16  # images that a worker makes at a time
 TRIAL = 64  # images that the speed is measured on
 TRIAL_SIZE = 224  # pixels
@@ -190,9 +189,9 @@ class Packing:
                 if label is not None:
                     _add(tar, f"{split_key(name)[0]}.cls", label.encode())
         sync_file(part)
+        index = _checked(part, named)
         os.replace(part, path)
-        (self.out / f"{path.name}{SUFFIX}").unlink(missing_ok=True)
-        _check(path, named)
+        keep_index(index, str(path), self.out)
         sync_folder(self.out)
         self._note_shard(path, named)
 
@@ -205,7 +204,7 @@ class Packing:
                 "name": path.name,
                 "images": len(named),
                 "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": sha256(path),
                 "source_bytes": sum(image.source_bytes for _, image, _ in named),
                 "renamed": sum(image.name != name for name, image, _ in named),
                 "not_decoded": len(problems),
@@ -242,17 +241,18 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _check(path: Path, named: list[tuple[str, Packed, str | None]]) -> None:
-    """Read a shard back, as training will, and hold it against what is in memory."""
-    index = load_index(str(path), path.parent)
-    same = index.names == [name for name, _, _ in named]
-    with open(path, "rb") as file:
+def _checked(part: Path, named: list[tuple[str, Packed, str | None]]) -> ShardIndex:
+    """The index of a shard that has been read back, as training will, and held against what is in memory."""
+    with open(part, "rb") as file:
+        index = walk(file, str(part), version(str(part)))
+        same = index.names == [name for name, _, _ in named]
         for offset, (_, image, _) in zip(index.offsets, named, strict=False):
             file.seek(offset)
             same = same and file.read(len(image.content)) == image.content
     if not same:
-        path.unlink()
-        raise ArtifactError(f"{str(path)!r} reads back as something else than was written: check the disk.")
+        part.unlink()
+        raise ArtifactError(f"{str(part)!r} reads back as something else than was written: check the disk.")
+    return index
 
 
 def _with_member_names(images: list[tuple[Packed, str | None]]) -> list[tuple[str, Packed, str | None]]:
@@ -270,14 +270,6 @@ def _with_member_names(images: list[tuple[Packed, str | None]]) -> list[tuple[st
         taken.add(choice)
         found.append((f"{choice}.{ending}", image, label))
     return found
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _prepared(source: EncodedSource, options: Options, start: int, stop: int, workers: int) -> Iterator[Packed]:
@@ -334,8 +326,7 @@ def _prepare(source: EncodedSource, options: Options, part: range) -> list[Packe
 
 
 def _prepare_one(source: EncodedSource, options: Options, index: int) -> Packed:
-    name = source.name(index)
-    name = name.partition(".tar/")[2] or name
+    name = source.path(index)
     try:
         raw = source.read(index)
     except Exception as error:  # Each store raises errors of its own.
@@ -345,7 +336,7 @@ def _prepare_one(source: EncodedSource, options: Options, index: int) -> Packed:
     try:
         scaled = _scaled(raw, options.short_side, options.quality)
     except Exception as error:  # Hostile bytes make decoders raise anything; training will name the image again.
-        return Packed(name, raw, len(raw), " ".join(f"{type(error).__name__}: {error}".split()).split(" <_io")[0])
+        return Packed(name, raw, len(raw), reason(error))
     if scaled is None:
         return Packed(name, raw, len(raw), None)
     return Packed(f"{name.rpartition('.')[0]}.jpg", scaled, len(raw), None)

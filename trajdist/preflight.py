@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from trajdist import __version__
 from trajdist.config import Config, flatten
 from trajdist.data.base import ImageSource
-from trajdist.errors import ConfigError, TrainingError
+from trajdist.errors import ConfigError, TrainingError, one_line
 from trajdist.runtime import Processes, device_type, named, precision
 
 # A large folder is listed in seconds where it is cached, and in minutes where it is not.
@@ -125,7 +125,7 @@ class Meeting:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise TrainingError(
                 f"the {len(self.ranks)} processes did not find each other at {address} within {self._deadline_s:g} "
-                f"seconds ({_one_line(error)}): {NETWORK}."
+                f"seconds ({one_line(error)}): {NETWORK}."
             ) from error
 
     # A launcher that restarts its processes hands them the old store, with all that the dead ones wrote. So the main
@@ -296,7 +296,7 @@ def add_up(processes: Processes) -> None:
 def _check_sum(processes: Processes, found: float | RuntimeError) -> None:
     backend, expected = torch.distributed.get_backend(), processes.world * (processes.world + 1) / 2
     if isinstance(found, RuntimeError):
-        raise TrainingError(f"the first sum over {backend} failed ({_one_line(found)}): {NETWORK}.") from found
+        raise TrainingError(f"the first sum over {backend} failed ({one_line(found)}): {NETWORK}.") from found
     if found != expected:
         raise TrainingError(f"the first sum over {backend} is {found:g} instead of {expected:g}: {NETWORK}.")
 
@@ -327,7 +327,3 @@ def _sum(processes: Processes) -> float:
     """The sum of rank + 1 over the processes, on their devices."""
     mine = torch.full((), processes.rank + 1, dtype=torch.float64, device=processes.device)
     return processes.sum(mine).item()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300].rstrip(". ")

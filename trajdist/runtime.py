@@ -101,6 +101,10 @@ class Processes:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def sum_from_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over processes of a tensor that stays on the CPU; they may only be able to talk on their devices."""
+        return self.sum(tensor.to(self.device)).cpu()
+
     def minimum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Minimum over processes, in place."""
         if self.world > 1:

@@ -34,7 +34,7 @@ from trajdist.score_files import (
     read_rows,
 )
 from trajdist.scorer import CellScores, Detector, Scorer, load
-from trajdist.sharding import Int64s, Plan
+from trajdist.sharding import Plan, in_order
 
 Visit = Callable[["Scored"], None]
 
@@ -143,11 +143,6 @@ def _load(run_dir: str, options: Options, processes: Processes) -> Scorer:
     if not loaded:
         load_here()
     return loaded[0]
-
-
-def in_order(epoch: int, positions: Int64s) -> Int64s:
-    """The order of the source itself."""
-    return positions
 
 
 def supported_rate(detector: Detector) -> float:

@@ -190,7 +190,7 @@ def calibrate(
         cells.update(scores.cells_BHW.cpu(), batch.weights.cpu()[:, None, None].expand_as(scores.cells_BHW))
         images.update(scores.images_B.cpu(), batch.weights.cpu())
     for histogram in (cells, images):
-        histogram.counts_K = session.processes.sum(histogram.counts_K.to(session.processes.device)).cpu()
+        histogram.all_reduce(session.processes.sum_from_host)
     session.processes.main_does(lambda: detector.save(path, base))
 
 

@@ -29,7 +29,7 @@ from trajdist.metrics import PixelScores, curve
 from trajdist.objectives import ContrastModel, Objective
 from trajdist.residuals import ResidualModel
 from trajdist.session import Session
-from trajdist.sharding import Int64s, Selection
+from trajdist.sharding import Selection, in_order
 from trajdist.statistics import clean_batches, fit_detector, new_detector, pass_plan
 from trajdist.trackers import Picture
 from trajdist.trajectory import TrajectoryExtractor
@@ -125,7 +125,7 @@ class Examiner:
         fit_detector(session, self.set_name, self.selection, self.extractor, detector, self.whitened)
         counts = _Counts(labelled, session)
         plan = pass_plan(session, "validation", len(labelled))
-        batches: Iterable[ImageBatch] = clean_batches(session, "validation", _in_order, len(labelled), "validation")
+        batches: Iterable[ImageBatch] = clean_batches(session, "validation", in_order, len(labelled), "validation")
         for step, batch in zip(plan.steps(), batches, strict=True):
             cells_BHW = detector.score(self.extractor(batch.images), self.extractor.projection.valid_LD).cells_BHW
             start = plan.micro_batch(step, 0, processes.rank).start
@@ -174,20 +174,12 @@ class _Counts:
 
     def conclude(self) -> dict[str, Any]:
         """Called by all processes together."""
-
-        def reduce(counts: torch.Tensor) -> torch.Tensor:
-            return self._processes.sum(counts.to(self._processes.device)).cpu()
-
         for histogram in self._images.values():
-            histogram.all_reduce(reduce)
-        self._pixels.all_reduce(reduce)
+            histogram.all_reduce(self._processes.sum_from_host)
+        self._pixels.all_reduce(self._processes.sum_from_host)
         images = sum(int(histogram.counts_K.sum()) for histogram in self._images.values())
         return {
             "labelled_images": images,
             "image_auroc": curve(self._images[False], self._images[True]).area(),
             "pixel_auroc": self._pixels.curve().area(),
         }
-
-
-def _in_order(epoch: int, positions: Int64s) -> Int64s:
-    return positions

@@ -53,6 +53,10 @@ class EncodedSource(ImageSource):
     def read(self, index: int) -> bytes:
         """The file of image ``index``, as it is."""
 
+    def path(self, index: int) -> str:
+        """Where that file is within its folder or shard: its class, if it has one, and its own name."""
+        return self.name(index)
+
     def load(self, index: int, size: int | None) -> Image.Image:
         return decode(self.read(index), size)
 

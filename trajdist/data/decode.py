@@ -38,6 +38,14 @@ def decode(raw: bytes, size: int | None = None) -> Image.Image:
     return to_rgb(image)
 
 
+def reason(error: Exception) -> str:
+    """Why an image cannot be used, in a line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    # Pillow puts the address of its buffer into the message of an unknown format.
+    text = text.split(" <_io")[0]
+    return f"{type(error).__name__}: {text}"
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode (grey, 16 bit, float, CMYK, palette, alpha) to RGB; transparency is dropped."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):

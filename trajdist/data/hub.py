@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trajdist.data.base import EncodedSource
-from trajdist.errors import DataError
+from trajdist.errors import DataError, one_line
 
 LOADERS = ("imagefolder", "webdataset", "parquet", "arrow")
 
@@ -38,7 +38,7 @@ class HubDataset(EncodedSource):
         try:
             data = _load(path.removeprefix("hf:"))
         except Exception as error:  # The library raises errors of many kinds.
-            raise DataError(f"{key}={path!r} cannot be loaded ({_one_line(error)}).") from None
+            raise DataError(f"{key}={path!r} cannot be loaded ({one_line(error)}).") from None
         if isinstance(data, datasets.DatasetDict):
             raise DataError(
                 f"{key}={path!r} has splits: add one of {', '.join(data)}, as in {path}:{next(iter(data))}."
@@ -82,7 +82,3 @@ def _load(name: str) -> Any:
         saved = datasets.load_from_disk(str(Path(loader).expanduser()))
         return saved[rest] if rest else saved
     return datasets.load_dataset(loader, split=rest or None)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(". ")

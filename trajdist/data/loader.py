@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from trajdist.data.base import ImageSource
 from trajdist.data.cache import Cached, TrajectoryCache, look_up, padded
-from trajdist.data.decode import Fit, to_square
+from trajdist.data.decode import Fit, reason, to_square
 from trajdist.data.drawing import DefectDraw
 from trajdist.sharding import Int64s, PlaceDraw, Plan, Slots, digest
 
@@ -91,7 +91,7 @@ class SlotDataset(Dataset[ImageBatch]):
                 image = self._source.load(number, self._size)
                 pixels[slot] = to_square(image, self._size, self._fit)
             except Exception as error:  # Hostile bytes make decoders raise anything; the image is named and left out.
-                failures.append((number, _reason(error)))
+                failures.append((number, reason(error)))
         return pixels, failures
 
     def __getitem__(self, slots: Slots) -> ImageBatch:
@@ -105,13 +105,6 @@ def _with_defects(
     pairs = [draw(image, slots.epoch, slots.start + slot) for slot, image in enumerate(pixels)]
     drawn, coverage = (np.stack(part) for part in zip(*pairs, strict=True))
     return np.concatenate([pixels, drawn]), torch.from_numpy(coverage)
-
-
-def _reason(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-    # Pillow puts the address of its buffer into the message of an unknown format.
-    text = text.split(" <_io")[0]
-    return f"{type(error).__name__}: {text}"
 
 
 class SlotSampler(BatchSampler):

@@ -88,7 +88,7 @@ def load_index(shard: str, folder: Path) -> ShardIndex:
             return index
     with storage.open_file(shard) as file:
         index = walk(file, shard, version)
-    _keep(index, shard, folder)
+    keep_index(index, shard, folder)
     return index
 
 
@@ -116,15 +116,11 @@ def _is_of(index: ShardIndex, shard: str, version: Version) -> bool:
     return size == version.size and (uploaded or tag == version.tag)
 
 
-def _keep(index: ShardIndex, shard: str, folder: Path) -> None:
+def keep_index(index: ShardIndex, shard: str, folder: Path) -> None:
     """Where it can be kept: beside the shard, else in the folder. Without either, the next process walks the shard."""
     content = index.model_dump_json().encode()
-    places = (
-        [folder / _cached_name(shard)]
-        if storage.is_url(shard)
-        else [Path(shard + SUFFIX), folder / _cached_name(shard)]
-    )
-    for place in places:
+    places = [] if storage.is_url(shard) else [Path(shard + SUFFIX)]
+    for place in (*places, folder / _cached_name(shard)):
         with suppress(OSError, ArtifactError):
             place.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(place, content)

@@ -53,8 +53,8 @@ class TarShards(EncodedSource):
             raise DataError(f"{key}={paths[0]!r} holds no images: members that end in {', '.join(EXTENSIONS)} count.")
         self._shown = _shown(self._paths)
         digest = hashlib.sha256()
-        for index in range(len(self)):
-            digest.update(os.fsencode(self.name(index)) + b"\0")
+        for shown, shard in zip(self._shown, self._shards, strict=True):
+            digest.update(os.fsencode(f"{shown}/{shard.names.fingerprint}\0"))
         self.fingerprint = digest.hexdigest()
         _tell_left_out(self._paths, self._shards)
 
@@ -89,6 +89,11 @@ class TarShards(EncodedSource):
         """Such as ``train-000007.tar/n01440764/n01440764_10026.jpg``."""
         shard, member = self._find(index)
         return f"{self._shown[shard]}/{self._shards[shard].names[member]}"
+
+    def path(self, index: int) -> str:
+        """The member's name, such as ``n01440764/n01440764_10026.jpg``."""
+        shard, member = self._find(index)
+        return self._shards[shard].names[member]
 
     def read(self, index: int) -> bytes:
         """The member of image ``index``.

@@ -48,7 +48,7 @@ def _shards_of(path: str, key: str) -> list[str]:
     local = Path(path).expanduser()
     if is_url(path) or (path.endswith(".tar") and not local.is_dir() and (local.exists() or has_pattern(path))):
         return _expanded(path if is_url(path) else str(local), key)
-    shards = sorted(str(shard) for shard in local.glob("*.tar")) if local.is_dir() else []
+    shards = sorted(str(shard) for shard in local.glob("*.tar") if shard.is_file())
     if shards and _list_images(local):
         raise DataError(
             f"{key}={path!r} holds images as well as tar files: name {str(local / '*.tar')!r} for the shards, or move "

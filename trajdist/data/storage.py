@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
-from trajdist.errors import DataError, UserError
+from trajdist.errors import DataError, UserError, one_line
 
 T = TypeVar("T")
 PASSING_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENETUNREACH}
@@ -98,8 +98,10 @@ def _remote_glob(url: str) -> list[str]:
 
 
 def version(name: str) -> Version:
-    """Raises:
-    Exception: it is not there, or cannot be reached.
+    """Size and tag of a file as it is now.
+
+    Raises:
+        Exception: it is not there, or cannot be reached.
     """
     if not is_url(name):
         stat = os.stat(name)
@@ -122,8 +124,10 @@ def read(name: str, start: int, length: int) -> bytes:
 
 
 def read_whole(url: str) -> bytes:
-    """Raises:
-    Exception: whatever the store raises.
+    """A small remote file.
+
+    Raises:
+        Exception: whatever the store raises.
     """
     content: bytes = _filesystem(url).cat_file(url)
     return content
@@ -175,21 +179,17 @@ def _may_pass(error: Exception) -> bool:
 
 def refusal(key: str, name: str, error: Exception) -> DataError:
     """A sentence for a name that cannot be read."""
-    shown = f"{key}: {name!r}"
+    shown, reason = f"{key}: {name!r}", one_line(error, 200) or type(error).__name__
     # Over plain HTTP any refusal is reported as a file that is not there; its cause knows better.
     status = getattr(error.__cause__, "status", None)
     if isinstance(error, FileNotFoundError) and status in (None, 404, 410):
         return DataError(f"{shown} does not exist: check the name, and that all shards were copied.")
     if status in (401, 403) or isinstance(error, PermissionError) or type(error).__name__ in LASTING_NAMES:
-        return DataError(f"{shown} may not be read ({_one_line(error)}): check its permissions and your credentials.")
+        return DataError(f"{shown} may not be read ({reason}): check its permissions and your credentials.")
     if isinstance(error, ImportError):
         extra = EXTRAS.get(name.partition("://")[0])
-        return DataError(f"{shown} needs another package ({_one_line(error)}): pip install 'trajdist[{extra}]'.")
-    return DataError(f"{shown} cannot be read ({_one_line(error)}): mend it, or try again later.")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(". ") or type(error).__name__
+        return DataError(f"{shown} needs another package ({reason}): pip install 'trajdist[{extra}]'.")
+    return DataError(f"{shown} cannot be read ({reason}): mend it, or try again later.")
 
 
 def read_bytes(path: Path, retries: int) -> bytes:
