@@ -10,8 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trajdist.config import Config, fields, flatten, json_schema, parse_config
+from trajdist.config import Config, fields, flatten, json_schema
 from trajdist.config_files import dump_yaml, find_config, load_config
+from trajdist.config_parsing import parse_config
 from trajdist.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -21,9 +21,9 @@ from trajdist.errors import StopRequested
 from trajdist.lora import attach
 from trajdist.models.registry import build_model
 from trajdist.objectives import CLEAN, COVERED, LOGISTIC_RATE, ContrastModel, DefectContrast, contrast_losses
+from trajdist.optimizer import make_optimizer
 from trajdist.residuals import ResidualModel
 from trajdist.sharding import Selection, Slots
-from trajdist.training import make_optimizer
 
 CONTRAST = ("domain_adaptation.objective=contrast", "checkpoint.every_steps=2")
 DRAW = DefectDraw(4, seed=0, phase=2)

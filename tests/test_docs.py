@@ -42,7 +42,9 @@ def workspace(debug_run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("workspace")
     for name in ("mine", "a", "b", "base", "quickstart"):
         shutil.copytree(debug_run, folder / "runs" / name)
-    for name in ("imagenet/train", "mine", "new"):
+    for name in ("plant", "plant/domains/road", "plant/domains/gravel"):
+        shutil.copytree(debug_run, folder / "runs" / name, dirs_exist_ok=True)
+    for name in ("imagenet/train", "mine", "new", "road", "gravel"):
         write_images(folder / "data" / name, 24)
     done = launch(["skimage:gravel/heldout", folder / "data" / "labelled"], module="trajdist.data.defects")
     assert done.returncode == 0, done.stderr
@@ -65,7 +67,8 @@ def arguments(command: str, workspace: Path) -> list[str]:
         words = words[1:]
     if words[0] in TRAINING:
         load_config(words[1], [word for word in words[2:] if "=" in word and not word.startswith("--")])
-        words[1:2] = ["debug", "runtime.mixed_precision=no"]
+        one_domain = ["data.domain.path=null"] if "data.domains." in command else []
+        words[1:2] = ["debug", "runtime.mixed_precision=no", *one_domain]
         words += ["--no-probe"] if words[0] == "plan" else []
     return [word.replace("/data/", f"{workspace}/data/") for word in words]
 

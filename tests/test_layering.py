@@ -13,7 +13,8 @@ import trajdist
 
 PACKAGE = Path(trajdist.__file__).parent
 LAYERS = (
-    "errors files plugins argument_types config config_files sharding artifacts pictures folding linear doctor",
+    "errors files plugins argument_types config config_parsing config_files sharding artifacts pictures folding linear"
+    " doctor",
     "data.__init__ data.decode data.drawing data.base data.storage data.sources data.samples data.hub"
     " data.shard_index data.shard_cache data.shards data.cache data.loader data.labelled"
     " data.defects backbones",
@@ -21,8 +22,9 @@ LAYERS = (
     " models.registry losses schedules",
     "lora checkpoint keeper bundle rundir selection pack histogram metrics calibration residuals objectives card"
     " report score_files",
-    "runtime watchdog preflight progress journal clock profiling feed loop session scorer trackers",
-    "statistics validation training phases scoring evaluation reporting export merge audit footprint budget probe plan",
+    "runtime watchdog preflight progress journal clock profiling feed job loop session scorer trackers optimizer",
+    "statistics validation training summary adaptation phases scoring evaluation reporting export merge audit footprint"
+    " budget probe plan",
     "cli __main__ inspection __init__",
 )
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer.split()}
@@ -78,7 +80,7 @@ def test_no_circles():
 
 def test_few_modules_know_accelerate():
     knowing = {name for name, file in MODULES.items() if "accelerate" in roots(ast.parse(file.read_text()))}
-    assert knowing <= {"loop", "runtime", "session", "trackers"}
+    assert knowing <= {"job", "loop", "runtime", "session", "trackers"}
 
 
 def roots(tree: ast.AST, lazy: bool = True) -> set[str]:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trajdist.config import SETS, Config, parse_config
+from trajdist.config import SETS, Config
 from trajdist.config_files import read_yaml
+from trajdist.config_parsing import parse_config
 from trajdist.errors import ArtifactError
 from trajdist.rundir import RunDir
 from trajdist.selection import recall
@@ -126,15 +127,35 @@ class Audit:
 
 
 def audit(run_dir: str | Path) -> Audit:
-    """Check the ledger of a run against what its seed and configuration say.
+    """Check the ledger of a run, and those of its domains, against what seed and configuration say.
 
     Raises:
         ArtifactError: no run there, or files that are not what a run writes.
     """
     rundir = RunDir(run_dir)
+    parts = {"": _audit_one(rundir)} if rundir.ledger.is_file() or not rundir.domains() else {}
+    # A domain whose training has not begun has no ledger yet.
+    parts |= {f"{path.name}: ": _audit_one(RunDir(path)) for path in rundir.domains() if RunDir(path).ledger.is_file()}
+    facts, replaced, problems = (
+        [f"{name}{line}" for name, part in parts.items() for line in getattr(part, kind)]
+        for kind in ("facts", "replaced", "problems")
+    )
+    gone = set(_domains_done(rundir)) - {path.name for path in rundir.domains()}
+    problems += [f"{name}: its folder {str(rundir.path / 'domains' / name)!r} is gone" for name in sorted(gone)]
+    return Audit(rundir.read_status(), facts, replaced, problems)
+
+
+def _domains_done(rundir: RunDir) -> list[str]:
+    done = rundir.read_summary().get("phase2")
+    domains = done.get("domains") if isinstance(done, dict) else None
+    return list(domains) if isinstance(domains, dict) else []
+
+
+def _audit_one(rundir: RunDir) -> Audit:
+    """A run without the domains below it."""
     if not rundir.config.is_file() or not rundir.ledger.is_file():
         raise ArtifactError(
-            f"{str(run_dir)!r} has no config.yaml and ledger.jsonl: name a run that has begun to train."
+            f"{str(rundir.path)!r} has no config.yaml and ledger.jsonl: name a run that has begun to train."
         )
     config = parse_config(read_yaml(rundir.config))
     summary, status = rundir.read_summary(), rundir.read_status()

@@ -13,7 +13,7 @@ from torch import nn
 
 from trajdist.config import Config
 from trajdist.footprint import HEAP_LIMIT, Live, Peaks, Rehearsal, build_modules, bytes_of
-from trajdist.training import make_optimizer
+from trajdist.optimizer import make_optimizer
 
 FLOAT = 4
 # The loader of Accelerate fetches the next batch before it hands out this one.

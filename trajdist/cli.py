@@ -179,13 +179,14 @@ def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource]
 
     config = load_config(arguments.config, arguments.overrides)
     phases = list(arguments.phases)
-    adaptation = config.domain_adaptation.enabled
-    if 1 in phases and 2 in phases and (adaptation is False or (adaptation is None and not config.data.domain.path)):
+    data, adaptation = config.data, config.domain_adaptation.enabled
+    no_domain = not data.domain.path and not data.domains
+    if 1 in phases and 2 in phases and (adaptation is False or (adaptation is None and no_domain)):
         phases.remove(2)
-    wanted = {1: ("imagenet", config.data.imagenet.path), 2: ("domain", config.data.domain.path)}
-    data = config.data
+    several = {f"domains.{name}": domain.path for name, domain in data.domains.items()}
+    wanted = {1: {"imagenet": data.imagenet.path}, 2: several or {"domain": data.domain.path}}
     access = Access(data.read_retries, data.cache_dir, data.cache_gib, data.shuffle_window)
-    sources = open_sets(dict(wanted[phase] for phase in phases), access)
+    sources = open_sets({name: path for phase in phases for name, path in wanted[phase].items()}, access)
     return config, sources | _labelled(config), phases
 
 

@@ -6,19 +6,20 @@ Config objects stop at the builders: classes elsewhere take plain keyword argume
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from trajdist.errors import ConfigError
 from trajdist.plugins import BUILT_IN, installed_models, known_model
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Width = Annotated[int, Field(gt=0, le=65536)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+# It names a folder of the run directory.
+DomainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 Rate = Annotated[float, Field(gt=0)]
 
 # The image set that each phase trains on, below ``data``.
@@ -74,6 +75,8 @@ class Data(Section):
     """Phase 1."""
     domain: ImageSet = ImageSet()
     """Phase 2."""
+    domains: dict[DomainName, ImageSet] = Field({}, json_schema_extra=FREE)
+    """Several domains by name (`{road: {path: ...}}`), adapted to at once; unset keys are those of `data.domain`."""
     image_size: Annotated[int, Field(ge=16)] = 224
     """Height and width the backbone sees, in pixels."""
     num_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field("auto", json_schema_extra=FREE)
@@ -88,6 +91,20 @@ class Data(Section):
     """Most that those copies may take, in GiB; the least recently used go first."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.05, json_schema_extra=FREE)
     """Unreadable images are left out and listed; when they are more than this share, the run stops."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, tree: Any) -> Any:
+        """A domain has the keys of ``data.domain`` that it does not set itself."""
+        if not isinstance(tree, Mapping) or not all(
+            isinstance(tree.get(key), Mapping) for key in ("domain", "domains")
+        ):
+            return tree
+        shared = {key: value for key, value in tree["domain"].items() if key != "path"}
+        domains = {
+            name: {**shared, **own} if isinstance(own, Mapping) else own for name, own in tree["domains"].items()
+        }
+        return {**tree, "domains": domains}
 
 
 class Backbone(Section):
@@ -306,35 +323,11 @@ class Config(Section):
     """Machine."""
 
 
-def parse_config(tree: Mapping[str, Any]) -> Config:
-    """Check a nested mapping against the schema, and the rules that tie two keys together."""
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
-    model = config.model
-    # The other types ignore the default, which a dumped config spells out; a number that somebody chose must fit.
-    heads_matter = model.type == "transformer" or model.num_heads != Model().num_heads
-    if heads_matter and model.hidden_dim % model.num_heads:
-        raise ConfigError(
-            f"model.num_heads={model.num_heads} does not divide model.hidden_dim={model.hidden_dim}: "
-            "choose a number of heads that does."
-        )
-    _check_validation(config)
-    return config
-
-
-def _check_validation(config: Config) -> None:
-    """Keys that mean nothing without others."""
-    validation, patience = config.validation, config.early_stopping.patience
-    if not validation.every_epochs and (patience or validation.path is not None):
-        key, value = ("early_stopping.patience", patience) if patience else ("validation.path", validation.path)
-        raise ConfigError(f"{key}={value!r} needs validations: set validation.every_epochs=1, or leave it out.")
-    if validation.every_epochs and validation.path is None and not config.calibration.holdout_fraction:
-        raise ConfigError(
-            f"validation.every_epochs={validation.every_epochs} has nothing to validate on: raise "
-            "calibration.holdout_fraction above 0, or name labelled images with validation.path."
-        )
+def domain_config(config: Config, name: str) -> Config:
+    """What one of several domains is trained with: a whole config, for a run directory below that of ``config``."""
+    data = config.data.model_copy(update={"domain": config.data.domains[name], "domains": {}})
+    run_dir = str(Path(config.run_dir) / "domains" / name)
+    return config.model_copy(update={"run_dir": run_dir, "phase1": config.run_dir, "data": data})
 
 
 def json_schema() -> str:
@@ -348,7 +341,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mapping -> ``{"a.b": value}``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -362,27 +355,3 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
             yield from fields(type(field.default), f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field.default, field.description or "", field.json_schema_extra == FREE
-
-
-def _explain(error: ValidationError) -> str:
-    """The first mistake as one sentence."""
-    problem = error.errors(include_url=False)[0]
-    # A union's own branches appear in the location; they are no part of the key.
-    known = [key for key, *_ in fields()]
-    sections = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
-    parts = [str(part) for part in problem["loc"]]
-    key = parts[0] if parts else "the config"
-    for part in parts[1:]:
-        if key not in sections:
-            break
-        key = f"{key}.{part}"
-    value = problem["input"]
-    if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        shown = key if key.isprintable() else ascii(key)
-        return f"unknown config key {shown} (= {value!r}): did you mean {close[0]}?"
-    if key in sections:
-        return f"{key} = {value!r} is not a group of keys: write {key}.KEY=VALUE (see trajdist config)."
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    return f"{key} = {value!r} is not possible: {message} (see trajdist config --schema)."

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from trajdist.config import Config, parse_config
+from trajdist.config import Config
+from trajdist.config_parsing import parse_config
 from trajdist.errors import ConfigError
 
 

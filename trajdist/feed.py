@@ -5,7 +5,8 @@ Shape suffixes: B images, P places, K chosen places, L blocks, D channels of a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -17,6 +18,11 @@ from trajdist.data.cache import CacheWriter
 from trajdist.data.loader import ImageBatch
 from trajdist.runtime import to_device
 from trajdist.trajectory import TrajectoryExtractor
+
+Pair = tuple[ImageBatch, torch.Tensor]
+Pairs = Generator[Pair, None, None]
+# A batch of each stream, by the stream's number.
+Round = dict[int, ImageBatch]
 
 
 def num_places(config: Config, extractor: TrajectoryExtractor) -> int:
@@ -30,68 +36,115 @@ def move(batch: ImageBatch, device: torch.device, clock: Clock) -> ImageBatch:
         return to_device(batch, device)
 
 
-@dataclass
-class Feed:
-    """The loader's batches, each with its trajectories ``[B, H, W, L, D]``, or of chosen places ``[B, K, L, D]``.
-
-    On CUDA the next batch is moved and run through the backbone on a stream of its own while the present one trains.
+@dataclass(frozen=True)
+class Stream:
+    """Batches of one image set.
 
     Attributes:
+        loader: ends where the training on the set does.
         writer: keeps new trajectories for later epochs; None without a cache.
     """
 
     loader: Iterable[ImageBatch]
-    extractor: TrajectoryExtractor
-    device: torch.device
-    autocast: Callable[[], AbstractContextManager[None]]
-    clock: Clock
     writer: CacheWriter | None = None
 
-    def __iter__(self) -> Iterator[tuple[ImageBatch, torch.Tensor]]:
-        batches = self._batches()
-        if self.device.type == "cuda":
-            return self._ahead(batches)
-        return (self._run(batch) for batch in batches)
 
-    def _batches(self) -> Iterator[ImageBatch]:
-        batches = iter(self.loader)
-        while True:
-            with self.clock("data"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
+class Feed:
+    """Batches of one or several streams with their trajectories: ``[B, H, W, L, D]``, or of chosen places
+    ``[B, K, L, D]``. One pass of the backbone serves a batch of every stream.
 
-    def _ahead(self, batches: Iterator[ImageBatch]) -> Iterator[tuple[ImageBatch, torch.Tensor]]:
-        stream = torch.cuda.Stream(self.device)
+    On CUDA the next batches are moved and run through the backbone on a stream of the device's own while the present
+    ones train.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        extractor: TrajectoryExtractor,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[None]],
+        clock: Clock,
+    ) -> None:
+        self._streams, self._extractor = list(streams), extractor
+        self._device, self._autocast, self._clock = device, autocast, clock
+        self._waiting: list[deque[Pair]] = [deque() for _ in streams]
+        self._left: set[int] = set()
+        rounds = self._rounds()
+        self._passes = self._ahead(rounds) if device.type == "cuda" else map(self._run, rounds)
+
+    def of(self, number: int) -> Pairs:
+        """What stream ``number`` gives. Who takes from several takes in turn, or batches pile up.
+
+        Nothing more is read of a stream whose generator is closed.
+        """
+        waiting = self._waiting[number]
+        try:
+            while waiting or self._advance(number):
+                yield waiting.popleft()
+        finally:
+            self._left.add(number)
+            waiting.clear()
+
+    def _advance(self, number: int) -> bool:
+        """One more pass for all streams; whether it had anything for this one."""
+        for stream, pair in next(self._passes, {}).items():
+            if stream not in self._left:
+                self._waiting[stream].append(pair)
+        return bool(self._waiting[number])
+
+    def _rounds(self) -> Iterator[Round]:
+        """The next batch of every stream that has one and is still wanted."""
+        open_streams = {number: iter(stream.loader) for number, stream in enumerate(self._streams)}
+        while open_streams:
+            found: Round = {}
+            for number in sorted(set(open_streams) - self._left):
+                with self._clock("data"):
+                    batch = next(open_streams[number], None)
+                if batch is not None:
+                    found[number] = batch
+            open_streams = {number: open_streams[number] for number in found}
+            if found:
+                yield found
+
+    def _ahead(self, rounds: Iterator[Round]) -> Iterator[dict[int, Pair]]:
+        stream = torch.cuda.Stream(self._device)
         # The weights were put on the device by the stream that trains.
         stream.wait_stream(torch.cuda.current_stream())
-        waiting: tuple[ImageBatch, torch.Tensor, torch.cuda.Event] | None = None
-        for batch in batches:
+        waiting: tuple[dict[int, Pair], torch.cuda.Event] | None = None
+        for batches in rounds:
             with torch.cuda.stream(stream):
-                following = (*self._run(batch), stream.record_event())
+                following = self._run(batches), stream.record_event()
             if waiting:
                 yield _hand_over(*waiting)
             waiting = following
         if waiting:
             yield _hand_over(*waiting)
 
-    def _run(self, batch: ImageBatch) -> tuple[ImageBatch, torch.Tensor]:
-        on_device = move(batch, self.device, self.clock)
-        with self.clock("backbone"), self.autocast():
-            return on_device, self._trajectories(batch, on_device)
+    def _run(self, batches: Round) -> dict[int, Pair]:
+        moved = {number: move(batch, self._device, self._clock) for number, batch in batches.items()}
+        with self._clock("backbone"), self._autocast():
+            seen = dict(zip(moved, self._extract(list(moved.values())), strict=True))
+            return {
+                number: (moved[number], self._complete(self._streams[number], batch, moved[number], seen[number]))
+                for number, batch in batches.items()
+            }
 
-    def _trajectories(self, batch: ImageBatch, on_device: ImageBatch) -> torch.Tensor:
-        if batch.cached is not None:
-            return self._completed(batch, on_device)
-        if on_device.places is not None:
-            return self.extractor.at(on_device.images, on_device.places)
-        return self.extractor(on_device.images)
+    def _extract(self, batches: list[ImageBatch]) -> Sequence[torch.Tensor]:
+        """Trajectories of the images of each batch, from one pass. A cache wants those of all places."""
+        counts = [len(batch.images) for batch in batches]
+        images = batches[0].images if len(batches) == 1 else torch.cat([batch.images for batch in batches])
+        places = [batch.places for batch in batches if batch.places is not None and batch.cached is None]
+        if len(images) and places:
+            return self._extractor.at(images, torch.cat(places)).split(counts)
+        if len(images):
+            return self._extractor(images).split(counts)
+        return [images] * len(batches)
 
     @torch.no_grad()
-    def _completed(self, batch: ImageBatch, on_device: ImageBatch) -> torch.Tensor:
-        """What the cache has, and the rest from the backbone, all rounded alike: ``[B, K, L, D]``."""
-        assert batch.cached is not None
+    def _complete(self, stream: Stream, batch: ImageBatch, on_device: ImageBatch, seen: torch.Tensor) -> torch.Tensor:
+        """With a cache, what it has and what was ``seen`` just now, all rounded alike: ``[B, K, L, D]``."""
+        if batch.cached is None:
+            return seen
         assert on_device.cached is not None
         known, places = on_device.cached, on_device.places
         out_BKLD = torch.zeros(len(batch.weights), *known.trajectories.shape[1:], device=on_device.weights.device)
@@ -99,21 +152,20 @@ class Feed:
         missing = len(batch.cached.misses)
         if missing == 0:
             return out_BKLD
-        new_mPLD = self.extractor(on_device.images)[:missing].flatten(1, 2).bfloat16()
-        if self.writer is not None:
+        new_mPLD = seen[:missing].flatten(1, 2).bfloat16()
+        if stream.writer is not None:
             # The numbers are those on the host: nothing here waits for the device.
-            self.writer.add(batch.cached.numbers, new_mPLD)
+            stream.writer.add(batch.cached.numbers, new_mPLD)
         chosen = new_mPLD if places is None else new_mPLD.take_along_dim(places[known.misses][..., None, None], 1)
         out_BKLD[known.misses] = chosen.float()
         return out_BKLD
 
 
-def _hand_over(
-    batch: ImageBatch, trajectories: torch.Tensor, ready: torch.cuda.Event
-) -> tuple[ImageBatch, torch.Tensor]:
+def _hand_over(pairs: dict[int, Pair], ready: torch.cuda.Event) -> dict[int, Pair]:
     """Make the stream that trains wait for what the other one made, and keep its memory until that is used."""
     current = torch.cuda.current_stream()
     current.wait_event(ready)
-    for tensor in (trajectories, *(part for part in batch if isinstance(part, torch.Tensor))):
-        tensor.record_stream(current)
-    return batch, trajectories
+    for batch, trajectories in pairs.values():
+        for tensor in (trajectories, *(part for part in batch if isinstance(part, torch.Tensor))):
+            tensor.record_stream(current)
+    return pairs

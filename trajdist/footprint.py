@@ -10,6 +10,7 @@ side.
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from trajdist.clock import Clock
 from trajdist.config import Config
 from trajdist.data.cache import Cached
 from trajdist.data.loader import ImageBatch
-from trajdist.feed import Feed, num_places
+from trajdist.feed import Feed, Stream, num_places
 from trajdist.models.registry import build_model
 from trajdist.objectives import ContrastModel, DefectContrast, Objective, ReconstructionError
 from trajdist.residuals import PlaceMoments, ResidualModel
@@ -145,6 +146,8 @@ class Rehearsal:
         modules: real ones; their weights are given up.
         precision: ``no``, ``bf16`` or ``fp16``, as in the run.
         micro_batches: of an optimizer step; from the second on gradients are there from the start.
+        domains: adapters that are trained at once.
+        beside: images of the other domains that pass the backbone with each one of the largest batch.
         shared_gradients: whether DistributedDataParallel keeps the gradients in buckets all the time.
     """
 
@@ -157,7 +160,10 @@ class Rehearsal:
         precision: str,
         micro_batches: int,
         shared_gradients: bool,
+        domains: int = 1,
+        beside: float = 0.0,
     ) -> None:
+        self._domains, self._beside = domains, beside
         self.config, self.phase, self._precision = config, phase, precision
         self._micro_batches, self._shared_gradients = min(2, micro_batches), shared_gradients
         self._mode = FakeTensorMode()
@@ -190,11 +196,11 @@ class Rehearsal:
         return Sizes(
             backbone_bytes=bytes_of(network),
             projection_bytes=bytes_of(self.extractor.projection),
-            model_bytes=bytes_of(self.model),
+            model_bytes=self._domains * bytes_of(self.model),
             backbone_parameters=sum(weight.numel() for weight in network.parameters()),
-            model_parameters=sum(weight.numel() for weight in self.model.parameters()),
-            trained_parameters=sum(trained),
-            trained_tensors=len(trained),
+            model_parameters=self._domains * sum(weight.numel() for weight in self.model.parameters()),
+            trained_parameters=self._domains * sum(trained),
+            trained_tensors=self._domains * len(trained),
             channels=tuple(self.extractor.projection.channels),
         )
 
@@ -202,12 +208,14 @@ class Rehearsal:
         """Count one training step, and one batch of each pass over clean images, of ``batch_size`` images."""
         with self._counting() as live:
             images = self._images(batch_size)
-            images_bytes = live.now
             statistics = self._statistics(images, live) if self.phase == 1 else Live()
             residuals = self._residuals(images, live)
         with self._counting() as live:
-            seen = 2 * batch_size if self._contrasts else batch_size
-            trajectories_bytes, backbone, model = self._step(self._images(seen), batch_size, live)
+            batches = [self._batch(batch_size)]
+            if self._beside:
+                batches.append(self._batch(math.ceil(self._beside * batch_size)))
+            images_bytes = live.now
+            trajectories_bytes, backbone, model = self._step(batches, live)
         return Peaks(images_bytes, trajectories_bytes, backbone, model, statistics, residuals)
 
     @contextlib.contextmanager
@@ -229,17 +237,21 @@ class Rehearsal:
         with torch.autocast("cpu", kind, enabled=self._precision != "no"):
             yield
 
-    def _step(self, images: torch.Tensor, batch_size: int, live: LiveBytes) -> tuple[int, Live, Live]:
-        """Bytes of the trajectories, peaks of the backbone and of the model, gradients included."""
+    def _step(self, batches: list[ImageBatch], live: LiveBytes) -> tuple[int, Live, Live]:
+        """Bytes of the trajectories, peaks of the backbone and of the model, gradients included.
+
+        The first batch is trained on while the trajectories of the others, of other domains, wait.
+        """
         backbone, model, trajectories_bytes = Live(), Live(), 0
-        batch, objective = self._batch(images, batch_size), self._objective()
+        objective, device = self._objective(), torch.device("cpu")
         for weight in self.trainee.parameters():
             weight.grad = torch.zeros_like(weight) if self._shared_gradients and weight.requires_grad else None
         for _ in range(self._micro_batches):
             live.take()
-            feed = Feed([batch], self.extractor, images.device, self._autocast, Clock(images.device))
-            trajectories = next(iter(feed))[1]
-            trajectories_bytes = trajectories.nbytes
+            streams = [Stream([batch]) for batch in batches]
+            feed = Feed(streams, self.extractor, device, self._autocast, Clock(device))
+            batch, trajectories = next(feed.of(0))
+            trajectories_bytes = trajectories.untyped_storage().nbytes()
             backbone |= live.take()
             losses = objective(self._call, trajectories, batch, 0.5)
             (losses.loss @ batch.weights).backward()
@@ -247,8 +259,9 @@ class Rehearsal:
             del trajectories
         return trajectories_bytes, backbone, model
 
-    def _batch(self, images: torch.Tensor, count: int) -> ImageBatch:
+    def _batch(self, count: int) -> ImageBatch:
         """As the run's loader makes it; of an empty cache where there is to be one."""
+        images = self._images(2 * count if self._contrasts else count)
         weights, digest = torch.ones(count), torch.zeros(())
         if self._contrasts:
             coverage = torch.zeros(count, self.extractor.resolution**2)

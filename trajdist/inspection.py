@@ -15,6 +15,7 @@ from rich.text import Text
 from trajdist.artifacts import METADATA_KEY
 from trajdist.errors import ArtifactError
 from trajdist.files import read_json
+from trajdist.rundir import RunDir
 
 # The safetensors format itself allows no longer header.
 LARGEST_HEADER = 100_000_000
@@ -58,6 +59,8 @@ def _inspect_run(path: Path) -> Iterator[RenderableType]:
         yield from _inspect_adapter(adapter)
     for checkpoint in sorted(path.glob("checkpoints/step-*")):
         yield from _inspect_checkpoint(checkpoint)
+    for domain in RunDir(path).domains():
+        yield from _inspect_run(domain)
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -68,8 +71,10 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _listing(path: Path) -> str:
+    """All files of a run but those of its domains, which are runs themselves."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    return "\n".join(f"{file.relative_to(path)}  {file.stat().st_size:,} bytes" for file in files)
+    relative = [(file, file.relative_to(path)) for file in files]
+    return "\n".join(f"{name}  {file.stat().st_size:,} bytes" for file, name in relative if name.parts[0] != "domains")
 
 
 def _inspect_adapter(path: Path) -> Iterator[RenderableType]:

@@ -1,4 +1,4 @@
-"""THE training loop: one, for both phases.
+"""THE training loop: one, for both phases and for several domains at once.
 
 The gradient of a step is that of one process over the whole global batch: every process sums its losses, the sum of
 gradients is divided by the number of images that all processes really had. Nothing in a step waits for the device.
@@ -7,36 +7,20 @@ gradients is divided by the number of images that all processes really had. Noth
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import nn
 
-from trajdist.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    Tensors,
-    check_fits,
-    optimizer_tensors,
-    restore_optimizer,
-)
-from trajdist.clock import Clock
+from trajdist.checkpoint import Checkpoint, Tensors, check_fits, optimizer_tensors, restore_optimizer
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import ArtifactError, StopRequested
-from trajdist.feed import Feed
-from trajdist.journal import Journal
-from trajdist.keeper import Keeper
-from trajdist.objectives import Objective
-from trajdist.progress import Progress
-from trajdist.rundir import RunDir
-from trajdist.runtime import Processes, StopFlag, empty_cache, memory_bytes, peak_memory_bytes
+from trajdist.feed import Pair
+from trajdist.job import Job
+from trajdist.runtime import empty_cache, memory_bytes, peak_memory_bytes
 from trajdist.schedules import warmup_cosine
-from trajdist.sharding import Plan, Step, key64
-from trajdist.trackers import Picture, Trackers
-from trajdist.watchdog import Watchdog
+from trajdist.sharding import Step, key64
 
 # On CUDA, reading a flag waits for the device, so processes agree only every so many steps; but launchers kill soon
 # after they ask for the end, so slow steps agree more often.
@@ -46,98 +30,50 @@ AGREE_WITHIN_S = 2.0
 VALIDATED = ("loss", "image_auroc", "pixel_auroc")
 
 
-@dataclass
-class Position:
-    """How far the run is, for status.json."""
-
-    phase: int = 0
-    step: int = 0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to optimise."""
-
-    learning_rate: float
-    warmup_fraction: float
-    max_grad_norm: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class Rhythm:
-    """When to log, to save, to validate, and to empty the allocator's cache."""
-
-    log_every_steps: int
-    save_every_steps: int
-    save_every_s: float
-    empty_cache_every: int
-    validate_every_epochs: int = 0
-
-
-@dataclass
-class Job:
-    """Everything that :func:`fit` works with."""
-
-    phase: int
-    accelerator: Accelerator
-    processes: Processes
-    plan: Plan
-    feed: Feed
-    model: nn.Module
-    objective: Objective
-    optimizer: torch.optim.Optimizer
-    recipe: Recipe
-    rhythm: Rhythm
-    journal: Journal
-    rundir: RunDir
-    writer: CheckpointWriter
-    stop: StopFlag
-    watchdog: Watchdog
-    progress: Progress
-    clock: Clock
-    at: Position
-    base: str
-    first_checkpoint_number: int
-    tick: Callable[[], None]
-    keeper: Keeper
-    trackers: Trackers
-    validate: Callable[[Tensors], dict[str, Any]]
-    draw: Callable[[Tensors], list[Picture]]
-    say: Callable[[str], None]
-    seconds_before: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-    last_saved: float = field(default_factory=time.monotonic)
-    agreed: tuple[int, float] = (0, 0.0)
-    agree_at: int = 0
-
-
-def fit(job: Job, cursor: int = 0) -> None:
-    """Train from ``cursor`` to the end of the last epoch.
+def fit(walks: Sequence[Iterator[None]]) -> None:
+    """Take jobs to their ends, a micro-batch of each in turn: one for a phase, or one for each of several domains.
 
     Raises:
-        StopRequested: somebody asked for it; a checkpoint is saved.
+        StopRequested: somebody asked for it; a checkpoint of each job is saved.
         TrainingError, DataError: see :meth:`Journal.flush`.
         ArtifactError: a checkpoint could not be written.
     """
-    go_on_at(job, cursor)
-    job.model.train()
-    batches = iter(job.feed)
-    for step in job.plan.steps(cursor):
-        if job.keeper.exhausted:
-            return
-        begin_step(job, step)
-        images = torch.zeros((), device=job.processes.device)
-        for _ in range(job.plan.micro_batches):
-            batch, trajectories = next_batch(job, batches)
-            add_gradients(job, step, batch, trajectories)
-            images += batch.weights.sum()
-        with job.clock("sync"):
-            job.processes.sum(images)
-        with job.clock("optimizer"):
-            update(job, step, images)
-        finish_step(job, step)
-        job.tick()
+    under_way, stopped = list(walks), None
+    while under_way:
+        for walk in tuple(under_way):
+            try:
+                next(walk)
+            except StopIteration:
+                under_way.remove(walk)
+            except StopRequested as stop:
+                # The others have heard of it too: each saves its own checkpoint.
+                under_way.remove(walk)
+                stopped = stop
+    if stopped:
+        raise stopped
+
+
+def walk(job: Job, cursor: int = 0) -> Iterator[None]:
+    """Train from ``cursor`` to the end of the last epoch; pauses before each micro-batch."""
+    with closing(job.batches):
+        go_on_at(job, cursor)
+        job.model.train()
+        for step in job.plan.steps(cursor):
+            if job.keeper.exhausted:
+                return
+            begin_step(job, step)
+            images = torch.zeros((), device=job.processes.device)
+            for micro_batch in range(job.plan.micro_batches):
+                yield
+                batch, trajectories = next_batch(job)
+                add_gradients(job, step, micro_batch, batch, trajectories)
+                images += batch.weights.sum()
+            with job.clock("sync"):
+                job.processes.sum(images)
+            with job.clock("optimizer"):
+                update(job, step, images)
+            finish_step(job, step)
+            job.tick()
 
 
 def go_on_at(job: Job, cursor: int) -> None:
@@ -149,8 +85,7 @@ def go_on_at(job: Job, cursor: int) -> None:
 
 
 def begin_step(job: Job, step: Step) -> None:
-    """Key the random numbers and set the learning rate: pure functions of the step, nothing to save."""
-    torch.manual_seed(key64(job.recipe.seed, job.phase, step.index, job.processes.rank) >> 1)
+    """Set the learning rate, a pure function of the step: nothing to save."""
     factor = warmup_cosine(progress_at(job, step), job.recipe.warmup_fraction)
     for group in job.optimizer.param_groups:
         group["lr"] = job.recipe.learning_rate * factor * group.get("rate", 1.0)
@@ -163,14 +98,20 @@ def progress_at(job: Job, step: Step) -> float:
     return (job.plan.cursor_after(step) - 0.5 * step.num_images) / job.plan.total_images
 
 
-def next_batch(job: Job, batches: Iterator[tuple[ImageBatch, torch.Tensor]]) -> tuple[ImageBatch, torch.Tensor]:
-    batch, trajectories = next(batches)
+def next_batch(job: Job) -> Pair:
+    pair = next(job.batches)
     job.watchdog.beat()
-    return batch, trajectories
+    return pair
 
 
-def add_gradients(job: Job, step: Step, batch: ImageBatch, trajectories: torch.Tensor) -> None:
-    """Forward and backward of one micro-batch; the last one of a step sums the gradients over the processes."""
+def add_gradients(job: Job, step: Step, micro_batch: int, batch: ImageBatch, trajectories: torch.Tensor) -> None:
+    """Forward and backward of one micro-batch; the last one of a step sums the gradients over the processes.
+
+    The random numbers are a pure function of where it stands: nothing to save.
+    """
+    torch.manual_seed((key64(job.recipe.seed, job.phase, step.index, job.processes.rank) >> 1) + micro_batch)
+    # Accelerate counts the micro-batches of one model; here those of several may come in turn.
+    job.accelerator.gradient_accumulation_steps, job.accelerator.step = job.plan.micro_batches, micro_batch
     with job.accelerator.accumulate(job.model), job.clock("model"):
         losses = job.objective(job.model, trajectories, batch, progress_at(job, step))
         job.watchdog.beat()
@@ -395,4 +336,3 @@ def restore(job: Job, checkpoint: Checkpoint) -> None:
     job.keeper.restore(checkpoint.state["validated"], checkpoint.kept, trainable(job))
     job.journal.restore(checkpoint.state["journal"])
     job.seconds_before = checkpoint.state["seconds"]
-    job.clock.restore(checkpoint.state["stages"])

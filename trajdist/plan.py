@@ -15,7 +15,7 @@ from rich.table import Table
 
 from trajdist import probe
 from trajdist.budget import FLOAT, Budget, measure_bases
-from trajdist.config import SETS, Config
+from trajdist.config import SETS, Config, domain_config
 from trajdist.data.base import ImageSource
 from trajdist.data.loader import resolve_workers
 from trajdist.footprint import Live, Rehearsal, build_modules
@@ -64,21 +64,46 @@ def make_plan(
     earlier = Live()
     plans = {}
     for phase, base_bytes in bases.items():
-        source = sources[SETS[phase]]
-        plans[f"phase{phase}"], earlier = _plan_phase(config, source, phase, options, base_bytes, earlier)
+        errands = _errands(config, sources, phase)
+        plans[f"phase{phase}"], earlier = _plan_phase(config, errands, phase, options, base_bytes, earlier)
     return plans
 
 
+@dataclass(frozen=True)
+class Errand:
+    """One training of a phase: a domain, where there are several, or the only one."""
+
+    name: str
+    config: Config
+    source: ImageSource
+    selection: Selection
+
+    def walk(self, world: int) -> Plan:
+        settings = getattr(self.config.data, SETS[self.selection.phase])
+        global_batch = world * settings.batch_size * settings.gradient_accumulation_steps
+        return Plan(self.selection.num_train, settings.num_epochs, global_batch, world, settings.batch_size)
+
+
+def _errands(config: Config, sources: dict[str, ImageSource], phase: int) -> list[Errand]:
+    """All that a phase trains at once."""
+    if phase == 1 or not config.data.domains:
+        source = sources[SETS[phase]]
+        return [Errand("", config, source, draw(config, phase, source))]
+    configs = {name: domain_config(config, name) for name in config.data.domains}
+    images = {name: sources[f"domains.{name}"] for name in configs}
+    return [Errand(name, own, images[name], draw(own, phase, images[name])) for name, own in configs.items()]
+
+
 def _plan_phase(
-    config: Config, source: ImageSource, phase: int, options: Options, base_bytes: int, earlier: Live
+    config: Config, errands: list[Errand], phase: int, options: Options, base_bytes: int, earlier: Live
 ) -> tuple[dict[str, Any], Live]:
     """One phase. ``earlier`` is what the phase before it left in the heap."""
     device = options.device or default_device()
     world = options.processes or int(os.environ.get("WORLD_SIZE", "1"))
-    settings = getattr(config.data, SETS[phase])
-    selection = draw(config, phase, source)
-    global_batch = world * settings.batch_size * settings.gradient_accumulation_steps
-    walk = Plan(selection.num_train, settings.num_epochs, global_batch, world, settings.batch_size)
+    walks = [errand.walk(world) for errand in errands]
+    # That of the largest batch, beside which the others pass the backbone.
+    number = max(range(len(walks)), key=lambda each: walks[each].slots)
+    lead, walk = errands[number], walks[number]
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     workers = resolve_workers(config.data.num_workers, local_world, torch.device(device).type)
     precision = resolve_precision(config.runtime.mixed_precision, device)
@@ -86,16 +111,20 @@ def _plan_phase(
     modules = build_modules(config, phase)
     rates = Rates(training=options.images_per_s)
     if options.measure and options.images_per_s is None:
-        rates = probe.measure(config, source, selection, modules.extractor, modules.model, device, precision)
+        rates = probe.measure(
+            lead.config, lead.source, lead.selection, modules.extractor, modules.model, device, precision
+        )
     rehearsal = Rehearsal(
-        config,
+        lead.config,
         phase,
         modules,
         precision=precision,
-        micro_batches=walk.micro_batches,
+        micro_batches=max(each.micro_batches for each in walks),
         shared_gradients=world > 1,
+        domains=len(walks),
+        beside=sum(each.slots for each in walks) / walk.slots - 1,
     )
-    saves_between = walk.total_steps > config.checkpoint.every_steps
+    saves_between = any(each.total_steps > config.checkpoint.every_steps for each in walks)
     budget = Budget(rehearsal, base_bytes, device, earlier, saves_between)
     peaks = rehearsal.peaks(walk.slots)
     report = {
@@ -103,14 +132,7 @@ def _plan_phase(
         "precision": precision,
         "num_processes": world,
         "num_workers": workers,
-        "images": selection.num_train,
-        "held_out_images": selection.num_holdout,
-        "batch_size": settings.batch_size,
-        "global_batch": walk.global_batch,
-        "micro_batches": walk.micro_batches,
-        "steps_per_epoch": walk.steps_per_epoch,
-        "steps": walk.total_steps,
-        "epochs": walk.num_epochs,
+        **_extent(errands, walks),
         "parameters": {
             "backbone": rehearsal.sizes.backbone_parameters,
             "model": rehearsal.sizes.model_parameters,
@@ -124,10 +146,30 @@ def _plan_phase(
         "loader_bytes": workers * BATCHES_IN_STOCK * peaks.images_bytes,
         "memory_bytes": options.memory_bytes,
         "largest_batch_size": budget.largest_batch(walk.slots, peaks, options.memory_bytes),
-        **_disk(config, rehearsal, walk, phase),
-        **_time(config, walk, selection, rates, workers, device),
+        **_disk(config, rehearsal, walks, phase),
+        **_time(config, errands, walks, rates, workers, device),
     }
     return report, earlier | budget.left_in_heap(peaks)
+
+
+def _extent(errands: list[Errand], walks: list[Plan]) -> dict[str, Any]:
+    """Images and steps; of several domains the images of all, and the steps of the one that takes most."""
+    longest = max(walks, key=lambda walk: walk.total_steps)
+    domains = {
+        errand.name: {"images": walk.num_images, "steps": walk.total_steps, "epochs": walk.num_epochs}
+        for errand, walk in zip(errands, walks, strict=True)
+    }
+    return {
+        "images": sum(walk.num_images for walk in walks),
+        "held_out_images": sum(errand.selection.num_holdout for errand in errands),
+        "batch_size": max(walk.slots for walk in walks),
+        "global_batch": sum(walk.global_batch for walk in walks),
+        "micro_batches": max(walk.micro_batches for walk in walks),
+        "steps_per_epoch": longest.steps_per_epoch,
+        "steps": longest.total_steps,
+        "epochs": longest.num_epochs,
+        **({"domains": domains} if len(domains) > 1 else {}),
+    }
 
 
 def default_device() -> str:
@@ -146,41 +188,51 @@ def resolve_precision(setting: str, device: str) -> str:
     return "bf16" if has_bf16 else "no"
 
 
-def _disk(config: Config, rehearsal: Rehearsal, walk: Plan, phase: int) -> dict[str, int]:
-    """Bytes of a checkpoint, and of all that the phase leaves in the run directory at its fullest."""
+def _disk(config: Config, rehearsal: Rehearsal, walks: list[Plan], phase: int) -> dict[str, int]:
+    """Bytes of a checkpoint (of all domains together), and of all that the phase leaves behind at its fullest."""
     sizes = rehearsal.sizes
     weights = FLOAT * sizes.trained_parameters
-    checkpoint = 3 * weights + 4 * ENTRY_BYTES * sizes.trained_tensors + STATE_BYTES
+    checkpoint = 3 * weights + 4 * ENTRY_BYTES * sizes.trained_tensors + STATE_BYTES * len(walks)
     entries, places = sum(rehearsal.widths), config.model.spatial_resolution**2
     calibration = FLOAT * entries * (entries + places)
-    artifacts = (sizes.model_bytes + sizes.projection_bytes if phase == 1 else weights) + calibration
-    lines = walk.total_steps // config.logging.every_steps + 2 * walk.num_epochs
+    adopted = sizes.model_bytes + len(walks) * (sizes.projection_bytes + calibration) if len(walks) > 1 else 0
+    artifacts = (sizes.model_bytes + sizes.projection_bytes if phase == 1 else weights) + len(walks) * calibration
+    lines = sum(walk.total_steps // config.logging.every_steps + 2 * walk.num_epochs for walk in walks)
     # A new checkpoint is whole before the oldest one goes.
-    saved = min(config.checkpoint.keep + 1, 1 + walk.total_steps // config.checkpoint.every_steps + 1)
-    disk = saved * checkpoint + artifacts + lines * (METRIC_BYTES + LEDGER_BYTES)
+    saved = max(
+        min(config.checkpoint.keep + 1, 2 + walk.total_steps // config.checkpoint.every_steps) for walk in walks
+    )
+    disk = saved * checkpoint + artifacts + adopted + lines * (METRIC_BYTES + LEDGER_BYTES)
     return {"checkpoint_bytes": checkpoint, "disk_bytes": disk}
 
 
-def _time(config: Config, walk: Plan, selection: Selection, rates: Rates, workers: int, device: str) -> dict[str, Any]:
+def _time(
+    config: Config, errands: list[Errand], walks: list[Plan], rates: Rates, workers: int, device: str
+) -> dict[str, Any]:
     """Rates of one process, hours of the job, and what it will wait for."""
     rate, bottleneck = rates.of_training(workers)
-    hours = walk.num_images / (rate * walk.world) / 3600 if rate else None
-    most = config.trajectory.statistics_images
-    sample, held_out = min(selection.num_train, most), min(selection.num_holdout or selection.num_train, most)
-    # Residuals and places; before Phase 1 the statistics as well.
-    passes = (3 if selection.phase == 1 else 2) * sample + held_out
+    world = walks[0].world
+    epoch, images = sum(walk.num_images for walk in walks), sum(walk.total_images for walk in walks)
     # Nothing is learned in a pass: it is not slower than training.
-    total = hours * walk.num_epochs * (1 + passes / walk.total_images) if hours is not None else None
+    passes = sum(_passes(config, errand.selection) for errand in errands)
+    hours_per_image = 1 / (rate * world) / 3600 if rate else None
     return {
         "decoded_images_per_s_per_core": rates.decode,
         "backbone_images_per_s": rates.backbone,
         "model_images_per_s": rates.model,
-        "images_per_s": rate * walk.world if rate else None,
-        "hours_per_epoch": hours,
-        "hours": total,
+        "images_per_s": rate * world if rate else None,
+        "hours_per_epoch": epoch * hours_per_image if hours_per_image else None,
+        "hours": (images + passes) * hours_per_image if hours_per_image else None,
         "bottleneck": bottleneck,
         "advice": advice(bottleneck, workers, device),
     }
+
+
+def _passes(config: Config, selection: Selection) -> int:
+    """Images of the passes that train nothing: residuals and places; before Phase 1 the statistics as well."""
+    most = config.trajectory.statistics_images
+    sample, held_out = min(selection.num_train, most), min(selection.num_holdout or selection.num_train, most)
+    return (3 if selection.phase == 1 else 2) * sample + held_out
 
 
 def advice(bottleneck: str, workers: int, device: str) -> str:

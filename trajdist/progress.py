@@ -16,13 +16,26 @@ from rich.table import Table
 GIB = 2**30
 
 
-def make_console(is_main: bool) -> Console:
-    """Where the job talks to the user; other processes are silent. Text is shown as it is: names may be anything."""
+def make_console(is_main: bool, bars: bool = True) -> Console:
+    """Where the job talks to the user; other processes are silent. Text is shown as it is: names may be anything.
+
+    Args:
+        bars: False shows progress as lines, on a terminal too.
+    """
     width = None if sys.stdout.isatty() else 120
     if isinstance(sys.stdout, TextIOWrapper):
         # A name that the terminal cannot show does not end the job.
         sys.stdout.reconfigure(errors="replace")
-    return Console(quiet=not is_main, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
+    terminal = None if bars else False
+    return Console(
+        quiet=not is_main,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=True,
+        width=width,
+        force_terminal=terminal,
+    )
 
 
 class Progress:
@@ -91,8 +104,12 @@ Cells = dict[str, Callable[[dict[str, Any]], str]]
 
 
 def summary_table(summary: dict[str, dict[str, Any]]) -> Table:
-    """The table at the end of a run, one column per phase."""
-    return phase_table("trajdist", _SUMMARY, summary)
+    """The table at the end of a run, one column per phase, or per domain where it had several."""
+    columns: dict[str, dict[str, Any]] = {}
+    for phase, figures in summary.items():
+        domains = figures.get("domains", {})
+        columns |= {f"{phase} {name}": own for name, own in domains.items()} if domains else {phase: figures}
+    return phase_table("trajdist", _SUMMARY, columns)
 
 
 def phase_table(title: str, rows: Cells, phases: dict[str, dict[str, Any]]) -> Table:

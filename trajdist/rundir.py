@@ -63,6 +63,10 @@ class RunDir:
     def contrast(self) -> Path:
         return self.path / "phase2" / "contrast.safetensors"
 
+    def domains(self) -> list[Path]:
+        """Run directories of the domains that were adapted to at once; usually none."""
+        return sorted(path.parent for path in self.path.glob("domains/*/config.yaml"))
+
     def subset(self, set_name: str) -> Path:
         """Numbers of the images of a stratified subset."""
         return self.path / f"subset-{set_name}.npy"

@@ -245,14 +245,30 @@ def load(
     extractor = bundle.load_extractor(rundir.trajectory)
     document = bundle.read(rundir.trajectory, bundle.TrajectoryDocument)
     adapters = [Path(adapter)] if isinstance(adapter, (str, Path)) else [Path(each) for each in adapter or ()]
-    if not adapters and phase != 1 and rundir.adapter.is_dir():
-        adapters = [rundir.adapter]
+    if not adapters and phase != 1:
+        adapters = _own_adapters(rundir)
     if phase == 2 and not adapters:
         raise ArtifactError(f"{str(run_dir)!r} has no phase2/adapter: run Phase 2 first, or use --phase 1.")
     detectors = [_load_adapted(rundir, extractor, *named) for named in _names(adapters).items()]
     detectors = detectors or [_load_detector(rundir, extractor)]
     scorer = Scorer(extractor, detectors, document.image_size, document.fit)
     return scorer.to(_device(device))
+
+
+def _own_adapters(rundir: RunDir) -> list[Path]:
+    """The run's own adapter, or none.
+
+    Raises:
+        ArtifactError: it has one for each of several domains.
+    """
+    if rundir.adapter.is_dir():
+        return [rundir.adapter]
+    if domains := rundir.domains():
+        raise ArtifactError(
+            f"{str(rundir.path)!r} has an adapter for each of its domains {', '.join(each.name for each in domains)}: "
+            f"name the run of one ({domains[0]!s}), or adapters ({domains[0] / 'phase2' / 'adapter'!s}), or phase 1."
+        )
+    return []
 
 
 def _load_base(rundir: RunDir, extractor: TrajectoryExtractor) -> tuple[nn.Module, str]:

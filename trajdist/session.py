@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
@@ -10,13 +12,14 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from trajdist.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
-from trajdist.config import Config, ImageSet, fields, flatten
+from trajdist.config import Config, ImageSet, domain_config, fields, flatten
 from trajdist.config_files import dump_yaml, read_yaml
 from trajdist.data.base import ImageSource
 from trajdist.data.cache import TrajectoryCache
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_workers
-from trajdist.errors import ArtifactError, ConfigError, DataError
+from trajdist.errors import ArtifactError, ConfigError, DataError, StopRequested, UserError
+from trajdist.job import Position
 from trajdist.preflight import add_up, compare
 from trajdist.progress import make_console
 from trajdist.rundir import RunDir
@@ -47,10 +50,59 @@ class Session:
     profile: bool
     trackers: Trackers
     extractor: TrajectoryExtractor | None = None
+    domain: str = ""
 
     def say(self, text: str) -> None:
         """A line for the user, from the main process."""
-        self.console.print(text)
+        self.console.print(self.titled(text))
+
+    def titled(self, text: str) -> str:
+        """With the domain it is about, where there are several."""
+        return f"{self.domain}: {text}" if self.domain else text
+
+    def record(self, at: Position, error: BaseException | None = None, ended: bool = False) -> None:
+        """Write status.json: under way, or how it ended. On a full disk the first error is the one to show."""
+        status, why = ("done" if ended else "running"), ""
+        if isinstance(error, (StopRequested, KeyboardInterrupt)):
+            status, why = "stopped", str(error)
+        elif error is not None:
+            status, why = "failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        if self.processes.is_main:
+            with suppress(ArtifactError) if status == "failed" else nullcontext():
+                self.rundir.write_status(status, at.phase, at.step, why)
+
+    def of_domain(self, name: str) -> Session:
+        """The same for one of several domains: with its config and images, in a run directory of its own.
+
+        Raises:
+            ConfigError: a changed key that would change the result.
+            ArtifactError: the directory cannot be written, or another run holds it.
+        """
+        config = domain_config(self.config, name)
+        rundir = RunDir(config.run_dir)
+        with replace(self, domain=name).naming():
+            self.processes.main_does(lambda: _take(rundir, config, self.processes.world))
+        return replace(
+            self,
+            config=config,
+            sources={"domain": self.sources[f"domains.{name}"]},
+            rundir=rundir,
+            # One terminal has room for one bar.
+            console=make_console(self.processes.is_main, bars=False),
+            reference_world=_reference_world(rundir),
+            trackers=self.trackers.under(name),
+            domain=name,
+        )
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Of several domains, errors in the block name the one they are about."""
+        try:
+            yield
+        except UserError as error:
+            if not self.domain:
+                raise
+            raise type(error)(str(error).replace("data.domain.", f"data.domains.{self.domain}.")) from error
 
     def silent(self) -> Session:
         """The same for a stage within a stage: it says nothing and shows no bar."""
@@ -98,9 +150,14 @@ class Session:
         draw: PlaceDraw | None = None,
         cache: TrajectoryCache | None = None,
         defects: DefectDraw | None = None,
+        sharing: int = 1,
     ) -> DataLoader[ImageBatch]:
-        """The loader of a plan, sharded by Accelerate; batches stay on the host until the feed moves them."""
+        """The loader of a plan, sharded by Accelerate; batches stay on the host until the feed moves them.
+
+        The workers are shared out to ``sharing`` loaders, one at least to each.
+        """
         data = self.config.data
+        workers = resolve_workers(data.num_workers, self.processes.local_world, self.processes.device.type)
         loader = build_loader(
             self.sources[set_name],
             index_at,
@@ -108,7 +165,7 @@ class Session:
             cursor=cursor,
             size=data.image_size,
             fit=self.settings(set_name).fit,
-            num_workers=resolve_workers(data.num_workers, self.processes.local_world, self.processes.device.type),
+            num_workers=-(-workers // sharing),
             pin_memory=self.processes.device.type == "cuda",
             draw=draw,
             cache=cache,
@@ -150,13 +207,7 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
     def prepare() -> None:
         if fresh and not restarted and (aside := rundir.move_away()):
             console.print(f"starting over: the old run is now {str(aside)!r}")
-        rundir.create()
-        rundir.lock()
-        rundir.sweep()
-        _check_same_config(rundir, config)
-        rundir.write_config(dump_yaml(config))
-        rundir.stop_file.unlink(missing_ok=True)
-        rundir.remember("num_processes", processes.world)
+        _take(rundir, config, processes.world)
 
     processes.main_does(prepare)
     stop = StopFlag(rundir.stop_file, watches_file=processes.is_main)
@@ -167,6 +218,17 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
     return Session(
         config, sources, accelerator, processes, rundir, stop, watchdog, console, reference_world, profile, trackers
     )
+
+
+def _take(rundir: RunDir, config: Config, world: int) -> None:
+    """Make a run directory this run's."""
+    rundir.create()
+    rundir.lock()
+    rundir.sweep()
+    _check_same_config(rundir, config)
+    rundir.write_config(dump_yaml(config))
+    rundir.stop_file.unlink(missing_ok=True)
+    rundir.remember("num_processes", world)
 
 
 def _restarted() -> bool:

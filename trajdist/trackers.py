@@ -5,6 +5,7 @@ A run of a tracker belongs to a run directory: its id is kept there, and a resta
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import uuid
@@ -45,7 +46,7 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], rundir: RunDir, config: Mapping[str, Any], say: Say) -> None:
         """``config`` is flat; it is sent when a tracker's run begins, not again on a restart."""
-        self._say = say
+        self._say, self._domain = say, ""
         self._open: dict[str, Any] = {}
         for name in names:
             self._trying(name, self._begin, name, rundir, config)
@@ -53,9 +54,15 @@ class Trackers:
     def __bool__(self) -> bool:
         return bool(self._open)
 
+    def under(self, domain: str) -> Trackers:
+        """The same, where all that is logged is called ``domain/...``."""
+        view = copy.copy(self)
+        view._domain = f"{domain}/"
+        return view
+
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """A line of metrics.jsonl: its numbers, as ``phase1/step/loss``, at a step that rises through both phases."""
-        prefix = f"phase{record['phase']}/{record['event']}"
+        prefix = f"{self._domain}phase{record['phase']}/{record['event']}"
         values = {
             f"{prefix}/{key}": float(value)
             for key, value in record.items()
@@ -65,7 +72,7 @@ class Trackers:
 
     def show(self, title: str, pictures: Sequence[Picture], step: int) -> None:
         """Pictures of one size, uint8 ``[H, W, 3]``."""
-        self._each(lambda name, tracker: SHOW[name](tracker, title, pictures, step))
+        self._each(lambda name, tracker: SHOW[name](tracker, f"{self._domain}{title}", pictures, step))
 
     def finish(self) -> None:
         """Close all."""

@@ -1,10 +1,10 @@
-"""One phase's job: built from the config, resumed from a checkpoint if there is one, run through the loop."""
+"""The jobs of a phase: built from the config, resumed from their checkpoints if there are any, run through the loop."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,13 @@ from trajdist.data.decode import TRANSFORM
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.labelled import LabelledFolder
 from trajdist.errors import ArtifactError, ConfigError, DataError
-from trajdist.feed import Feed, num_places
+from trajdist.feed import Feed, Pairs, Stream, num_places
+from trajdist.job import Job, Position, Recipe, Rhythm
 from trajdist.journal import Journal
 from trajdist.keeper import Keeper
-from trajdist.loop import Job, Position, Recipe, Rhythm, fit, restore, settle_weights
-from trajdist.objectives import LOGISTIC_RATE, Objective
+from trajdist.loop import fit, restore, settle_weights, walk
+from trajdist.objectives import Objective, ReconstructionError
+from trajdist.optimizer import make_optimizer
 from trajdist.profiling import nothing, profiling
 from trajdist.progress import Progress
 from trajdist.residuals import ResidualModel
@@ -54,78 +56,151 @@ class Trainee:
     whitened: ResidualModel | None = None
 
 
-def train(
-    session: Session, at: Position, selection: Selection, extractor: TrajectoryExtractor, trainee: Trainee
-) -> Job:
-    """Build the job of a phase, resume it if a checkpoint is there, and run the loop to its end."""
-    config, processes, set_name = session.config, session.processes, SETS[at.phase]
+def reconstruction(config: Config, extractor: TrajectoryExtractor) -> ReconstructionError:
+    """The objective of Phase 1, and by default of Phase 2."""
+    return ReconstructionError(extractor.projection.valid_LD, config.train.kl_weight, config.train.kl_warmup_fraction)
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """One training of a phase: in which run, how far, on which images, and what is trained."""
+
+    session: Session
+    at: Position
+    selection: Selection
+    trainee: Trainee
+
+
+@dataclass(frozen=True)
+class Start:
+    """A pupil made ready, before there are batches."""
+
+    pupil: Pupil
+    plan: Plan
+    checkpoint: Checkpoint | None
+    cursor: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    keeper: Keeper
+    examiner: Examiner
+    stream: Stream
+
+
+def train(extractor: TrajectoryExtractor, pupils: Sequence[Pupil]) -> list[Job]:
+    """Build the jobs of a phase, resume those that have a checkpoint, and run the loop to the end of them all.
+
+    Several pupils are taught in turn, a micro-batch each, on images that went through the backbone together.
+    """
+    session, phase = pupils[0].session, pupils[0].at.phase
+    clock = Clock(session.processes.device)
+    starts = []
+    for pupil in pupils:
+        with pupil.session.naming():
+            starts.append(_make_ready(pupil, extractor, clock, sharing=len(pupils)))
+    feed = Feed(
+        [start.stream for start in starts], extractor, session.processes.device, session.accelerator.autocast, clock
+    )
+    torch.autograd.set_detect_anomaly(session.config.runtime.detect_anomaly)
+    reset_peak_memory(session.processes.device)
+    with ExitStack() as stack:
+        stack.callback(_close_caches, starts)
+        tick = stack.enter_context(_profiled(session, phase))
+        jobs = []
+        for number, start in enumerate(starts):
+            progress = stack.enter_context(_progress(start))
+            jobs.append(_job(start, feed.of(number), clock, nothing if number else tick, progress))
+        if starts[0].checkpoint:
+            clock.restore(starts[0].checkpoint.state["stages"])
+        with _projection_timed(session, extractor, clock):
+            fit([walk(job, start.cursor) for job, start in zip(jobs, starts, strict=True)])
+        for job in jobs:
+            with clock("checkpoint"):
+                job.writer.finish()
+            settle_weights(job)
+    return jobs
+
+
+def _close_caches(starts: list[Start]) -> None:
+    for start in starts:
+        if start.stream.writer and (why := start.stream.writer.close()):
+            start.pupil.session.say(why)
+
+
+def _make_ready(pupil: Pupil, extractor: TrajectoryExtractor, clock: Clock, sharing: int) -> Start:
+    """Model, optimizer, loader and cache of a pupil; ``sharing`` is how many read images at the same time."""
+    session, phase, selection, trainee = pupil.session, pupil.at.phase, pupil.selection, pupil.trainee
+    config, processes, set_name = session.config, session.processes, SETS[phase]
     plan = session.plan(set_name, selection.num_train, getattr(config.data, set_name).num_epochs)
-    checkpoint = _checkpoint_of(session, at.phase, trainee.base)
+    checkpoint = _checkpoint_of(session, phase, trainee.base)
     cursor = _cursor_of(checkpoint, plan, set_name) if checkpoint else 0
-    session.accelerator.gradient_accumulation_steps = plan.micro_batches
-    session.accelerator.step = 0
     model = trainee.model.to(processes.device)
-    examiner = _examiner(session, at.phase, selection, extractor, trainee)
+    examiner = _examiner(session, phase, selection, extractor, trainee)
     optimizer = make_optimizer(model, trainee.learning_rate, trainee.weight_decay, processes.device)
     prepared_model, prepared_optimizer = session.accelerator.prepare(model, optimizer)
-    keeper = _keeper(config, model)
-    clock = Clock(processes.device)
     if isinstance(prepared_model, DistributedDataParallel):
         prepared_model.register_comm_hook(clock, sum_gradients)
     if config.backbone.compile and processes.device.type == "cuda":
         prepared_model = torch.compile(prepared_model, dynamic=False)  # On CPUs it loses (docs/LOG.md).
     whole = trainee.defects is not None
     cache = _cache(session, set_name, extractor) if config.cache.dir and not whole else None
-    draw = None if whole else _place_draw(session, at.phase, extractor)
-    loader = session.loader(set_name, selection.train, plan, cursor, draw, cache, trainee.defects)
+    draw = None if whole else _place_draw(session, phase, extractor)
+    loader = session.loader(set_name, selection.train, plan, cursor, draw, cache, trainee.defects, sharing)
     writer = _cache_writer(session, cache) if cache is not None else None
-    feed = Feed(loader, extractor, processes.device, session.accelerator.autocast, clock, writer)
-    torch.autograd.set_detect_anomaly(config.runtime.detect_anomaly)
-    reset_peak_memory(processes.device)
-    session.say(_announcement(at.phase, plan, cursor, model, processes.world))
-    with (
-        _profiled(session, at.phase) as tick,
-        Progress(session.console, f"phase {at.phase}", plan.total_images, cursor) as progress,
-    ):
-        job = Job(
-            phase=at.phase,
-            accelerator=session.accelerator,
-            processes=processes,
-            plan=plan,
-            feed=feed,
-            model=prepared_model,
-            objective=trainee.objective,
-            optimizer=prepared_optimizer,
-            recipe=_recipe(config, trainee.learning_rate),
-            rhythm=_rhythm(config),
-            journal=_journal(session, at.phase, plan, selection),
-            rundir=session.rundir,
-            writer=CheckpointWriter(session.rundir.checkpoints, config.checkpoint.keep),
-            stop=session.stop,
-            watchdog=session.watchdog,
-            progress=progress,
-            clock=clock,
-            at=at,
-            base=trainee.base,
-            first_checkpoint_number=_steps_before(session, at.phase),
-            tick=tick,
-            keeper=keeper,
-            trackers=session.trackers,
-            validate=examiner.validate,
-            draw=examiner.draw,
-            say=session.say,
-        )
-        if checkpoint:
-            restore(job, checkpoint)
-        try:
-            with _projection_timed(session, extractor, clock):
-                fit(job, cursor)
-        finally:
-            if writer and (why := writer.close()):
-                session.say(why)
-        with clock("checkpoint"):
-            job.writer.finish()
-        settle_weights(job)
+    session.say(_announcement(phase, plan, cursor, model, processes.world))
+    return Start(
+        pupil=pupil,
+        plan=plan,
+        checkpoint=checkpoint,
+        cursor=cursor,
+        model=prepared_model,
+        optimizer=prepared_optimizer,
+        keeper=_keeper(config, model),
+        examiner=examiner,
+        stream=Stream(loader, writer),
+    )
+
+
+def _progress(start: Start) -> Progress:
+    session = start.pupil.session
+    title = session.titled(f"phase {start.pupil.at.phase}")
+    return Progress(session.console, title, start.plan.total_images, start.cursor)
+
+
+def _job(start: Start, batches: Pairs, clock: Clock, tick: Callable[[], None], progress: Progress) -> Job:
+    """The job of a pupil, at the checkpoint if there is one."""
+    pupil, plan = start.pupil, start.plan
+    session, phase, trainee = pupil.session, pupil.at.phase, pupil.trainee
+    config = session.config
+    job = Job(
+        phase=phase,
+        accelerator=session.accelerator,
+        processes=session.processes,
+        plan=plan,
+        batches=batches,
+        model=start.model,
+        objective=trainee.objective,
+        optimizer=start.optimizer,
+        recipe=_recipe(config, trainee.learning_rate),
+        rhythm=_rhythm(config),
+        journal=_journal(session, phase, plan, pupil.selection),
+        rundir=session.rundir,
+        writer=CheckpointWriter(session.rundir.checkpoints, config.checkpoint.keep),
+        stop=session.stop,
+        watchdog=session.watchdog,
+        progress=progress,
+        clock=clock,
+        at=pupil.at,
+        base=trainee.base,
+        first_checkpoint_number=_steps_before(session, phase),
+        tick=tick,
+        keeper=start.keeper,
+        trackers=session.trackers,
+        validate=start.examiner.validate,
+        draw=start.examiner.draw,
+        say=session.say,
+    )
+    if start.checkpoint:
+        restore(job, start.checkpoint)
     return job
 
 
@@ -284,25 +359,6 @@ def _journal(session: Session, phase: int, plan: Plan, selection: Selection) -> 
         SETS[phase],
         plan.num_images,
         session.config.data.max_bad_fraction,
-    )
-
-
-def make_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); biases, gains and embeddings of depth are not decayed."""
-    weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    logistic = [weight for name, weight in weights if name == "logistic"]
-    weights = [(name, weight) for name, weight in weights if name != "logistic"]
-    decayed = [weight for name, weight in weights if weight.ndim >= 2 and "depth_" not in name]
-    others = [weight for name, weight in weights if weight.ndim < 2 or "depth_" in name]
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-        {"params": logistic, "weight_decay": 0.0, "rate": LOGISTIC_RATE},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=learning_rate, fused=device.type in ("cuda", "cpu")
     )
 
 

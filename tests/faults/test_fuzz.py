@@ -22,8 +22,8 @@ from trajdist.artifacts import METADATA_KEY, read_document, read_tensors
 from trajdist.audit import audit
 from trajdist.backbones import build_backbone
 from trajdist.checkpoint import FILES, load_checkpoint, verify
-from trajdist.config import parse_config
 from trajdist.config_files import load_config
+from trajdist.config_parsing import parse_config
 from trajdist.data.decode import decode
 from trajdist.data.loader import SlotDataset
 from trajdist.errors import ArtifactError, ConfigError, UserError

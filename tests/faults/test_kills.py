@@ -18,11 +18,11 @@ from trajdist.cli import main
 STATISTICS = "trajdist.statistics:update_moments"
 STEP = "trajdist.loop:update"
 WRITING = "trajdist.checkpoint:_manifest"
-BETWEEN_PHASES = "trajdist.phases:load_extractor"
+BETWEEN_PHASES = "trajdist.adaptation:load_extractor"
 SAVING_MODEL = "trajdist.bundle:save_model"
 CALIBRATION = "trajdist.phases:calibrate"
 SAVING_ADAPTER = "trajdist.lora:load_adapter"
-SUMMARY = "trajdist.phases:_finish"
+SUMMARY = "trajdist.phases:finish"
 
 
 def assert_killed(fault: str, run_dir: Path, world: int = 1) -> None:

@@ -16,6 +16,8 @@ from harness import arguments, assert_identical, begin, status
 from trajdist import loop, phases, statistics
 from trajdist.cli import main
 
+NOISY_STEPS = "gradient_accumulation_steps=2"
+
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
@@ -56,6 +58,19 @@ def test_stop_and_go_on(how, module, name, number, uninterrupted, tmp_path, monk
     if how == "STOP":
         assert main(arguments(run_dir)) == 0
         assert_identical(run_dir, uninterrupted)
+
+
+def test_noise_is_the_same_after_a_restart(tmp_path, monkeypatch):
+    """A VAE's samples and dropout, in several micro-batches: nothing of a generator's state is saved."""
+    noisy = ["model.type=vae", "model.dropout=0.1", "domain_adaptation.lora.dropout=0.1"]
+    noisy += [f"data.{name}.{key}" for name in ("imagenet", "domain") for key in ("batch_size=4", NOISY_STEPS)]
+    assert main(arguments(tmp_path / "whole", *noisy)) == 0
+    for number in (3, 5):
+        with monkeypatch.context() as patch:
+            at_call(patch, loop, "update", number, send(signal.SIGTERM))
+            assert main(arguments(tmp_path / "run", *noisy)) == 75
+    assert main(arguments(tmp_path / "run", *noisy)) == 0
+    assert_identical(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path, monkeypatch):

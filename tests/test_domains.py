@@ -1,0 +1,304 @@
+"""Several domains adapted to at once: each adapter is what it would be if its domain were alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from images import write_images
+from jobs import launch
+from outcome import assert_done
+from safetensors.torch import load_file
+
+from trajdist import adaptation, feed, loop, scorer
+from trajdist.audit import audit
+from trajdist.cli import main
+from trajdist.trajectory import TrajectoryExtractor
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+# Two domains that differ in size, epochs and steps: the second one goes on when the first is done.
+FIXED = ["runtime.mixed_precision=no", "logging.every_steps=1", "checkpoint.every_steps=2", "data.domain.path=null"]
+OWN = {"road": ["num_epochs=2"], "bark": ["num_epochs=3", "gradient_accumulation_steps=2", "batch_size=4"]}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("domains")
+    return {"road": write_images(root / "road", 21), "bark": write_images(root / "bark", 14)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("base") / "run"
+    assert main(["train", "debug", f"run_dir={run_dir}", *FIXED]) == 0
+    return run_dir
+
+
+def several(folders: dict[str, Path], run_dir: Path, base: Path, *overrides: str) -> list[str]:
+    """The command that adapts to all domains at once."""
+    keys = [f"data.domains.{name}.{key}" for name in folders for key in (f"path={folders[name]}", *OWN.get(name, ()))]
+    return ["adapt", "debug", f"run_dir={run_dir}", f"phase1={base}", *FIXED, *keys, *overrides]
+
+
+def alone(name: str, folders: dict[str, Path], run_dir: Path, base: Path, *overrides: str) -> list[str]:
+    keys = [f"data.domain.{key}" for key in (f"path={folders[name]}", *OWN[name])]
+    return ["adapt", "debug", f"run_dir={run_dir}", f"phase1={base}", *FIXED, *keys, *overrides]
+
+
+def adapter(run_dir: Path) -> dict[str, torch.Tensor]:
+    files = ("phase2/adapter/adapter_model.safetensors", "phase2/calibration.safetensors")
+    return {f"{file} {name}": value for file in files for name, value in load_file(run_dir / file).items()}
+
+
+def assert_same(run_dir: Path, other: Path, **tolerance: float) -> None:
+    ours, theirs = adapter(run_dir), adapter(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
+
+
+@pytest.fixture(scope="module")
+def together(folders, base, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("together") / "run"
+    assert main(several(folders, run_dir, base)) == 0
+    return run_dir
+
+
+@pytest.mark.parametrize("objective", ["reconstruction", "contrast"])
+@pytest.mark.parametrize("name", ["road", "bark"])
+def test_each_adapter_is_what_it_would_be_alone(name, objective, folders, base, together, tmp_path):
+    chosen = f"domain_adaptation.objective={objective}"
+    if objective == "contrast":
+        assert main(several(folders, tmp_path / "all", base, chosen)) == 0
+        together = tmp_path / "all"
+    assert main(alone(name, folders, tmp_path / "one", base, chosen)) == 0
+    # Sums of a convolution may come in another order in a larger batch.
+    assert_same(together / "domains" / name, tmp_path / "one", rtol=1e-3, atol=1e-5)
+
+
+def test_with_noise_a_share_of_the_places_and_a_cache(folders, base, tmp_path):
+    extra = ["domain_adaptation.lora.dropout=0.2", "train.cell_fraction=0.5", f"cache.dir={tmp_path / 'cache'}"]
+    assert main(several(folders, tmp_path / "all", base, *extra)) == 0
+    for name in folders:
+        assert main(alone(name, folders, tmp_path / name, base, *extra)) == 0
+        assert_same(tmp_path / "all" / "domains" / name, tmp_path / name, rtol=1e-3, atol=1e-5)
+
+
+def test_one_pass_of_the_backbone_serves_all(folders, base, tmp_path, monkeypatch):
+    passes: list[int] = []
+    call, fit = TrajectoryExtractor.__call__, adaptation.train
+
+    def counted(self, images):
+        passes.append(len(images))
+        return call(self, images)
+
+    def only_training(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(TrajectoryExtractor, "__call__", counted)
+            return fit(*args)
+
+    monkeypatch.setattr(adaptation, "train", only_training)
+    assert main(several(folders, tmp_path / "run", base, "data.domains.bark.gradient_accumulation_steps=1")) == 0
+    # 16 of the road's 21 images in steps of 8, twice; the bark's 13 in steps of 4, three times over.
+    assert passes == [8 + 4] * 4 + [4] * 8
+
+
+def test_the_run_tells_of_all(together, capsys):
+    summary = json.loads((together / "summary.json").read_text())["phase2"]
+    parts = [json.loads((together / "domains" / name / "summary.json").read_text())["phase2"] for name in OWN]
+    assert summary["domains"] == dict(zip(OWN, parts, strict=True))
+    assert summary["images"] == sum(part["images"] for part in parts) == 2 * 16 + 3 * 13
+    assert summary["seconds"] == max(part["seconds"] for part in parts)
+    assert summary["trained_parameters"] == sum(part["trained_parameters"] for part in parts)
+    assert_done(together)
+    for name in OWN:
+        assert_done(together / "domains" / name)
+        card = (together / "domains" / name / "phase2" / "adapter" / "README.md").read_text()
+        assert f"/{name} |" in card
+    assert main(["inspect", str(together)]) == 0
+    shown = capsys.readouterr().out
+    assert "phase2 road" in shown
+    assert str(together / "domains" / "bark" / "phase2" / "adapter") in shown
+
+
+def test_audit_reads_every_domain(together, tmp_path):
+    found = audit(together)
+    assert (found.status, found.problems) == ("done", [])
+    assert [line.partition(":")[0] for line in found.facts] == ["bark", "road"]
+    run_dir = shutil.copytree(together, tmp_path / "run")
+    ledger = run_dir / "domains" / "road" / "ledger.jsonl"
+    ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[1:]))
+    shutil.rmtree(run_dir / "domains" / "bark")
+    problems = audit(run_dir).problems
+    assert [problem.partition(":")[0] for problem in problems] == ["road", "bark"]
+
+
+@pytest.mark.parametrize("number", [2, 5, 9])
+@pytest.mark.parametrize("how", ["SIGTERM", "STOP"])
+def test_stop_and_go_on(how, number, folders, base, together, tmp_path, monkeypatch):
+    run_dir, update, calls = tmp_path / "run", loop.update, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM) if how == "SIGTERM" else (run_dir / "STOP").touch()
+        return update(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "update", stopped)
+        assert main(several(folders, run_dir, base)) == 75
+    state = [json.loads((path / "status.json").read_text())["status"] for path in (run_dir, *run_dir.glob("domains/*"))]
+    assert state == ["stopped"] * 3
+    assert main(several(folders, run_dir, base)) == 0
+    for name in folders:
+        assert_same(run_dir / "domains" / name, together / "domains" / name)
+    assert audit(run_dir).problems == []
+
+
+@pytest.mark.parametrize("fault", ["trajdist.loop:save_checkpoint:3:SIGKILL", "trajdist.adaptation:finish:2:SIGKILL"])
+def test_killed_between_two_domains(fault, folders, base, together, tmp_path):
+    """One domain is then further than the other."""
+    faults = {"PYTHONPATH": f"{Path(adaptation.__file__).parents[1]}:{Path(__file__).parent / 'faults'}"}
+    command = several(folders, tmp_path / "run", base)
+    killed = launch(command, module="faulty", env={**faults, "FAULT": fault})
+    assert killed.returncode == -signal.SIGKILL
+    assert main(command) == 0
+    for name in folders:
+        assert_same(tmp_path / "run" / "domains" / name, together / "domains" / name)
+    assert audit(tmp_path / "run").problems == []
+
+
+def test_two_processes(folders, base, together, tmp_path):
+    halves = [f"data.domains.{name}.batch_size={size}" for name, size in (("road", 4), ("bark", 2))]
+    done = launch(several(folders, tmp_path / "run", base, *halves), num_processes=2, timeout_s=150)
+    assert done.returncode == 0, done.stderr
+    for name in folders:
+        assert_same(tmp_path / "run" / "domains" / name, together / "domains" / name, rtol=1e-2, atol=1e-4)
+    assert audit(tmp_path / "run").problems == []
+
+
+def test_a_domain_that_comes_later(folders, base, together, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert main(several({"road": folders["road"]}, run_dir, base)) == 0
+    before = (run_dir / "domains/road/phase2/adapter/adapter_model.safetensors").stat().st_mtime_ns
+    assert main(several(folders, run_dir, base)) == 0
+    assert "road: phase 2 is done (2 epochs): nothing to repeat" in capsys.readouterr().out
+    assert (run_dir / "domains/road/phase2/adapter/adapter_model.safetensors").stat().st_mtime_ns == before
+    for name in folders:
+        assert_same(run_dir / "domains" / name, together / "domains" / name, rtol=1e-3, atol=1e-5)
+
+
+def test_a_domain_goes_on_by_itself(folders, base, together, tmp_path):
+    """Its folder is a run like any other, with the config that it needs."""
+    run_dir = shutil.copytree(together / "domains" / "road", tmp_path / "run")
+    shutil.rmtree(run_dir / "phase2")
+    (run_dir / "summary.json").unlink()
+    assert main(["adapt", str(run_dir / "config.yaml"), f"run_dir={run_dir}"]) == 0
+    assert_same(run_dir, together / "domains" / "road")
+
+
+def test_one_that_ends_early_is_not_read_further(folders, base, tmp_path, monkeypatch):
+    waiting: list[int] = []
+    advance = feed.Feed._advance
+
+    def observed(self, number):
+        more = advance(self, number)
+        waiting.append(max(map(len, self._waiting)))
+        return more
+
+    monkeypatch.setattr(feed.Feed, "_advance", observed)
+    early = ["validation.every_epochs=1", "early_stopping.patience=1", "domain_adaptation.lora.learning_rate=1e-9"]
+    more = ["data.domains.road.num_epochs=9", "data.domains.bark.num_epochs=4"]
+    assert main(several(folders, tmp_path / "run", base, *early, *more)) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())["phase2"]["domains"]
+    assert any(part["validation"]["stopped_early"] for part in summary.values())
+    assert max(waiting) == 1
+
+
+def test_every_adapter_on_the_same_trajectories(folders, together, tmp_path, capsys):
+    adapters = [f"--adapter={together / 'domains' / name / 'phase2' / 'adapter'}" for name in folders]
+    assert main(["score", str(together), str(folders["road"]), "--out", str(tmp_path), *adapters]) == 0
+    row = json.loads((tmp_path / "scores.jsonl").read_text().splitlines()[0])
+    assert sorted(row["adapters"]) == ["bark", "road"]
+    capsys.readouterr()
+    assert main(["score", str(together), str(folders["road"]), "--out", str(tmp_path / "other")]) == 4
+    error = capsys.readouterr().err
+    assert "has an adapter for each of its domains bark, road" in error
+    assert scorer.load(together / "domains" / "road", device="cpu").detectors[0].name == "road"
+    assert scorer.load(together, phase=1, device="cpu").detectors[0].name == "phase1"
+
+
+def test_trackers_keep_domains_apart(folders, base, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert main(several(folders, tmp_path / "run", base, "logging.trackers=[tensorboard]")) == 0
+    log = events.EventAccumulator(str(tmp_path / "run" / "trackers" / "tensorboard"))
+    log.Reload()
+    for name, steps in (("road", 4), ("bark", 6)):
+        assert len(log.Scalars(f"{name}/phase2/step/loss")) == steps
+
+
+def test_the_plan_has_room_for_all(folders, base, tmp_path, capsys):
+    def planned(*command: str) -> dict:
+        assert main(["plan", *command[1:], "--json", "--no-probe"]) == 0
+        return json.loads(capsys.readouterr().out)["phase2"]
+
+    both = planned(*several(folders, tmp_path / "run", base))
+    one = planned(*alone("road", folders, tmp_path / "run", base))
+    assert both["domains"]["road"] == {"images": 16, "steps": 4, "epochs": 2}
+    assert (both["images"], both["steps"], both["global_batch"]) == (16 + 13, 6, 16)
+    assert both["parameters"]["trainable"] == 2 * one["parameters"]["trainable"]
+    assert both["parts"]["activations_bytes"] > 1.3 * one["parts"]["activations_bytes"]
+    assert both["parts"]["optimizer_bytes"] == 2 * one["parts"]["optimizer_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "says"),
+    [
+        (["data.domain.path=skimage:grass"], 2, "data.domain.path='skimage:grass' and data.domains (road, bark)"),
+        (["data.domains.road.pth=x"], 2, "data.domains.road.pth (= 'x'): did you mean data.domains.road.path?"),
+        (["data.domains.road.batch_size=0"], 2, "data.domains.road.batch_size = 0 is not possible"),
+        (["data.domains.road=5"], 2, "data.domains.road = 5 is not"),
+        (["data.domains.a/b.path=x"], 2, "data.domains"),
+        (["data.domains.road.path=/nowhere"], 3, "data.domains.road.path='/nowhere' does not exist"),
+        (["data.domains.more.num_epochs=2"], 3, "data.domains.more.path is not set"),
+        (["data.domains.road.num_samples=0"], 3, "data.domains.road.num_samples=0 leaves nothing"),
+        (["runtime.mixed_precision=fp16"], 2, "runtime.mixed_precision='fp16'"),
+        (["data.domains.road.fit=crop"], 2, "data.domains.road.fit='crop', but the Phase 1"),
+    ],
+)
+def test_mistakes_name_the_domain(overrides, code, says, folders, base, tmp_path, capsys):
+    assert main(several(folders, tmp_path / "run", base, *overrides)) == code
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_labelled_images_are_of_one_domain(folders, base, tmp_path, capsys):
+    labelled = ["validation.every_epochs=1", f"validation.path={tmp_path}"]
+    assert main(several(folders, tmp_path / "run", base, *labelled)) == 2
+    assert "is of one domain" in capsys.readouterr().err
+
+
+def test_a_changed_setting_is_refused(folders, base, together, tmp_path, capsys):
+    run_dir = shutil.copytree(together, tmp_path / "run")
+    assert main(several(folders, run_dir, base, "data.domains.bark.batch_size=8")) == 2
+    assert (
+        f"data.domains.bark.batch_size=8, but the run in '{run_dir}/domains/bark' began with 4"
+        in capsys.readouterr().err
+    )
+
+
+def test_images_that_cannot_be_read_are_listed_where_they_belong(folders, base, tmp_path, capsys):
+    bad = {**folders, "bark": shutil.copytree(folders["bark"], tmp_path / "bark")}
+    for path in sorted(bad["bark"].iterdir())[:9]:
+        path.write_bytes(b"spoilt")
+    assert main(several(bad, tmp_path / "run", base)) == 3
+    assert "domains/bark/bad_images.jsonl" in capsys.readouterr().err
+    states = {path.name: json.loads((path / "status.json").read_text()) for path in tmp_path.glob("run/domains/*")}
+    assert {name: state["status"] for name, state in states.items()} == {"bark": "failed", "road": "failed"}

@@ -1,0 +1,94 @@
+"""From a nested mapping to a config: the schema, the rules that tie two keys together, and what to say of mistakes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from trajdist.config import Config, Model, fields
+from trajdist.errors import ConfigError
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Check a nested mapping against the schema, and the rules that tie two keys together."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, [key for key, *_ in fields()])) from None
+    model = config.model
+    # The other types ignore the default, which a dumped config spells out; a number that somebody chose must fit.
+    heads_matter = model.type == "transformer" or model.num_heads != Model().num_heads
+    if heads_matter and model.hidden_dim % model.num_heads:
+        raise ConfigError(
+            f"model.num_heads={model.num_heads} does not divide model.hidden_dim={model.hidden_dim}: "
+            "choose a number of heads that does."
+        )
+    _check_validation(config)
+    _check_domains(config)
+    return config
+
+
+def _check_domains(config: Config) -> None:
+    """Several domains are named in one place, and each is validated on its own held-out images."""
+    if not config.data.domains:
+        return
+    names = ", ".join(config.data.domains)
+    if config.data.domain.path is not None:
+        raise ConfigError(
+            f"data.domain.path={config.data.domain.path!r} and data.domains ({names}) are both set: leave one out."
+        )
+    if config.validation.path is not None:
+        raise ConfigError(
+            f"validation.path={config.validation.path!r} is of one domain, data.domains has {names}: leave it out, or "
+            "adapt to one domain at a time."
+        )
+    if config.runtime.mixed_precision == "fp16":
+        raise ConfigError("runtime.mixed_precision='fp16' scales the gradients of one domain alone: use bf16 or no.")
+
+
+def _check_validation(config: Config) -> None:
+    """Keys that mean nothing without others."""
+    validation, patience = config.validation, config.early_stopping.patience
+    if not validation.every_epochs and (patience or validation.path is not None):
+        key, value = ("early_stopping.patience", patience) if patience else ("validation.path", validation.path)
+        raise ConfigError(f"{key}={value!r} needs validations: set validation.every_epochs=1, or leave it out.")
+    if validation.every_epochs and validation.path is None and not config.calibration.holdout_fraction:
+        raise ConfigError(
+            f"validation.every_epochs={validation.every_epochs} has nothing to validate on: raise "
+            "calibration.holdout_fraction above 0, or name labelled images with validation.path."
+        )
+
+
+def _explain(error: ValidationError, known: list[str]) -> str:
+    """The first mistake as one sentence; ``known`` are the dotted keys that there are."""
+    problem = error.errors(include_url=False)[0]
+    known = [*known, *_of_domain(problem["loc"], known)]
+    # A union's own branches appear in the location; they are no part of the key.
+    sections = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
+    parts = [str(part) for part in problem["loc"]]
+    key = parts[0] if parts else "the config"
+    for part in parts[1:]:
+        if key not in sections:
+            break
+        key = f"{key}.{part}"
+    value = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        shown = key if key.isprintable() else ascii(key)
+        return f"unknown config key {shown} (= {value!r}): did you mean {close[0]}?"
+    if key in sections:
+        return f"{key} = {value!r} is not a group of keys: write {key}.KEY=VALUE (see trajdist config)."
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{key} = {value!r} is not possible: {message} (see trajdist config --schema)."
+
+
+def _of_domain(location: tuple[Any, ...], known: list[str]) -> list[str]:
+    """The keys of the domain of ``data.domains`` that ``location`` is in."""
+    if location[:2] != ("data", "domains") or len(location) < 3:
+        return []
+    own = f"data.domains.{location[2]}."
+    return [own + key.removeprefix("data.domain.") for key in known if key.startswith("data.domain.")]
