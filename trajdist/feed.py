@@ -6,7 +6,7 @@ Shape suffixes: B images, P places, K chosen places, L blocks, D channels of a t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -69,8 +69,8 @@ class Feed:
         self._device, self._autocast, self._clock = device, autocast, clock
         self._waiting: list[deque[Pair]] = [deque() for _ in streams]
         self._left: set[int] = set()
-        rounds = self._rounds()
-        self._passes = self._ahead(rounds) if device.type == "cuda" else map(self._run, rounds)
+        self._rounds = self._read()
+        self._passes = self._ahead() if device.type == "cuda" else (self._run(batches) for batches in self._rounds)
 
     def of(self, number: int) -> Pairs:
         """What stream ``number`` gives. Who takes from several takes in turn, or batches pile up.
@@ -92,7 +92,12 @@ class Feed:
                 self._waiting[stream].append(pair)
         return bool(self._waiting[number])
 
-    def _rounds(self) -> Iterator[Round]:
+    def close(self) -> None:
+        """End the loaders and their workers, wherever they are."""
+        self._passes.close()
+        self._rounds.close()
+
+    def _read(self) -> Generator[Round, None, None]:
         """The next batch of every stream that has one and is still wanted."""
         open_streams = {number: iter(stream.loader) for number, stream in enumerate(self._streams)}
         while open_streams:
@@ -106,12 +111,12 @@ class Feed:
             if found:
                 yield found
 
-    def _ahead(self, rounds: Iterator[Round]) -> Iterator[dict[int, Pair]]:
+    def _ahead(self) -> Generator[dict[int, Pair], None, None]:
         stream = torch.cuda.Stream(self._device)
         # The weights were put on the device by the stream that trains.
         stream.wait_stream(torch.cuda.current_stream())
         waiting: tuple[dict[int, Pair], torch.cuda.Event] | None = None
-        for batches in rounds:
+        for batches in self._rounds:
             with torch.cuda.stream(stream):
                 following = self._run(batches), stream.record_event()
             if waiting:

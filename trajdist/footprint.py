@@ -257,6 +257,7 @@ class Rehearsal:
             (losses.loss @ batch.weights).backward()
             model |= live.take()
             del trajectories
+            feed.close()
         return trajectories_bytes, backbone, model
 
     def _batch(self, count: int) -> ImageBatch:

@@ -104,6 +104,7 @@ def train(extractor: TrajectoryExtractor, pupils: Sequence[Pupil]) -> list[Job]:
     reset_peak_memory(session.processes.device)
     with ExitStack() as stack:
         stack.callback(_close_caches, starts)
+        stack.callback(feed.close)
         tick = stack.enter_context(_profiled(session, phase))
         jobs = []
         for number, start in enumerate(starts):
