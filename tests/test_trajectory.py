@@ -238,6 +238,27 @@ def test_a_compiler_that_errs_is_found_out(backbone, monkeypatch):
         extractor.compile()(IMAGES)
 
 
+def test_few_batch_sizes_are_compiled_and_the_others_run(backbone, monkeypatch):
+    """More graphs than the limit of torch's compiler, and more sizes than are worth a graph."""
+    compile, traced = torch.compile, []
+
+    def without_code(function, **options):
+        def backend(graph, inputs):
+            traced.append(graph)
+            return graph.forward
+
+        return compile(function, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", without_code)
+    monkeypatch.setattr(trajectory, "MOST_GRAPHS", 10)
+    extractor = TrajectoryExtractor(backbone, random_projection_for(backbone, 8), 2).compile()
+    for _ in range(2):
+        for size in range(1, 13):
+            images = IMAGES[:1].expand(size, -1, -1, -1)
+            torch.testing.assert_close(extractor(images)[-1], extractor(IMAGES[:1])[0], rtol=1e-4, atol=1e-4)
+    assert len(traced) == 10
+
+
 def test_no_compiler(backbone, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler: install g\+\+, or set it to false"):

@@ -25,6 +25,9 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 EIGENVALUE_FLOOR = 1e-4
 # Compiled and plain trajectories may differ by this share of the largest: half precision rounds in other places.
 COMPILED_TOLERANCE = 0.03
+# Sizes of batch that are compiled, each for seconds; a run has few, and those beyond are rare ones.
+MOST_GRAPHS = 16
+UNLIMITED = 2**16
 
 
 def pool(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
@@ -91,7 +94,7 @@ class TrajectoryExtractor:
         return self
 
     def compile(self) -> TrajectoryExtractor:
-        """Compile backbone, pooling and projection to one graph (torch.compile), a new one for each batch size.
+        """Compile backbone, pooling and projection to one graph (torch.compile) for each of the first few batch sizes.
 
         Raises:
             ConfigError: there is no compiler.
@@ -99,6 +102,7 @@ class TrajectoryExtractor:
         if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
             raise ConfigError("backbone.compile=true needs a C++ compiler: install g++, or set it to false.")
         # It takes as long to import as torch does.
+        from torch._dynamo import config as dynamo
         from torch._inductor import config as inductor
 
         compiled = torch.compile(self._trajectories, fullgraph=True, dynamic=False)
@@ -106,11 +110,14 @@ class TrajectoryExtractor:
 
         def run(images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
             on_cpu = images_BCSS.device.type == "cpu"
-            # On CPUs, constant weights are laid out once and activations fused into convolutions.
-            with inductor.patch(freezing=on_cpu):
+            shape = (*images_BCSS.shape, *(() if places_BK is None else places_BK.shape))
+            if shape not in proven and len(proven) >= MOST_GRAPHS:
+                return self._trajectories(images_BCSS, places_BK)
+            # On CPUs, constant weights are laid out once and activations fused into convolutions. Dynamo's own limit
+            # counts the graphs of all extractors of the process together, and ends it.
+            with inductor.patch(freezing=on_cpu), dynamo.patch(recompile_limit=UNLIMITED):
                 result = compiled(_with_slack(images_BCSS) if on_cpu else images_BCSS, places_BK)
             # Compilers err now and then: every new graph is held against the plain computation once.
-            shape = (*images_BCSS.shape, *(() if places_BK is None else places_BK.shape))
             if shape not in proven:
                 _check_agreement(result, self._trajectories(images_BCSS, places_BK))
                 proven.add(shape)
