@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trajdist.backbones import Backbone
+from trajdist.eigen import leading_eigenvectors
 from trajdist.errors import ConfigError
 from trajdist.linear import linear
 
@@ -239,8 +240,7 @@ class BlockMoments:
 
 def pca_whitening(covariance_CC: torch.Tensor, width: int) -> torch.Tensor:
     """``[C, width]``: the leading principal directions, each scaled to unit variance. Signs are fixed."""
-    values, vectors = torch.linalg.eigh(covariance_CC.cpu().double())
-    values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
+    values, vectors = leading_eigenvectors(covariance_CC.cpu().double(), width)
     floor = EIGENVALUE_FLOOR * covariance_CC.diagonal().mean().cpu().double()
     strongest = vectors.abs().argmax(0)
     signs = torch.sign(vectors[strongest, torch.arange(vectors.shape[1])])
