@@ -236,11 +236,15 @@ def test_every_adapter_on_the_same_trajectories(folders, together, tmp_path, cap
 
 def test_trackers_keep_domains_apart(folders, base, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert main(several(folders, tmp_path / "run", base, "logging.trackers=[tensorboard]")) == 0
+    _, *rest = several(folders, tmp_path / "run", base, "logging.trackers=[tensorboard]")
+    assert main(["run", *rest]) == 0
     log = events.EventAccumulator(str(tmp_path / "run" / "trackers" / "tensorboard"))
     log.Reload()
+    before = len(log.Scalars("phase1/step/loss"))
+    assert before > 0
     for name, steps in (("road", 4), ("bark", 6)):
-        assert len(log.Scalars(f"{name}/phase2/step/loss")) == steps
+        logged = [scalar.step for scalar in log.Scalars(f"{name}/phase2/step/loss")]
+        assert logged == [before + step for step in range(1, steps + 1)]
 
 
 def test_the_plan_has_room_for_all(folders, base, tmp_path, capsys):

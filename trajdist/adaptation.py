@@ -62,19 +62,19 @@ def _adapt_to_all(session: Session, at: Position) -> None:
     session.record(at)
     places = {name: Position(phase=2) for name in session.config.data.domains}
     domains = {name: session.of_domain(name) for name in places}
+    under_way = dict(domains)
     try:
-        waiting = [name for name, domain in domains.items() if not is_done(domain, 2)]
-        adaptations = [_prepare(domains[name], places[name]) for name in waiting]
+        under_way = {name: domain for name, domain in domains.items() if not is_done(domain, 2)}
+        adaptations = [_prepare(domain, places[name]) for name, domain in under_way.items()]
         jobs = train(extractor, [adaptation.pupil for adaptation in adaptations]) if adaptations else []
-        summaries = [summarise(domains[name], job) for name, job in zip(waiting, jobs, strict=True)]
-        for adaptation, job, summary in zip(adaptations, jobs, summaries, strict=True):
+        summaries = [summarise(domain, job) for domain, job in zip(under_way.values(), jobs, strict=True)]
+        for name, adaptation, job, summary in zip(tuple(under_way), adaptations, jobs, summaries, strict=True):
             _conclude(adaptation, job, summary)
-            adaptation.pupil.session.record(job.at, ended=True)
+            under_way.pop(name).record(places[name], ended=True)
         finish(session, 2, combine({name: domain.rundir.read_summary()["phase2"] for name, domain in domains.items()}))
     except BaseException as error:
-        for name, domain in domains.items():
-            if "phase2" not in domain.rundir.read_summary():
-                domain.record(places[name], error)
+        for name, domain in under_way.items():
+            domain.record(places[name], error)
         raise
     finally:
         at.step = max(place.step for place in places.values())

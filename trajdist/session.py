@@ -90,7 +90,7 @@ class Session:
             # One terminal has room for one bar.
             console=make_console(self.processes.is_main, bars=False),
             reference_world=_reference_world(rundir),
-            trackers=self.trackers.under(name),
+            trackers=self.trackers.under(name, int(self.rundir.read_summary().get("phase1", {}).get("steps", 0))),
             domain=name,
         )
 

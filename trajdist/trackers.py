@@ -46,7 +46,7 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], rundir: RunDir, config: Mapping[str, Any], say: Say) -> None:
         """``config`` is flat; it is sent when a tracker's run begins, not again on a restart."""
-        self._say, self._domain = say, ""
+        self._say, self._domain, self._after = say, "", 0
         self._open: dict[str, Any] = {}
         for name in names:
             self._trying(name, self._begin, name, rundir, config)
@@ -54,10 +54,10 @@ class Trackers:
     def __bool__(self) -> bool:
         return bool(self._open)
 
-    def under(self, domain: str) -> Trackers:
-        """The same, where all that is logged is called ``domain/...``."""
+    def under(self, domain: str, after: int) -> Trackers:
+        """The same, where all that is logged is called ``domain/...``, and steps come after so many others."""
         view = copy.copy(self)
-        view._domain = f"{domain}/"
+        view._domain, view._after = f"{domain}/", after
         return view
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
@@ -68,11 +68,11 @@ class Trackers:
             for key, value in record.items()
             if key not in ("phase", "step") and isinstance(value, (int, float)) and not isinstance(value, bool)
         }
-        self._each(lambda _, tracker: tracker.log(values, step=step))
+        self._each(lambda _, tracker: tracker.log(values, step=self._after + step))
 
     def show(self, title: str, pictures: Sequence[Picture], step: int) -> None:
         """Pictures of one size, uint8 ``[H, W, 3]``."""
-        self._each(lambda name, tracker: SHOW[name](tracker, f"{self._domain}{title}", pictures, step))
+        self._each(lambda name, tracker: SHOW[name](tracker, f"{self._domain}{title}", pictures, self._after + step))
 
     def finish(self) -> None:
         """Close all."""
