@@ -298,6 +298,21 @@ def test_a_changed_setting_is_refused(folders, base, together, tmp_path, capsys)
     )
 
 
+def test_a_loss_that_is_lost_names_its_domain(folders, base, tmp_path, monkeypatch, capsys):
+    lose = loop.add_gradients
+
+    def lost(job, step, micro_batch, batch, trajectories):
+        is_bark = job.rundir.path.name == "bark"
+        lose(job, step, micro_batch, batch, trajectories * float("nan") if is_bark and step.index else trajectories)
+
+    monkeypatch.setattr(loop, "add_gradients", lost)
+    assert main(several(folders, tmp_path / "run", base)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("trajdist: domain bark: the loss of phase 2 was no longer finite at step 2, on the images")
+    why = json.loads((tmp_path / "run" / "status.json").read_text())["why"]
+    assert why in error
+
+
 def test_images_that_cannot_be_read_are_listed_where_they_belong(folders, base, tmp_path, capsys):
     bad = {**folders, "bark": shutil.copytree(folders["bark"], tmp_path / "bark")}
     for path in sorted(bad["bark"].iterdir())[:9]:

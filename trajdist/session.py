@@ -102,7 +102,10 @@ class Session:
         except UserError as error:
             if not self.domain:
                 raise
-            raise type(error)(str(error).replace("data.domain.", f"data.domains.{self.domain}.")) from error
+            own, folder = f"data.domains.{self.domain}.", os.path.join("domains", self.domain)
+            text = str(error).replace("data.domain.", own)
+            named = own in text or folder in text
+            raise type(error)(text if named else f"domain {self.domain}: {text}") from error
 
     def silent(self) -> Session:
         """The same for a stage within a stage: it says nothing and shows no bar."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,12 +113,18 @@ def train(extractor: TrajectoryExtractor, pupils: Sequence[Pupil]) -> list[Job]:
         if starts[0].checkpoint:
             clock.restore(starts[0].checkpoint.state["stages"])
         with _projection_timed(session, extractor, clock):
-            fit([walk(job, start.cursor) for job, start in zip(jobs, starts, strict=True)])
+            fit([_named(start, walk(job, start.cursor)) for job, start in zip(jobs, starts, strict=True)])
         for job in jobs:
             with clock("checkpoint"):
                 job.writer.finish()
             settle_weights(job)
     return jobs
+
+
+def _named(start: Start, walk: Iterator[None]) -> Iterator[None]:
+    """A walk whose errors say whose it is, where there are several."""
+    with start.pupil.session.naming():
+        yield from walk
 
 
 def _close_caches(starts: list[Start]) -> None:
