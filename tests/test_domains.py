@@ -283,6 +283,12 @@ def test_mistakes_name_the_domain(overrides, code, says, folders, base, tmp_path
     assert error.count("\n") == 1
 
 
+def test_the_plan_names_the_domain_too(folders, base, tmp_path, capsys):
+    _, *rest = several(folders, tmp_path / "run", base, "data.domains.road.num_samples=0")
+    assert main(["plan", *rest, "--no-probe"]) == 3
+    assert "data.domains.road.num_samples=0 leaves nothing" in capsys.readouterr().err
+
+
 def test_labelled_images_are_of_one_domain(folders, base, tmp_path, capsys):
     labelled = ["validation.every_epochs=1", f"validation.path={tmp_path}"]
     assert main(several(folders, tmp_path / "run", base, *labelled)) == 2

@@ -23,6 +23,7 @@ from trajdist.probe import Rates
 from trajdist.progress import GIB, Cells, format_seconds, phase_table
 from trajdist.runtime import device_type
 from trajdist.selection import draw
+from trajdist.session import naming
 from trajdist.sharding import Plan, Selection
 
 # A loader's worker has so many batches ready or in the making.
@@ -89,9 +90,12 @@ def _errands(config: Config, sources: dict[str, ImageSource], phase: int) -> lis
     if phase == 1 or not config.data.domains:
         source = sources[SETS[phase]]
         return [Errand("", config, source, draw(config, phase, source))]
-    configs = {name: domain_config(config, name) for name in config.data.domains}
-    images = {name: sources[f"domains.{name}"] for name in configs}
-    return [Errand(name, own, images[name], draw(own, phase, images[name])) for name, own in configs.items()]
+    errands = []
+    for name in config.data.domains:
+        own, source = domain_config(config, name), sources[f"domains.{name}"]
+        with naming(name):
+            errands.append(Errand(name, own, source, draw(own, phase, source)))
+    return errands
 
 
 def _plan_phase(

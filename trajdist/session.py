@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
@@ -80,7 +80,7 @@ class Session:
         """
         config = domain_config(self.config, name)
         rundir = RunDir(config.run_dir)
-        with replace(self, domain=name).naming():
+        with naming(name):
             self.processes.main_does(lambda: _take(rundir, config, self.processes.world))
         return replace(
             self,
@@ -94,18 +94,9 @@ class Session:
             domain=name,
         )
 
-    @contextmanager
-    def naming(self) -> Iterator[None]:
+    def naming(self) -> AbstractContextManager[None]:
         """Of several domains, errors in the block name the one they are about."""
-        try:
-            yield
-        except UserError as error:
-            if not self.domain:
-                raise
-            own, folder = f"data.domains.{self.domain}.", os.path.join("domains", self.domain)
-            text = str(error).replace("data.domain.", own)
-            named = own in text or folder in text
-            raise type(error)(text if named else f"domain {self.domain}: {text}") from error
+        return naming(self.domain)
 
     def silent(self) -> Session:
         """The same for a stage within a stage: it says nothing and shows no bar."""
@@ -186,6 +177,20 @@ class Session:
                 self.say(problem)
         path = self.processes.broadcast(path)
         return None if path is None else load_checkpoint(path)
+
+
+@contextmanager
+def naming(domain: str) -> Iterator[None]:
+    """Errors in the block speak of this one of several domains; as they are where it has no name."""
+    try:
+        yield
+    except UserError as error:
+        if not domain:
+            raise
+        own, folder = f"data.domains.{domain}.", os.path.join("domains", domain)
+        text = str(error).replace("data.domain.", own)
+        named = own in text or folder in text
+        raise type(error)(text if named else f"domain {domain}: {text}") from error
 
 
 def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, profile: bool) -> Session:
