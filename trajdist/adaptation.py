@@ -49,7 +49,6 @@ def phase2(session: Session, at: Position) -> None:
     if session.config.data.domains:
         _adapt_to_all(session, at)
     elif not is_done(session, 2):
-        session.processes.main_does(lambda: adopt_phase1(session))
         adaptation = _prepare(session, at)
         (job,) = train(adaptation.extractor, [adaptation.pupil])
         _conclude(adaptation, job, summarise(session, job))
