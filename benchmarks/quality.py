@@ -29,7 +29,7 @@ from trajdist.data.labelled import GOOD, LabelledFolder
 from trajdist.data.sources import ImageFolder
 from trajdist.histogram import ScoreHistogram
 from trajdist.metrics import PixelScores, curve
-from trajdist.trajectory import BlockMoments, TrajectoryExtractor
+from trajdist.trajectory import BlockMoments, TrajectoryExtractor, pool
 
 SIZE, BATCH = 224, 32
 BANK_CELLS, BANK_BLOCKS = 20_000, (5, 11)  # Two middle blocks, counted from zero.
@@ -55,9 +55,9 @@ def batches(source: ImageSource) -> Iterator[torch.Tensor]:
 
 def pooled(extractor: TrajectoryExtractor, images: torch.Tensor) -> list[torch.Tensor]:
     """All blocks of a batch, float32 ``[B, P, C]`` each. (The baselines hold what trajdist lets go.)"""
-    found: dict[int, torch.Tensor] = {}
-    extractor.observe(images, lambda block, pooled_BPC: found.__setitem__(block, pooled_BPC))
-    return [found[block] for block in sorted(found)]
+    found: list[torch.Tensor] = []
+    extractor.backbone(images, lambda block, map_BCHW: found.append(pool(map_BCHW, extractor.resolution)))
+    return found
 
 
 def gaussians(extractor: TrajectoryExtractor, clean: ImageSource) -> Cells:

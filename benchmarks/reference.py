@@ -2,11 +2,13 @@
 
 Images, backbone, blocks, grid and model are those of a trajdist config. Activations stay NCHW and float32, all of a
 batch's are kept in a list until the last one is there, channels are averaged in groups, Adam trains every place, and
-each step reads its loss.
+each step reads its loss. The C library's allocator is as every program finds it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from trajdist import backbones, bundle
+from trajdist import allocator, backbones, bundle
 from trajdist.backbones import first_tensor, to_grid
 from trajdist.config import Config
 from trajdist.data.decode import to_square
@@ -27,6 +29,20 @@ from trajdist.data.loader import resolve_workers
 from trajdist.data.sources import open_source
 from trajdist.runtime import device_type
 from trajdist.trajectory import TrajectoryExtractor
+
+M_MMAP_THRESHOLD = -3
+
+
+@contextlib.contextmanager
+def usual_allocator() -> Iterator[None]:
+    """Undoes for a while what trajdist sets; glibc's own thresholds rise to these when large blocks are freed."""
+    usual = {allocator.M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 * 2**20, allocator.M_TRIM_THRESHOLD: 64 * 2**20}
+    with contextlib.suppress(AttributeError):
+        for name, value in usual.items():
+            ctypes.CDLL(None).mallopt(name, value)
+    allocator.trim()
+    yield
+    allocator.keep_freed_memory()
 
 
 def repeated(images: str | None, count: int, folder: Path) -> Path:

@@ -79,11 +79,20 @@ def test_help_and_config_need_no_torch(tmp_path, args):
     assert done.stdout
 
 
-@pytest.mark.parametrize("args", [[], ["dance"], ["run"], ["run", "debug", "--no-such-option"]])
+@pytest.mark.parametrize(
+    "args",
+    [[], ["dance"], ["run"], ["run", "debug", "--no-such-option"], ["audit", "runs/mine", "--debug", "seed=1"]],
+)
 def test_wrong_usage(tmp_path, args):
     done = without_torch(*args, cwd=tmp_path)
     assert done.returncode == 2
     assert "usage: trajdist" in done.stderr
+
+
+def test_overrides_may_follow_an_option(tmp_path, capsys):
+    assert main(["config", "debug", "seed=7", "--debug", "model.hidden_dim=96", "model.latent_dim=8"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["seed"], config["model"]["hidden_dim"], config["model"]["latent_dim"]) == (7, 96, 8)
 
 
 def test_config_prints_what_it_reads(capsys, tmp_path):

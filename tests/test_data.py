@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from images import noise, write_images
 from PIL import ExifTags, Image
 
 from trajdist.data.decode import decode, to_square
-from trajdist.data.loader import ImageBatch, SlotDataset, build_loader
+from trajdist.data.drawing import DefectDraw
+from trajdist.data.loader import ImageBatch, SlotDataset, build_loader, resolve_threads
 from trajdist.data.samples import SamplePhotos
 from trajdist.data.sources import ImageFolder, open_source
 from trajdist.data.storage import read_bytes
@@ -135,6 +137,14 @@ def test_decompression_bombs_are_refused(monkeypatch):
         decode(encode(noise(0), "PNG"))
 
 
+def test_threads_refuse_decompression_bombs_too(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 47)
+    bomb = encode(noise(0), "PNG")
+    with ThreadPoolExecutor(8) as pool:
+        errors = [pool.submit(decode, bomb).exception() for _ in range(200)]
+    assert {type(error) for error in errors} == {Image.DecompressionBombWarning}
+
+
 @pytest.fixture
 def spoilt(tmp_path) -> ImageFolder:
     """Two good images among four that cannot be used."""
@@ -237,9 +247,9 @@ def test_no_source(path, words):
     assert "data.domain.path" in str(caught.value)
 
 
-def batches(folder: ImageFolder, workers: int, plan: Plan, cursor: int = 0) -> list[ImageBatch]:
+def batches(folder: ImageFolder, workers: int, plan: Plan, cursor: int = 0, **more) -> list[ImageBatch]:
     selection = Selection.draw(len(folder), -1, 0.0, 0, 1)
-    options = {"size": 32, "fit": "squash", "num_workers": workers, "pin_memory": False}
+    options = {"size": 32, "fit": "squash", "num_workers": workers, "pin_memory": False, **more}
     return list(build_loader(folder, selection.train, plan, cursor=cursor, **options))
 
 
@@ -256,6 +266,23 @@ def test_workers_give_the_same_batches(spoilt):
     assert_same(alone, batches(spoilt, 2, plan))
     assert [int(batch.weights.sum()) + len(batch.failures) for batch in alone] == [4, 2, 4, 2]
     assert_same(alone[2:], batches(spoilt, 0, plan, cursor=6))
+
+
+def test_threads_give_the_same_batches(spoilt):
+    plan = Plan(num_images=6, num_epochs=2, global_batch=4, world=1, batch_size=4)
+    defects = DefectDraw(4, seed=0, phase=2)
+    for more in ({}, {"defects": defects}):
+        alone, together = (batches(spoilt, 0, plan, threads=threads, **more) for threads in (0, 3))
+        assert_same(alone, together)
+    drawn = [torch.cat([batch.coverage for batch in each]) for each in (alone, together)]
+    assert torch.equal(*drawn)
+    assert drawn[0].any()
+
+
+@pytest.mark.parametrize(("setting", "workers", "threads"), [("auto", 0, 2), ("auto", 3, 0), (0, 0, 0), (3, 3, 0)])
+def test_threads_read_where_auto_leaves_no_room_for_workers(monkeypatch, setting, workers, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert resolve_threads(setting, workers) == threads
 
 
 def test_held_out_crops_do_not_touch_the_others():

@@ -13,8 +13,8 @@ import trajdist
 
 PACKAGE = Path(trajdist.__file__).parent
 LAYERS = (
-    "errors files plugins argument_types config config_parsing config_files sharding artifacts pictures folding linear"
-    " eigen doctor",
+    "allocator errors files plugins argument_types config config_parsing config_files sharding artifacts pictures"
+    " folding linear eigen doctor",
     "data.__init__ data.decode data.drawing data.base data.storage data.sources data.samples data.hub"
     " data.shard_index data.shard_cache data.shards data.cache data.loader data.labelled"
     " data.defects backbones",

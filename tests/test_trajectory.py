@@ -16,9 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trajdist import trajectory
-from trajdist.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, build_backbone
+from trajdist.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, Block, build_backbone
 from trajdist.errors import ConfigError
-from trajdist.trajectory import BlockMoments, Projection, TrajectoryExtractor, fit_projection, pool
+from trajdist.trajectory import (
+    BlockMoments,
+    Projection,
+    TrajectoryExtractor,
+    fit_projection,
+    pool,
+    trajectory_steps,
+)
 
 IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 BLOCKS = ("layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1", "layer4.0", "layer4.1")
@@ -35,7 +42,7 @@ def random_projection_for(backbone: Backbone, feature_dim: int) -> Projection:
     for block, channels in enumerate(projection.channels):
         width = min(channels, feature_dim)
         matrix = torch.randn(channels, width, generator=generator) / channels
-        projection.set_block(block, torch.randn(channels, generator=generator), matrix)
+        projection.set_step(block, torch.randn(channels, generator=generator), matrix)
     return projection
 
 
@@ -65,6 +72,42 @@ def test_values_are_those_of_a_plain_forward(backbone, resolution):
         rows = grid.permute(0, 2, 3, 1) - projection.get_buffer(f"mean_{block}")
         wanted = rows @ projection.get_buffer(f"matrix_{block}")
         torch.testing.assert_close(ours[..., block, : wanted.shape[-1]], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_fine_blocks_come_with_their_subcells_too(backbone):
+    steps = trajectory_steps(backbone.blocks, 4, subcells=2)
+    fine = ("layer1.0", "layer1.1", "layer2.0", "layer2.1")
+    names = [part for name in BLOCKS for part in ([f"{name} 2 x 2"] if name in fine else []) + [name]]
+    assert [step.name for step in steps] == names
+    assert [step.channels for step in steps] == [256, 64] * 2 + [512, 128] * 2 + [256, 256, 512, 512]
+    assert trajectory_steps(backbone.blocks, 4, 1) == [step for step in steps if step.subcells == 1]
+    projection = Projection([step.channels for step in steps], 1024)
+    for number, channels in enumerate(projection.channels):
+        projection.set_step(number, torch.zeros(channels), torch.eye(channels))
+    extractor = TrajectoryExtractor(backbone, projection, 4, 2)
+    ours, activations = extractor(IMAGES), plain_activations()
+    assert ours.shape == (3, 4, 4, 12, 1024)
+    for number, step in enumerate(steps):
+        wanted = parts_of_places(activations[step.block], step.subcells)
+        torch.testing.assert_close(ours[..., number, : step.channels], wanted, rtol=1e-3, atol=1e-4)
+    places = torch.tensor([[3, 0], [15, 7], [1, 1]])
+    chosen = ours.flatten(1, 2)[torch.arange(3)[:, None], places]
+    torch.testing.assert_close(extractor.at(IMAGES, places), chosen, rtol=1e-4, atol=1e-5)
+
+
+def parts_of_places(activation: torch.Tensor, subcells: int) -> torch.Tensor:
+    """``[B, 4, 4, subcells**2 * C]``, part after part."""
+    if activation.shape[-1] < 4:
+        activation = F.interpolate(activation, (4, 4), mode="bilinear")
+    size = activation.shape[-1] // (4 * subcells)
+    means = activation.unflatten(3, (-1, size)).mean(4).unflatten(2, (-1, size)).mean(3)
+    rows = [means[:, :, row::subcells, column::subcells] for row in range(subcells) for column in range(subcells)]
+    return torch.cat(rows, 1).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(("side", "resolution", "subcells", "count"), [(16, 4, 4, 2), (16, 4, 5, 1), (7, 7, 2, 1)])
+def test_blocks_that_are_too_coarse_have_no_subcells(side, resolution, subcells, count):
+    assert len(trajectory_steps([Block("block", 8, "BCHW", side)], resolution, subcells)) == count
 
 
 def test_blocks_with_fewer_channels_are_padded_with_zeros(backbone):

@@ -179,6 +179,7 @@ def _check_same_model(config: Config, trajectory: Path, model: Path) -> None:
         "data.domain.fit": (config.data.domain.fit, made.fit),
         "model.spatial_resolution": (config.model.spatial_resolution, made.spatial_resolution),
         "model.feature_dim": (config.model.feature_dim, made.feature_dim),
+        "trajectory.subcells": (config.trajectory.subcells, made.subcells),
         "model.type": (config.model.type, learned.type),
         "model.hidden_dim": (config.model.hidden_dim, learned.hidden_dim),
         "model.latent_dim": (config.model.latent_dim, learned.latent_dim),

@@ -6,6 +6,7 @@ Shape suffixes: B images, C channels, H W grid, S image side.
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import nn
 from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.folding import fold_batchnorm
+from trajdist.linear import quicken
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -34,11 +36,17 @@ Visit = Callable[[int, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class Block:
-    """One observed block. ``layout`` is how its output is laid out: ``BCHW``, ``BHWC`` or ``BNC`` (tokens)."""
+    """One observed block.
+
+    Attributes:
+        layout: how its output is laid out: ``BCHW``, ``BHWC`` or ``BNC`` (tokens).
+        side: of its map, which is square.
+    """
 
     name: str
     channels: int
     layout: str
+    side: int
 
 
 class _Finished(Exception):
@@ -80,6 +88,7 @@ class Backbone(nn.Module):
         # Of the network as it came, whatever is folded.
         self.fingerprint = fingerprint(self.network.state_dict(), {"blocks": names})
         fold_batchnorm(self.network, names, lambda: self._outputs(names, image_size))
+        quicken(self.network)
         self.network.to(memory_format=torch.channels_last)
         for number, block in enumerate(self.blocks):
             self.network.get_submodule(block.name).register_forward_hook(self._hook(number))
@@ -132,7 +141,9 @@ class Backbone(nn.Module):
                     f"backbone.blocks matches {name!r}, whose output {tuple(shape)} is no map of the image: "
                     "name modules that give [B, C, H, W] or tokens."
                 )
-            found.append(Block(name, shape[1] if layout == "BCHW" else shape[-1], layout))
+            channels = shape[1] if layout == "BCHW" else shape[-1]
+            side = math.isqrt(shape[1]) if layout == "BNC" else shape[2]
+            found.append(Block(name, channels, layout, side))
         return found
 
     def _outputs(self, names: list[str], image_size: int) -> list[torch.Tensor]:

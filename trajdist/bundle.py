@@ -19,7 +19,7 @@ from trajdist.errors import ArtifactError
 from trajdist.models.registry import build_model
 from trajdist.plugins import known_model
 from trajdist.rundir import RunDir
-from trajdist.trajectory import Projection, TrajectoryExtractor
+from trajdist.trajectory import Projection, TrajectoryExtractor, trajectory_steps
 
 
 class Document(BaseModel):
@@ -44,6 +44,7 @@ class TrajectoryDocument(Document):
     channels: list[int] = Field(min_length=1, max_length=4096)
     spatial_resolution: int = Field(gt=0, le=1024)
     feature_dim: int = Field(gt=0, le=65536)
+    subcells: int = Field(1, gt=0, le=64)
     backbone_fingerprint: str
     num_images: int = Field(ge=0)
 
@@ -97,6 +98,7 @@ def trajectory_document(config: Config, extractor: TrajectoryExtractor, num_imag
         channels=extractor.projection.channels,
         spatial_resolution=extractor.resolution,
         feature_dim=extractor.projection.feature_dim,
+        subcells=extractor.subcells,
         backbone_fingerprint=extractor.backbone.fingerprint,
         num_images=num_images,
     )
@@ -107,8 +109,13 @@ def new_extractor(config: Config) -> TrajectoryExtractor:
     settings = config.backbone
     size = config.data.image_size
     backbone = build_backbone(settings.name, settings.weights, settings.blocks, size, config.seed)
-    projection = Projection([block.channels for block in backbone.blocks], config.model.feature_dim)
-    return TrajectoryExtractor(backbone, projection, config.model.spatial_resolution)
+    resolution, subcells = config.model.spatial_resolution, config.trajectory.subcells
+    projection = Projection(step_channels(backbone, resolution, subcells), config.model.feature_dim)
+    return TrajectoryExtractor(backbone, projection, resolution, subcells)
+
+
+def step_channels(backbone: Backbone, resolution: int, subcells: int) -> list[int]:
+    return [step.channels for step in trajectory_steps(backbone.blocks, resolution, subcells)]
 
 
 def save_trajectory(path: Path, extractor: TrajectoryExtractor, document: TrajectoryDocument) -> None:
@@ -139,15 +146,18 @@ def with_projection(path: Path, backbone: Backbone, weights: str) -> TrajectoryE
             f"the backbone {document.backbone!r} with weights {weights!r} is not the one that "
             f"{str(path)!r} was made with: use the same weights (and the same versions, if they are random)."
         )
+    resolution, subcells = document.spatial_resolution, document.subcells
     with torch.device("meta"):
-        projection = Projection([block.channels for block in backbone.blocks], document.feature_dim)
+        projection = Projection(step_channels(backbone, resolution, subcells), document.feature_dim)
     load_state(projection, read_tensors(path), path)
-    return TrajectoryExtractor(backbone, projection, document.spatial_resolution)
+    return TrajectoryExtractor(backbone, projection, resolution, subcells)
 
 
 def trajectory_fingerprint(extractor: TrajectoryExtractor) -> str:
     """Identifies backbone, blocks, grid and projection together."""
     facts = {"backbone": extractor.backbone.fingerprint, "spatial_resolution": extractor.resolution}
+    if extractor.subcells > 1:  # Older runs know of none.
+        facts["subcells"] = extractor.subcells
     return fingerprint(extractor.projection.state_dict(), facts)
 
 

@@ -28,7 +28,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
+    arguments = _parse(argv)
     command: Command = arguments.command
     try:
         return _end(command(arguments))
@@ -45,6 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(end.code if isinstance(end.code, int) else 1)
     except KeyboardInterrupt:
         return 130
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """argparse itself takes no key=value that stands behind an option."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    late = [word for word in rest if "=" in word and not word.startswith("-") and hasattr(arguments, "overrides")]
+    if len(late) < len(rest):
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late)}")
+    if late:
+        arguments.overrides = [*arguments.overrides, *late]
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -146,6 +146,8 @@ class Trajectory(Section):
 
     projection: Literal["pca", "random"] = "pca"
     """`pca` whitens along the principal components; `random` is an orthonormal random reduction."""
+    subcells: Annotated[int, Field(gt=0, le=16)] = 1
+    """From 2 on, blocks that much finer than the grid come twice: also with n x n sub-cells of each place apart."""
     statistics_images: PositiveInt = 10000
     """Images, at most, of each pass that measures statistics."""
 

@@ -295,7 +295,7 @@ class Rehearsal:
         moments = [BlockMoments(channels, cpu) for channels in self.extractor.projection.channels]
         cells = torch.ones(len(images)).repeat_interleave(self.extractor.resolution**2)
         with self._autocast():
-            self.extractor.observe(images, lambda block, rows: moments[block].update(rows.flatten(0, 1), cells))
+            self.extractor.observe(images, lambda step, rows: moments[step].update(rows.flatten(0, 1), cells))
         return live.take()
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from accelerate.utils import (
     send_to_device,
 )
 
+from trajdist.allocator import keep_freed_memory
 from trajdist.errors import ConfigError, TrainingError, UserError
 
 Batch = TypeVar("Batch")
@@ -42,6 +43,8 @@ def start_accelerator(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if device_type() == "cpu":
+        keep_freed_memory()
     try:
         return Accelerator(
             mixed_precision=precision(mixed_precision),

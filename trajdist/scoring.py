@@ -19,7 +19,7 @@ from rich.table import Table
 from trajdist import pictures, residuals
 from trajdist.artifacts import fingerprint
 from trajdist.data.base import ImageSource
-from trajdist.data.loader import ImageBatch, build_loader, resolve_workers
+from trajdist.data.loader import ImageBatch, build_loader, resolve_threads, resolve_workers
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.files import read_json, write_json
 from trajdist.progress import Progress, make_console
@@ -97,7 +97,7 @@ class Scoring:
 
     @property
     def block_names(self) -> list[str]:
-        return [block.name for block in self.scorer.extractor.backbone.blocks]
+        return [step.name for step in self.scorer.extractor.steps]
 
 
 def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, options: Options) -> Scoring:
@@ -112,6 +112,8 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     console = make_console(processes.is_main)
     scorer = _load(run_dir, options, processes)
 
+    workers = resolve_workers("auto", processes.local_world, processes.device.type)
+
     def loader_of(plan: Plan, cursor: int) -> Any:
         loader = build_loader(
             source,
@@ -120,8 +122,9 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
             cursor=cursor,
             size=scorer.size,
             fit=scorer.fit,
-            num_workers=resolve_workers("auto", processes.local_world, processes.device.type),
+            num_workers=workers,
             pin_memory=processes.device.type == "cuda",
+            threads=resolve_threads("auto", workers),
         )
         return accelerator.prepare_data_loader(loader, device_placement=False)
 

@@ -17,7 +17,7 @@ from trajdist.config_files import dump_yaml, read_yaml
 from trajdist.data.base import ImageSource
 from trajdist.data.cache import TrajectoryCache
 from trajdist.data.drawing import DefectDraw
-from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_workers
+from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_threads, resolve_workers
 from trajdist.errors import ArtifactError, ConfigError, DataError, StopRequested, UserError
 from trajdist.job import Position
 from trajdist.preflight import add_up, compare
@@ -164,6 +164,7 @@ class Session:
             draw=draw,
             cache=cache,
             defects=defects,
+            threads=resolve_threads(data.num_workers, workers),
         )
         prepared: DataLoader[ImageBatch] = self.accelerator.prepare_data_loader(loader, device_placement=False)
         return prepared

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trajdist import bundle
+from trajdist.allocator import trim
 from trajdist.backbones import Backbone
 from trajdist.clock import Clock
 from trajdist.data.drawing import DefectDraw
@@ -66,13 +67,13 @@ def _ready(session: Session, extractor: TrajectoryExtractor) -> TrajectoryExtrac
 
 
 def measure(session: Session, selection: Selection, extractor: TrajectoryExtractor) -> tuple[list[BlockMoments], int]:
-    """First pass: mean and covariance of every block over a bounded random sample of the images.
+    """First pass: mean and covariance of every step over a bounded random sample of the images.
 
     Raises:
         StopRequested: the pass is short and bounded; it starts over next time.
     """
     num_images = min(selection.num_train, session.config.trajectory.statistics_images)
-    moments = [BlockMoments(block.channels, session.processes.device) for block in extractor.backbone.blocks]
+    moments = [BlockMoments(channels, session.processes.device) for channels in extractor.projection.channels]
     for batch in clean_batches(session, "imagenet", selection.train, num_images, "statistics"):
         with session.accelerator.autocast():
             update_moments(moments, extractor, batch.images, batch.weights)
@@ -86,7 +87,7 @@ def update_moments(
 ) -> None:
     """Add a batch of images to the statistics; those of weight 0 do not count."""
     cells = weights.repeat_interleave(extractor.resolution**2)
-    extractor.observe(images, lambda block, pooled_BPC: moments[block].update(pooled_BPC.flatten(0, 1), cells))
+    extractor.observe(images, lambda step, pooled_BPC: moments[step].update(pooled_BPC.flatten(0, 1), cells))
 
 
 def clean_batches(
@@ -108,6 +109,7 @@ def clean_batches(
     processes, plan = session.processes, pass_plan(session, set_name, num_images)
     bad_images, clock = BadImages(session.rundir, processes), Clock(processes.device)
     session.say(f"{title}: {num_images:,} images")
+    trim()
     with Progress(session.console, title, num_images) as progress:
         for step, batch in zip(plan.steps(), session.loader(set_name, index_at, plan, defects=defects), strict=True):
             bad_images.note(batch.failures)

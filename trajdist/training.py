@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trajdist.allocator import trim
 from trajdist.bundle import trajectory_fingerprint
 from trajdist.checkpoint import Checkpoint, CheckpointWriter, Tensors
 from trajdist.clock import Clock, sum_gradients
@@ -101,6 +102,7 @@ def train(extractor: TrajectoryExtractor, pupils: Sequence[Pupil]) -> list[Job]:
         [start.stream for start in starts], extractor, session.processes.device, session.accelerator.autocast, clock
     )
     torch.autograd.set_detect_anomaly(session.config.runtime.detect_anomaly)
+    trim()
     reset_peak_memory(session.processes.device)
     with ExitStack() as stack:
         stack.callback(_close_caches, starts)

@@ -1,6 +1,6 @@
 """Block activations -> trajectories, and the streaming statistics that the projection is made from.
 
-Shape suffixes: B images, P places (H x W cells, row by row), C a block's channels, L blocks, D channels of a
+Shape suffixes: B images, P places (H x W cells, row by row), C channels of a block or step, L steps, D channels of a
 trajectory, N rows.
 """
 
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trajdist.backbones import Backbone
+from trajdist.backbones import Backbone, Block
 from trajdist.eigen import leading_eigenvectors
 from trajdist.errors import ConfigError
 from trajdist.linear import linear
@@ -31,6 +32,37 @@ MOST_GRAPHS = 16
 UNLIMITED = 2**16
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of a trajectory: what a block says of a place, as a mean or as sub-cells side by side.
+
+    Attributes:
+        name: the block's, with the number of sub-cells if there are several.
+        block: its number.
+        channels: before the projection.
+        subcells: per side.
+    """
+
+    name: str
+    block: int
+    channels: int
+    subcells: int = 1
+
+
+def trajectory_steps(blocks: Sequence[Block], resolution: int, subcells: int) -> list[Step]:
+    """The steps through ``blocks``: of one whose map is fine enough, its sub-cells, then its mean.
+
+    The mean counts as the deeper one: what the sub-cells add to it is told apart from it (:mod:`trajdist.residuals`).
+    """
+    steps = []
+    for number, block in enumerate(blocks):
+        if 1 < subcells <= block.side / resolution:
+            name = f"{block.name} {subcells} x {subcells}"
+            steps.append(Step(name, number, subcells**2 * block.channels, subcells))
+        steps.append(Step(block.name, number, block.channels))
+    return steps
+
+
 def pool(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
     """Pool an activation to ``[B, resolution**2, C]``: means of larger maps, bilinear samples of smaller ones."""
     height, width = map_BCHW.shape[-2:]
@@ -43,8 +75,16 @@ def pool(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
     return pooled.flatten(2).transpose(1, 2).float()
 
 
+def pool_subcells(map_BCHW: torch.Tensor, resolution: int, subcells: int) -> torch.Tensor:
+    """Means of the ``subcells**2`` parts of each place, side by side: ``[B, resolution**2, subcells**2 * C]``."""
+    parts_BQC = pool(map_BCHW, resolution * subcells)
+    batch, _, channels = parts_BQC.shape
+    grid = parts_BQC.reshape(batch, resolution, subcells, resolution, subcells * channels)
+    return grid.transpose(2, 3).reshape(batch, resolution**2, -1)
+
+
 class Projection(nn.Module):
-    """One affine map per block, from its channels to ``feature_dim`` numbers. Blocks with fewer channels are padded.
+    """One affine map per step, from its channels to ``feature_dim`` numbers. Steps with fewer channels are padded.
 
     Attributes:
         valid_LD: bool, which numbers of a trajectory are real and not padding.
@@ -56,35 +96,36 @@ class Projection(nn.Module):
         super().__init__()
         self.channels, self.feature_dim = list(channels), feature_dim
         widths = [min(count, feature_dim) for count in channels]
-        for block, (count, width) in enumerate(zip(channels, widths, strict=True)):
-            self.register_buffer(f"mean_{block}", torch.zeros(count))
-            self.register_buffer(f"matrix_{block}", torch.zeros(count, width))
+        for step, (count, width) in enumerate(zip(channels, widths, strict=True)):
+            self.register_buffer(f"mean_{step}", torch.zeros(count))
+            self.register_buffer(f"matrix_{step}", torch.zeros(count, width))
         # On the CPU whatever the default device: nothing fills it in later.
         valid_LD = torch.arange(feature_dim, device="cpu")[None, :] < torch.tensor(widths, device="cpu")[:, None]
         self.register_buffer("valid_LD", valid_LD, persistent=False)
 
-    def forward(self, block: int, pooled_BPC: torch.Tensor) -> torch.Tensor:
-        """Project one block's pooled activation, float32 ``[B, P, C]``, to ``[B, P, min(C, D)]``."""
+    def forward(self, step: int, pooled_BPC: torch.Tensor) -> torch.Tensor:
+        """Project the pooled activation of a step, float32 ``[B, P, C]``, to ``[B, P, min(C, D)]``."""
         # Subtracting first keeps the digits that a large mean would swallow.
-        centred_BPC = pooled_BPC - self.get_buffer(f"mean_{block}")
-        return linear(centred_BPC, self.get_buffer(f"matrix_{block}").T)
+        centred_BPC = pooled_BPC - self.get_buffer(f"mean_{step}")
+        return linear(centred_BPC, self.get_buffer(f"matrix_{step}").T)
 
     def lay_out(self) -> None:
         """Keep the matrices in memory as their products read them."""
-        for block in range(len(self.channels)):
-            matrix_CD = self.get_buffer(f"matrix_{block}")
-            self.register_buffer(f"matrix_{block}", matrix_CD.T.contiguous().T)
+        for step in range(len(self.channels)):
+            matrix_CD = self.get_buffer(f"matrix_{step}")
+            self.register_buffer(f"matrix_{step}", matrix_CD.T.contiguous().T)
 
-    def set_block(self, block: int, mean_C: torch.Tensor, matrix_CD: torch.Tensor) -> None:
-        self.get_buffer(f"mean_{block}").copy_(mean_C)
-        self.get_buffer(f"matrix_{block}").copy_(matrix_CD)
+    def set_step(self, step: int, mean_C: torch.Tensor, matrix_CD: torch.Tensor) -> None:
+        self.get_buffer(f"mean_{step}").copy_(mean_C)
+        self.get_buffer(f"matrix_{step}").copy_(matrix_CD)
 
 
 class TrajectoryExtractor:
     """Images -> trajectories through a frozen backbone. One block's activation exists at a time."""
 
-    def __init__(self, backbone: Backbone, projection: Projection, resolution: int) -> None:
+    def __init__(self, backbone: Backbone, projection: Projection, resolution: int, subcells: int = 1) -> None:
         self.backbone, self.projection, self.resolution = backbone, projection, resolution
+        self.subcells, self.steps = subcells, trajectory_steps(backbone.blocks, resolution, subcells)
         projection.lay_out()
         self._run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = self._trajectories
 
@@ -144,11 +185,11 @@ class TrajectoryExtractor:
         out_BPLD = torch.zeros(images_BCSS.shape[0], places, length, width, device=images_BCSS.device)
         rows_BK = None if places_BK is None else self._rows(places_BK)
 
-        def project(block: int, pooled_BPC: torch.Tensor) -> None:
+        def project(step: int, pooled_BPC: torch.Tensor) -> None:
             if rows_BK is not None:
                 pooled_BPC = pooled_BPC.flatten(0, 1)[rows_BK]
-            projected = self.projection(block, pooled_BPC)
-            out_BPLD[:, :, block, : projected.shape[-1]] = projected
+            projected = self.projection(step, pooled_BPC)
+            out_BPLD[:, :, step, : projected.shape[-1]] = projected
 
         self.observe(images_BCSS, project)
         return out_BPLD
@@ -160,13 +201,15 @@ class TrajectoryExtractor:
 
     @torch.no_grad()
     def observe(self, images_BCSS: torch.Tensor, visit: Callable[[int, torch.Tensor], None]) -> None:
-        """Call ``visit(block, pooled)`` with float32 ``[B, P, C]`` for each block as it finishes."""
+        """Call ``visit(step, pooled)`` with float32 ``[B, P, C]`` for the steps of each block as it finishes."""
         # No inference mode: its tensors could not take part in training.
         device = images_BCSS.device.type
 
         def reduce_at_once(block: int, map_BCHW: torch.Tensor) -> None:
             with _full_precision(device):
-                visit(block, pool(map_BCHW, self.resolution))
+                for number, step in enumerate(self.steps):
+                    if step.block == block:
+                        visit(number, pool_subcells(map_BCHW, self.resolution, step.subcells))
 
         self.backbone(images_BCSS, reduce_at_once)
 
@@ -260,12 +303,12 @@ def random_projection(covariance_CC: torch.Tensor, width: int, seed: int) -> tor
 
 
 def fit_projection(projection: Projection, moments: list[BlockMoments], kind: str, seed: int) -> None:
-    """Set every block's map from its moments; ``kind`` as in ``trajectory.projection``."""
-    for block, moment in enumerate(moments):
-        width = min(projection.channels[block], projection.feature_dim)
+    """Set every step's map from its moments; ``kind`` as in ``trajectory.projection``."""
+    for step, moment in enumerate(moments):
+        width = min(projection.channels[step], projection.feature_dim)
         covariance = moment.covariance_CC
         if kind == "pca":
             matrix = pca_whitening(covariance, width)
         else:
-            matrix = random_projection(covariance, width, seed + block)
-        projection.set_block(block, moment.mean_C.float().cpu(), matrix.float())
+            matrix = random_projection(covariance, width, seed + step)
+        projection.set_step(step, moment.mean_C.float().cpu(), matrix.float())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from PIL import Image, ImageOps
 Fit = Literal["squash", "crop"]
 # Goes up with every change of the pixels that an image becomes: caches of the old ones do not count.
 TRANSFORM = 2
+# What is a warning and what an error is one for all threads of a process. Opening reads no more than the header.
+_OPENING = threading.Lock()
 
 
 def decode(raw: bytes, size: int | None = None) -> Image.Image:
@@ -27,7 +30,7 @@ def decode(raw: bytes, size: int | None = None) -> Image.Image:
     """
     if not raw:
         raise OSError("the file is empty")
-    with warnings.catch_warnings():
+    with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image: Image.Image = Image.open(io.BytesIO(raw))
     if size is not None:
@@ -89,6 +92,7 @@ def _resize(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
     """Pillow's antialiased bilinear filter to within one grey level, by torch in about a third of the time."""
     import torch
 
-    pixels_1CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    # Permuted last, so that torch sees it as channels last and leaves it so.
+    pixels_1CHW = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(pixels_1CHW, (size, size), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()

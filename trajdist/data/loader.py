@@ -6,8 +6,9 @@ Accelerate deals the sampler's micro-batches out to the processes, one each in t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from trajdist.data.drawing import DefectDraw
 from trajdist.sharding import Int64s, PlaceDraw, Plan, Slots, digest
 
 IndexAt = Callable[[int, Int64s], Int64s]
+T = TypeVar("T")
 
 
 class ImageBatch(NamedTuple):
@@ -47,7 +49,11 @@ class ImageBatch(NamedTuple):
 
 
 class SlotDataset(Dataset[ImageBatch]):
-    """Reads whole micro-batches: :class:`Slots` in, :class:`ImageBatch` out."""
+    """Reads whole micro-batches: :class:`Slots` in, :class:`ImageBatch` out.
+
+    Args:
+        threads: read the images of a batch at the same time; below 2 the caller's own thread does.
+    """
 
     def __init__(
         self,
@@ -58,9 +64,10 @@ class SlotDataset(Dataset[ImageBatch]):
         draw: PlaceDraw | None = None,
         cache: TrajectoryCache | None = None,
         defects: DefectDraw | None = None,
+        threads: int = 0,
     ) -> None:
         self._source, self._index_at, self._size, self._fit = source, index_at, size, fit
-        self._draw, self._cache, self._defects = draw, cache, defects
+        self._draw, self._cache, self._defects, self._threads = draw, cache, defects, threads
 
     def __getitems__(self, slots: Slots) -> ImageBatch:
         # The DataLoader hands a whole batch of the sampler to this method when it exists.
@@ -72,7 +79,7 @@ class SlotDataset(Dataset[ImageBatch]):
         pixels, failures = self._load(wanted, size)
         coverage = None
         if self._defects is not None:
-            pixels, coverage = _with_defects(self._defects, pixels, slots)
+            pixels, coverage = self._with_defects(self._defects, pixels, slots)
         failed = [number for number, _ in failures]
         usable = ~np.isin(numbers, failed)
         weights = torch.zeros(slots.size)
@@ -85,26 +92,34 @@ class SlotDataset(Dataset[ImageBatch]):
     def _load(self, numbers: Int64s, size: int) -> tuple[npt.NDArray[np.uint8], list[tuple[int, str]]]:
         """``size`` squares, grey beyond the images and where one cannot be used; and why it cannot."""
         pixels = np.full((size, self._size, self._size, 3), 128, np.uint8)
-        failures: list[tuple[int, str]] = []
-        for slot, number in enumerate(numbers.tolist()):
+
+        def load(slot: int) -> list[tuple[int, str]]:
+            number = int(numbers[slot])
             try:
-                image = self._source.load(number, self._size)
-                pixels[slot] = to_square(image, self._size, self._fit)
+                pixels[slot] = to_square(self._source.load(number, self._size), self._size, self._fit)
             except Exception as error:  # Hostile bytes make decoders raise anything; the image is named and left out.
-                failures.append((number, reason(error)))
-        return pixels, failures
+                return [(number, reason(error))]
+            return []
+
+        return pixels, [failure for failures in self._each(load, range(len(numbers))) for failure in failures]
+
+    def _with_defects(
+        self, draw: DefectDraw, pixels: npt.NDArray[np.uint8], slots: Slots
+    ) -> tuple[npt.NDArray[np.uint8], torch.Tensor]:
+        """The images followed by themselves with defects, and what the defects cover."""
+        pairs = self._each(lambda slot: draw(pixels[slot], slots.epoch, slots.start + slot), range(len(pixels)))
+        drawn, coverage = (np.stack(part) for part in zip(*pairs, strict=True))
+        return np.concatenate([pixels, drawn]), torch.from_numpy(coverage)
+
+    def _each(self, work: Callable[[int], T], slots: Iterable[int]) -> list[T]:
+        """The results in order."""
+        if self._threads < 2:
+            return [work(slot) for slot in slots]
+        with ThreadPoolExecutor(self._threads) as pool:
+            return list(pool.map(work, slots))
 
     def __getitem__(self, slots: Slots) -> ImageBatch:
         return self.__getitems__(slots)
-
-
-def _with_defects(
-    draw: DefectDraw, pixels: npt.NDArray[np.uint8], slots: Slots
-) -> tuple[npt.NDArray[np.uint8], torch.Tensor]:
-    """The images followed by themselves with defects, and what the defects cover."""
-    pairs = [draw(image, slots.epoch, slots.start + slot) for slot, image in enumerate(pixels)]
-    drawn, coverage = (np.stack(part) for part in zip(*pairs, strict=True))
-    return np.concatenate([pixels, drawn]), torch.from_numpy(coverage)
 
 
 class SlotSampler(BatchSampler):
@@ -135,10 +150,11 @@ def build_loader(
     draw: PlaceDraw | None = None,
     cache: TrajectoryCache | None = None,
     defects: DefectDraw | None = None,
+    threads: int = 0,
 ) -> DataLoader[ImageBatch]:
     """The loader over all processes' micro-batches, for ``accelerator.prepare`` to shard."""
     return DataLoader(
-        SlotDataset(source, index_at, size, fit, draw, cache, defects),
+        SlotDataset(source, index_at, size, fit, draw, cache, defects, threads),
         batch_sampler=SlotSampler(plan, cursor),
         collate_fn=_as_is,
         num_workers=num_workers,
@@ -173,3 +189,8 @@ def resolve_workers(setting: int | str, local_world: int, device_type: str) -> i
         return setting
     computing = torch.get_num_threads() if device_type == "cpu" else 1
     return min(16, max(0, processors() // local_world - computing))
+
+
+def resolve_threads(setting: int | str, workers: int) -> int:
+    """Threads of the training process that read: with ``auto`` and no workers, as many as compute in between."""
+    return torch.get_num_threads() if setting == "auto" and not workers else 0
