@@ -65,6 +65,7 @@ class Backbone(nn.Module):
     Attributes:
         blocks: what is observed, in order.
         fingerprint: identifies weights, buffers and observed blocks.
+        largest_bytes: of the largest activation of an image, in float32.
     """
 
     mean_C11: torch.Tensor
@@ -83,6 +84,7 @@ class Backbone(nn.Module):
         self.register_buffer("mean_C11", torch.tensor(mean).view(3, 1, 1) * 255.0, persistent=False)
         self.register_buffer("std_C11", torch.tensor(std).view(3, 1, 1) * 255.0, persistent=False)
         self._visit: Visit | None = None
+        self.largest_bytes = 0
         self.blocks = self._discover(find_blocks(network, patterns), image_size)
         names = [block.name for block in self.blocks]
         # Of the network as it came, whatever is folded.
@@ -154,6 +156,10 @@ class Backbone(nn.Module):
         """The named modules' outputs, in the order they come, for one image of fixed noise."""
         outputs: dict[str, torch.Tensor] = {}
 
+        def weigh(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                self.largest_bytes = max(self.largest_bytes, 4 * output.numel())
+
         def recorder(name: str) -> Callable[..., None]:
             def record(module: nn.Module, inputs: Any, output: Any) -> None:
                 # A copy: the next layer may work in place.
@@ -164,6 +170,7 @@ class Backbone(nn.Module):
         noise = torch.Generator().manual_seed(0)
         image = torch.randn(1, 3, image_size, image_size, generator=noise)
         handles = [self.network.get_submodule(name).register_forward_hook(recorder(name)) for name in names]
+        handles += [module.register_forward_hook(weigh) for module in self.network.modules()]
         try:
             self.network(image)
         finally:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 from collections.abc import Callable
 
@@ -11,8 +9,9 @@ import psutil
 import torch
 from torch import nn
 
+from trajdist.allocator import trim
 from trajdist.config import Config
-from trajdist.footprint import HEAP_LIMIT, Live, Peaks, Rehearsal, build_modules, bytes_of
+from trajdist.footprint import Peaks, Rehearsal, build_modules, bytes_of
 from trajdist.optimizer import make_optimizer
 
 FLOAT = 4
@@ -20,13 +19,12 @@ FLOAT = 4
 BATCHES_HELD = 2
 # What a CUDA device holds beside the allocator's bytes: context, kernels, NCCL. Not counted by torch, so not in peaks.
 CUDA_RESERVE = 2**30
-# Of the C library's heap, measured: blocks of many sizes do not fit into each other's gaps.
-FRAGMENTATION = 1.25
-# What reading, writing, decoding and the loader leave there in a CPU run, measured.
-HEAP_RESIDUE = 32 * 2**20
-# A checkpoint being written, in units of the weights: copies of weights and moments (1 + 2), the file of the weights,
-# and the moments once more as bytes by tensor and as a file (2 + 2).
-SAVING_COPIES = 8
+# Of the C library's heap, which keeps what is freed, measured: blocks of many sizes do not fit into each other's gaps.
+FRAGMENTATION = 1.7
+# What oneDNN, reading, writing, decoding and the loader take there in a CPU run, measured.
+HEAP_RESIDUE = 64 * 2**20
+# A checkpoint being written, in units of the weights: copies of weights and moments.
+SAVING_COPIES = 3
 LARGEST_BATCH = 2**16
 
 
@@ -46,7 +44,9 @@ def measure_bases(config: Config, phases: list[int]) -> dict[int, int]:
     tiny(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     weights = sum(bytes_of(module) for module in (extractor.backbone, extractor.projection, model))
-    _trim_heap()
+    gc.collect()
+    # What building the backbone left in the heap: batches will find it and are counted by themselves.
+    trim()
     bases = {phases[0]: _resident_bytes() - weights}
     for phase in phases[1:]:
         before = _resident_bytes()
@@ -54,13 +54,6 @@ def measure_bases(config: Config, phases: list[int]) -> dict[int, int]:
 
         bases[phase] = bases[phases[0]] + _resident_bytes() - before
     return bases
-
-
-def _trim_heap() -> None:
-    """Give back what building the backbone left in the heap: batches will find it and are counted by themselves."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident_bytes() -> int:
@@ -71,17 +64,14 @@ class Budget:
     """Bytes of one process on its device, from the counted parts.
 
     On CUDA and its kin the figure is that of torch's allocator. On a CPU it is the resident set: the base of the
-    interpreter and its libraries comes on top, and small blocks that were freed, which the C library keeps.
+    interpreter and its libraries comes on top, and gaps in the heap.
     """
 
-    def __init__(
-        self, rehearsal: Rehearsal, base_bytes: int, device: str, earlier: Live, saves_between: bool = False
-    ) -> None:
-        self._saves_between = saves_between
-        self._rehearsal, self._earlier = rehearsal, earlier | rehearsal.left
+    def __init__(self, rehearsal: Rehearsal, base_bytes: int, device: str, saves_between: bool = False) -> None:
+        self._rehearsal, self._saves_between = rehearsal, saves_between
         self._on_cpu = device == "cpu"
         self._base_bytes = base_bytes
-        self._fit = rehearsal.fit_peak() if self._on_cpu else Live()
+        self._fit = rehearsal.fit_peak() if self._on_cpu else 0
 
     @property
     def _gradients_bytes(self) -> int:
@@ -102,47 +92,30 @@ class Budget:
         batches = (BATCHES_HELD - 1) * peaks.images_bytes
         return self._frozen + sizes.model_bytes + self._optimizer_bytes + batches
 
-    def _moment(self, rest: int, live: Live, before: Live) -> int:
-        """The peak of one part: what ``before`` left in the heap is there too."""
-        if not self._on_cpu:
-            return rest + live.total
-        return rest + live.large + HEAP_RESIDUE + int(FRAGMENTATION * max(live.small, before.small))
+    def _moment(self, rest: int, live: int) -> int:
+        """The peak of one part. Between two parts the heap is trimmed."""
+        return rest + HEAP_RESIDUE + int(FRAGMENTATION * live) if self._on_cpu else rest + live
 
-    def _update(self) -> Live:
-        """The optimizer's step: every gradient is there; the fused optimizer works in place."""
-        return Live(self._gradients_bytes, 0, self._gradients_bytes)
-
-    def _checkpoint(self) -> Live:
-        """A checkpoint on its way to the disk: a copy of weights and optimizer, their tensors and files as bytes.
-
-        On the host: of an accelerator's memory it takes nothing.
-        """
-        if not self._on_cpu:
-            return Live()
-        size = SAVING_COPIES * self._gradients_bytes
-        large = size if self._gradients_bytes >= HEAP_LIMIT else 0
-        return Live(size, large, size - large)
-
-    def left_in_heap(self, peaks: Peaks) -> Live:
-        """What the phase after this one finds in the heap."""
-        return self._earlier | peaks.statistics | peaks.step | peaks.residuals | self._fit
+    def _saving(self) -> int:
+        """Bytes of a checkpoint on its way to the disk. On the host: of an accelerator's memory it takes nothing."""
+        return SAVING_COPIES * self._gradients_bytes if self._on_cpu else 0
 
     def statistics(self, peaks: Peaks) -> int:
         """Peak of the pass before Phase 1; 0 in Phase 2."""
         if self._rehearsal.phase != 1:
             return 0
-        return self._moment(self._frozen + (BATCHES_HELD - 1) * peaks.images_bytes, peaks.statistics, Live())
+        return self._moment(self._frozen + (BATCHES_HELD - 1) * peaks.images_bytes, peaks.statistics)
 
     def training(self, peaks: Peaks) -> int:
         """Peak of the training itself: the figure in summary.json."""
-        step, saving = peaks.step | self._update(), self._checkpoint()
+        # Of the optimizer's step every gradient is there; the fused optimizer works in place.
+        step, saving = max(peaks.step, self._gradients_bytes), self._saving()
         # The last checkpoint is written when the last step is done, the others while the next steps run.
-        together = step + saving if self._saves_between else step | saving
-        return self._moment(self._rest(peaks), together, self._earlier | peaks.statistics)
+        return self._moment(self._rest(peaks), step + saving if self._saves_between else max(step, saving))
 
     def calibration(self, peaks: Peaks) -> int:
         """Peak of the passes after the training."""
-        return self._moment(self._rest(peaks), peaks.residuals | self._fit, self._earlier | peaks.statistics)
+        return self._moment(self._rest(peaks), max(peaks.residuals, self._fit))
 
     def required(self, peaks: Peaks) -> int:
         """Peak of the whole phase."""
@@ -156,15 +129,15 @@ class Budget:
             "backbone_bytes": sizes.backbone_bytes,
             "projection_bytes": sizes.projection_bytes,
             "images_bytes": BATCHES_HELD * peaks.images_bytes,
-            "activations_bytes": peaks.backbone.total - peaks.images_bytes - peaks.trajectories_bytes,
+            "activations_bytes": peaks.backbone - peaks.images_bytes - peaks.trajectories_bytes,
             "trajectories_bytes": peaks.trajectories_bytes,
             "model_bytes": sizes.model_bytes,
-            "model_activations_bytes": max(0, peaks.model.total - peaks.images_bytes - peaks.trajectories_bytes),
+            "model_activations_bytes": max(0, peaks.model - peaks.images_bytes - peaks.trajectories_bytes),
             "gradients_bytes": self._gradients_bytes,
             "optimizer_bytes": self._optimizer_bytes,
-            "saving_bytes": self._checkpoint().total,
-            "statistics_bytes": peaks.statistics.total,
-            "calibration_bytes": (peaks.residuals | self._fit).total,
+            "saving_bytes": self._saving(),
+            "statistics_bytes": peaks.statistics,
+            "calibration_bytes": max(peaks.residuals, self._fit),
         }
 
     def largest_batch(self, batch_size: int, peaks: Peaks, memory_bytes: int | None) -> int | None:

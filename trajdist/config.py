@@ -267,6 +267,8 @@ class Cache(Section):
 class Memory(Section):
     """Memory options."""
 
+    images_per_pass: PositiveInt | None = Field(None, json_schema_extra=FREE)
+    """Images of a micro-batch that pass the backbone at a time; null is all, on CPUs a few."""
     empty_cache_every: Annotated[int, Field(ge=0)] = Field(0, json_schema_extra=FREE)
     """Steps between calls of the allocator's empty_cache; 0 never (references are dropped either way)."""
 

@@ -14,7 +14,7 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,36 +31,19 @@ from trajdist.feed import Feed, Stream, num_places
 from trajdist.models.registry import build_model
 from trajdist.objectives import ContrastModel, DefectContrast, Objective, ReconstructionError
 from trajdist.residuals import PlaceMoments, ResidualModel
-from trajdist.trajectory import BlockMoments, TrajectoryExtractor, pca_whitening
-
-# The C library gives blocks of this size back to the system when they are freed; smaller ones stay with the process.
-HEAP_LIMIT = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class Live:
-    """Most bytes that lived at once: all; and of each kind by itself, storages of and below :data:`HEAP_LIMIT`."""
-
-    total: int = 0
-    large: int = 0
-    small: int = 0
-
-    def __or__(self, other: Live) -> Live:
-        """The peak of both, one after the other."""
-        return Live(max(self.total, other.total), max(self.large, other.large), max(self.small, other.small))
-
-    def __add__(self, other: Live) -> Live:
-        """The peak of both at the same time."""
-        return Live(self.total + other.total, self.large + other.large, self.small + other.small)
+from trajdist.trajectory import BlockMoments, TrajectoryExtractor, pca_whitening, update_moments
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live; views count once, of ``known`` never."""
+    """Counts the bytes of all storages that operations make, while they live; views count once, of ``known`` never.
+
+    Attributes:
+        now: bytes that live.
+    """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._now = {True: 0, False: 0}
-        self._peak = Live()
+        self.now, self._peak = 0, 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,23 +53,10 @@ class LiveBytes(TorchDispatchMode):
                 self._count(leaf)
         return result
 
-    @property
-    def now(self) -> int:
-        """Bytes that live."""
-        return sum(self._now.values())
-
-    def take(self) -> Live:
+    def take(self) -> int:
         """The peak since the last call; what lives now begins the next one."""
-        peak, self._peak = self._peak, self._current()
+        peak, self._peak = self._peak, self.now
         return peak
-
-    def left_over(self) -> Live:
-        """What the peak has more than what lives now: freed since."""
-        peak, now = self.take(), self._current()
-        return Live(peak.total - now.total, peak.large - now.large, peak.small - now.small)
-
-    def _current(self) -> Live:
-        return Live(self.now, self._now[True], self._now[False])
 
     def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -94,13 +64,13 @@ class LiveBytes(TorchDispatchMode):
         if key in self._seen:
             return
         self._seen.add(key)
-        self._now[size >= HEAP_LIMIT] += size
-        self._peak |= self._current()
+        self.now += size
+        self._peak = max(self._peak, self.now)
         weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)
-        self._now[size >= HEAP_LIMIT] -= size
+        self.now -= size
 
 
 @dataclass(frozen=True)
@@ -129,14 +99,14 @@ class Peaks:
 
     images_bytes: int
     trajectories_bytes: int
-    backbone: Live
-    model: Live
-    statistics: Live
-    residuals: Live
+    backbone: int
+    model: int
+    statistics: int
+    residuals: int
 
     @property
-    def step(self) -> Live:
-        return self.backbone | self.model
+    def step(self) -> int:
+        return max(self.backbone, self.model)
 
 
 class Rehearsal:
@@ -167,7 +137,7 @@ class Rehearsal:
         self.config, self.phase, self._precision = config, phase, precision
         self._micro_batches, self._shared_gradients = min(2, micro_batches), shared_gradients
         self._mode = FakeTensorMode()
-        self.extractor, self.model, self.left = modules.extractor, modules.model.train(), modules.left
+        self.extractor, self.model = modules.extractor, modules.model.train()
         for module in (self.extractor.backbone, self.extractor.projection, self.model):
             self._become_fake(module)
         self.widths = [min(count, config.model.feature_dim) for count in self.extractor.projection.channels]
@@ -208,7 +178,7 @@ class Rehearsal:
         """Count one training step, and one batch of each pass over clean images, of ``batch_size`` images."""
         with self._counting() as live:
             images = self._images(batch_size)
-            statistics = self._statistics(images, live) if self.phase == 1 else Live()
+            statistics = self._statistics(images, live) if self.phase == 1 else 0
             residuals = self._residuals(images, live)
         with self._counting() as live:
             batches = [self._batch(batch_size)]
@@ -237,12 +207,12 @@ class Rehearsal:
         with torch.autocast("cpu", kind, enabled=self._precision != "no"):
             yield
 
-    def _step(self, batches: list[ImageBatch], live: LiveBytes) -> tuple[int, Live, Live]:
+    def _step(self, batches: list[ImageBatch], live: LiveBytes) -> tuple[int, int, int]:
         """Bytes of the trajectories, peaks of the backbone and of the model, gradients included.
 
         The first batch is trained on while the trajectories of the others, of other domains, wait.
         """
-        backbone, model, trajectories_bytes = Live(), Live(), 0
+        backbone, model, trajectories_bytes = 0, 0, 0
         objective, device = self._objective(), torch.device("cpu")
         for weight in self.trainee.parameters():
             weight.grad = torch.zeros_like(weight) if self._shared_gradients and weight.requires_grad else None
@@ -252,10 +222,10 @@ class Rehearsal:
             feed = Feed(streams, self.extractor, device, self._autocast, Clock(device))
             batch, trajectories = next(feed.of(0))
             trajectories_bytes = trajectories.untyped_storage().nbytes()
-            backbone |= live.take()
+            backbone = max(backbone, live.take())
             losses = objective(self._call, trajectories, batch, 0.5)
             (losses.loss @ batch.weights).backward()
-            model |= live.take()
+            model = max(model, live.take())
             del trajectories
             feed.close()
         return trajectories_bytes, backbone, model
@@ -288,18 +258,17 @@ class Rehearsal:
         return tree_map(lambda part: part.float() if isinstance(part, torch.Tensor) else part, answer)
 
     @torch.no_grad()
-    def _statistics(self, images: torch.Tensor, live: LiveBytes) -> Live:
+    def _statistics(self, images: torch.Tensor, live: LiveBytes) -> int:
         """Peak of the pass that measures the blocks, in the precision of training."""
         live.take()
         cpu = torch.device("cpu")
         moments = [BlockMoments(channels, cpu) for channels in self.extractor.projection.channels]
-        cells = torch.ones(len(images)).repeat_interleave(self.extractor.resolution**2)
         with self._autocast():
-            self.extractor.observe(images, lambda step, rows: moments[step].update(rows.flatten(0, 1), cells))
+            update_moments(moments, self.extractor, images, torch.ones(len(images)))
         return live.take()
 
     @torch.no_grad()
-    def _residuals(self, images: torch.Tensor, live: LiveBytes) -> Live:
+    def _residuals(self, images: torch.Tensor, live: LiveBytes) -> int:
         """Peak of the two passes over residuals, in float32 as scoring does it."""
         live.take()
         entries, places = sum(self.widths), self.extractor.resolution**2
@@ -322,19 +291,20 @@ class Rehearsal:
             residual.register_buffer(name, torch.zeros(shape))
         return residual
 
-    def fit_peak(self) -> Live:
+    def fit_peak(self) -> int:
         """Peak of the matrices made on the host at the end of the passes, in float64: eigenvectors and whitening."""
         with self._mode, LiveBytes() as live, torch.no_grad():
             if self.phase == 1:
                 widest = max(self.sizes.channels)
-                pca_whitening(torch.zeros(widest, widest, dtype=torch.float64), min(widest, self.widths[-1]))
+                # All of them: what is iterated depends on contents, and falls back on this.
+                pca_whitening(torch.zeros(widest, widest, dtype=torch.float64), widest)
             # LAPACK's workspace for eigenvectors, of which torch does not know: 2 n^2 numbers (dsyevd).
             eigen = live.take()
             workspace = 2 * 8 * max(self.sizes.channels) ** 2 if self.phase == 1 else 0
             entries, places = sum(self.widths), self.extractor.resolution**2
             self._residual_model(places, entries).fit(PlaceMoments(places, entries, torch.device("cpu")))
             whitening = live.take()
-        return Live(eigen.total + workspace, eigen.large + workspace, eigen.small) | whitening
+        return max(eigen + workspace, whitening)
 
 
 def bytes_of(module: nn.Module) -> int:
@@ -346,13 +316,11 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
-@dataclass(frozen=True)
-class Modules:
-    """The real modules of a phase, untrained, and what building the backbone leaves behind in the heap."""
+class Modules(NamedTuple):
+    """The real modules of a phase, untrained."""
 
     extractor: TrajectoryExtractor
     model: nn.Module
-    left: Live
 
 
 def build_modules(config: Config, phase: int) -> Modules:
@@ -363,16 +331,14 @@ def build_modules(config: Config, phase: int) -> Modules:
     """
     weights = "none" if config.backbone.weights == "DEFAULT" else config.backbone.weights
     backbone = config.backbone.model_copy(update={"weights": weights})
-    with LiveBytes() as live:
-        extractor = bundle.new_extractor(config.model_copy(update={"backbone": backbone}))
-        left = live.left_over()
+    extractor = bundle.new_extractor(config.model_copy(update={"backbone": backbone}))
     settings = config.model.model_dump(exclude={"type", "spatial_resolution", "feature_dim"})
     length, width = extractor.projection.valid_LD.shape
     model = build_model(config.model.type, length=length, width=width, **settings)
     if phase == 1:
-        return Modules(extractor, model, left)
+        return Modules(extractor, model)
     # PEFT takes longer to import than torch; Phase 1 does without.
     from trajdist import lora
 
     adapter = config.domain_adaptation.lora.model_dump(exclude={"learning_rate", "weight_decay"})
-    return Modules(extractor, lora.attach(model, **adapter, base_fingerprint=""), left)
+    return Modules(extractor, lora.attach(model, **adapter, base_fingerprint=""))

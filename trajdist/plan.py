@@ -18,7 +18,7 @@ from trajdist.budget import FLOAT, Budget, measure_bases
 from trajdist.config import SETS, Config, domain_config
 from trajdist.data.base import ImageSource
 from trajdist.data.loader import resolve_workers
-from trajdist.footprint import Live, Rehearsal, build_modules
+from trajdist.footprint import Rehearsal, build_modules
 from trajdist.probe import Rates
 from trajdist.progress import GIB, Cells, format_seconds, phase_table
 from trajdist.runtime import device_type
@@ -62,11 +62,10 @@ def make_plan(
     device = options.device or default_device()
     # On an accelerator torch's allocator is asked, which knows nothing of Python and the libraries.
     bases = measure_bases(config, sorted(phases)) if device == "cpu" else dict.fromkeys(sorted(phases), 0)
-    earlier = Live()
     plans = {}
     for phase, base_bytes in bases.items():
         errands = _errands(config, sources, phase)
-        plans[f"phase{phase}"], earlier = _plan_phase(config, errands, phase, options, base_bytes, earlier)
+        plans[f"phase{phase}"] = _plan_phase(config, errands, phase, options, base_bytes)
     return plans
 
 
@@ -98,10 +97,7 @@ def _errands(config: Config, sources: dict[str, ImageSource], phase: int) -> lis
     return errands
 
 
-def _plan_phase(
-    config: Config, errands: list[Errand], phase: int, options: Options, base_bytes: int, earlier: Live
-) -> tuple[dict[str, Any], Live]:
-    """One phase. ``earlier`` is what the phase before it left in the heap."""
+def _plan_phase(config: Config, errands: list[Errand], phase: int, options: Options, base_bytes: int) -> dict[str, Any]:
     device = options.device or default_device()
     world = options.processes or int(os.environ.get("WORLD_SIZE", "1"))
     walks = [errand.walk(world) for errand in errands]
@@ -118,6 +114,7 @@ def _plan_phase(
         rates = probe.measure(
             lead.config, lead.source, lead.selection, modules.extractor, modules.model, device, precision
         )
+    modules.extractor.suit(device, config.memory.images_per_pass)
     rehearsal = Rehearsal(
         lead.config,
         phase,
@@ -129,9 +126,9 @@ def _plan_phase(
         beside=sum(each.slots for each in walks) / walk.slots - 1,
     )
     saves_between = any(each.total_steps > config.checkpoint.every_steps for each in walks)
-    budget = Budget(rehearsal, base_bytes, device, earlier, saves_between)
+    budget = Budget(rehearsal, base_bytes, device, saves_between)
     peaks = rehearsal.peaks(walk.slots)
-    report = {
+    return {
         "device": device,
         "precision": precision,
         "num_processes": world,
@@ -153,7 +150,6 @@ def _plan_phase(
         **_disk(config, rehearsal, walks, phase),
         **_time(config, errands, walks, rates, workers, device),
     }
-    return report, earlier | budget.left_in_heap(peaks)
 
 
 def _extent(errands: list[Errand], walks: list[Plan]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from trajdist.allocator import keep_freed_memory
 from trajdist.config import SETS, Config
 from trajdist.data.base import ImageSource
 from trajdist.data.loader import SlotDataset
@@ -65,6 +66,8 @@ def measure(
     if device_name == "cuda" and not torch.cuda.is_available():
         return Rates(decode=decode, device_is_here=False)
     device = torch.device(device_name)
+    if device.type == "cpu":
+        keep_freed_memory()
     extractor.to(device)
     model.to(device)
     backbone, step = _step_rates(extractor, model.train(), batch.images.to(device), precision)

@@ -22,7 +22,7 @@ from trajdist.residuals import PlaceMoments, ResidualModel, roots
 from trajdist.scorer import Detector
 from trajdist.session import Session
 from trajdist.sharding import Plan, Selection
-from trajdist.trajectory import BlockMoments, TrajectoryExtractor, fit_projection
+from trajdist.trajectory import BlockMoments, TrajectoryExtractor, fit_projection, update_moments
 
 
 def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtractor:
@@ -39,7 +39,7 @@ def _make_projection(session: Session, selection: Selection) -> Backbone:
     """Measure the statistics and write the projection that follows from them; returns the backbone."""
     with session.processes.main_first():
         extractor = bundle.new_extractor(session.config)
-    extractor.to(session.processes.device)
+    _move(session, extractor)
     moments, num_images = measure(session, selection, extractor)
 
     def save() -> None:
@@ -62,8 +62,13 @@ def load_extractor(session: Session) -> TrajectoryExtractor:
 
 
 def _ready(session: Session, extractor: TrajectoryExtractor) -> TrajectoryExtractor:
-    extractor.to(session.processes.device)
+    _move(session, extractor)
     return extractor.compile() if session.config.backbone.compile else extractor
+
+
+def _move(session: Session, extractor: TrajectoryExtractor) -> None:
+    extractor.to(session.processes.device)
+    extractor.suit(session.processes.device.type, session.config.memory.images_per_pass)
 
 
 def measure(session: Session, selection: Selection, extractor: TrajectoryExtractor) -> tuple[list[BlockMoments], int]:
@@ -80,14 +85,6 @@ def measure(session: Session, selection: Selection, extractor: TrajectoryExtract
     for moment in moments:
         moment.all_reduce(session.processes.sum)
     return moments, num_images
-
-
-def update_moments(
-    moments: list[BlockMoments], extractor: TrajectoryExtractor, images: torch.Tensor, weights: torch.Tensor
-) -> None:
-    """Add a batch of images to the statistics; those of weight 0 do not count."""
-    cells = weights.repeat_interleave(extractor.resolution**2)
-    extractor.observe(images, lambda step, pooled_BPC: moments[step].update(pooled_BPC.flatten(0, 1), cells))
 
 
 def clean_batches(

@@ -6,6 +6,7 @@ trajectory, N rows.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 EIGENVALUE_FLOOR = 1e-4
 # Compiled and plain trajectories may differ by this share of the largest: half precision rounds in other places.
 COMPILED_TOLERANCE = 0.03
+# On CPUs as many images pass the backbone at a time as have activations of this size: larger ones are no faster, only
+# larger, and in the heap they leave gaps behind.
+PASS_BYTES = 64 * 2**20
 # Sizes of batch that are compiled, each for seconds; a run has few, and those beyond are rare ones.
 MOST_GRAPHS = 16
 UNLIMITED = 2**16
@@ -126,6 +130,7 @@ class TrajectoryExtractor:
     def __init__(self, backbone: Backbone, projection: Projection, resolution: int, subcells: int = 1) -> None:
         self.backbone, self.projection, self.resolution = backbone, projection, resolution
         self.subcells, self.steps = subcells, trajectory_steps(backbone.blocks, resolution, subcells)
+        self.images_per_pass: int | None = None
         projection.lay_out()
         self._run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = self._trajectories
 
@@ -133,7 +138,22 @@ class TrajectoryExtractor:
         """Move to a device."""
         self.backbone.to(device)
         self.projection.to(device)
+        self.suit(device.type)
         return self
+
+    def suit(self, device_type: str, images_per_pass: int | None = None) -> None:
+        """Choose how many images pass the backbone at a time; by default all of a batch, on CPUs a few."""
+        if images_per_pass is None and device_type == "cpu":
+            images_per_pass = max(1, PASS_BYTES // self.backbone.largest_bytes)
+        self.images_per_pass = images_per_pass
+
+    def passes(self, num_images: int) -> list[slice]:
+        """A batch of so many images cut into passes of about the same size."""
+        if self.images_per_pass is None or torch.compiler.is_exporting():
+            return [slice(None)]
+        count = -(-num_images // self.images_per_pass)
+        ends = [number * num_images // count for number in range(count + 1)]
+        return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
     def compile(self) -> TrajectoryExtractor:
         """Compile backbone, pooling and projection to one graph (torch.compile) for each of the first few batch sizes.
@@ -171,12 +191,17 @@ class TrajectoryExtractor:
     @torch.no_grad()
     def __call__(self, images_BCSS: torch.Tensor) -> torch.Tensor:
         """uint8 images ``[B, 3, S, S]`` -> float32 trajectories ``[B, H, W, L, D]``, H = W = resolution."""
-        return self._run(images_BCSS, None).unflatten(1, (self.resolution, self.resolution))
+        return self._extract(images_BCSS, None).unflatten(1, (self.resolution, self.resolution))
 
     @torch.no_grad()
     def at(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor) -> torch.Tensor:
         """Trajectories of some places of each image, ``[B, K, L, D]``; places are numbered row by row."""
-        return self._run(images_BCSS, places_BK)
+        return self._extract(images_BCSS, places_BK)
+
+    def _extract(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
+        passes = self.passes(len(images_BCSS))
+        parts = [self._run(images_BCSS[part], None if places_BK is None else places_BK[part]) for part in passes]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _trajectories(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
         """``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
@@ -212,6 +237,19 @@ class TrajectoryExtractor:
                         visit(number, pool_subcells(map_BCHW, self.resolution, step.subcells))
 
         self.backbone(images_BCSS, reduce_at_once)
+
+
+def update_moments(
+    moments: list[BlockMoments], extractor: TrajectoryExtractor, images_BCSS: torch.Tensor, weights_B: torch.Tensor
+) -> None:
+    """Add a batch of images to the statistics of every step; those of weight 0 do not count."""
+    for part in extractor.passes(len(images_BCSS)):
+        weights_N = weights_B[part].repeat_interleave(extractor.resolution**2)
+
+        def visit(step: int, pooled_BPC: torch.Tensor, weights_N: torch.Tensor = weights_N) -> None:
+            moments[step].update(pooled_BPC.flatten(0, 1), weights_N)
+
+        extractor.observe(images_BCSS[part], visit)
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[object]:
