@@ -169,9 +169,10 @@ def gflop_per_image(case: Case) -> dict[str, float]:
     image = case.batches[0][:1]
     with FlopCounterMode(display=False) as backbone:
         forward_alone(extractor, compile=False)(image)
+    places_1K = torch.arange(num_places(config, extractor), device=image.device)[None]
     with FlopCounterMode(display=False) as extraction:
-        trajectories_1HWLD = extractor(image)
-    target_NLD = trajectories_1HWLD.flatten(0, 2)[: num_places(config, extractor)]
+        trajectories_1KLD = extractor.at(image, places_1K)
+    target_NLD = trajectories_1KLD.flatten(0, 1)
     with FlopCounterMode(display=False) as model:
         losses = trajectory_losses(case.reference.model(target_NLD), target_NLD, extractor.projection.valid_LD, 1, 1.0)
         losses.loss.sum().backward()

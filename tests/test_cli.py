@@ -12,7 +12,8 @@ import yaml
 from images import write_images
 from jobs import REPOSITORY, Finished, launch
 
-from trajdist.artifacts import read_tensors
+from trajdist.artifacts import read_document, read_tensors
+from trajdist.bundle import TrajectoryDocument
 from trajdist.cli import main
 from trajdist.clock import STAGES
 
@@ -246,3 +247,28 @@ def test_trajectories_of_another_run(debug_run, tmp_path, capsys, fresh_accelera
     command = ["adapt", "debug", f"run_dir={tmp_path}/new", f"phase1={tmp_path}/other", "runtime.mixed_precision=no"]
     assert main(command) == 4
     assert_sentence(capsys.readouterr().err, "model.safetensors")
+
+
+def test_a_run_with_subcells(debug_run, tmp_path, capsys, fresh_accelerate):
+    """From training to the depth profile; Phase 2 keeps to what Phase 1 has."""
+    run_dir, images = tmp_path / "run", write_images(tmp_path / "images", 2)
+    fixed = ["runtime.mixed_precision=no", "data.imagenet.num_epochs=1", "data.domain.num_epochs=1"]
+    assert (
+        main(["run", "debug", f"run_dir={run_dir}", "trajectory.subcells=2", "memory.images_per_pass=3", *fixed]) == 0
+    )
+    assert main(["score", str(run_dir), str(images), "--out", str(tmp_path / "out"), "--explain"]) == 0
+    row = json.loads((tmp_path / "out" / "scores.jsonl").read_text().splitlines()[0])
+    names = list(row["blocks"])
+    assert names[:3] == ["layer1.0 2 x 2", "layer1.0", "layer1.1 2 x 2"]
+    assert names[-2:] == ["layer4.0", "layer4.1"]
+    assert len(names) == 12
+    capsys.readouterr()
+    fixed += [f"run_dir={tmp_path}/new", "trajectory.subcells=2"]
+    assert main(["adapt", "debug", f"phase1={debug_run}", *fixed]) == 2
+    assert_sentence(capsys.readouterr().err, "trajectory.subcells=2", "has 1")
+
+
+def test_runs_from_before_there_were_subcells(debug_run):
+    document = read_document(debug_run / "phase1" / "trajectory.safetensors")
+    assert document.pop("subcells") == 1
+    assert TrajectoryDocument.model_validate(document).subcells == 1

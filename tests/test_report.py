@@ -205,6 +205,8 @@ def browse(path: Path, script: str) -> tuple[dict[str, object], list[str]]:
     done = subprocess.run(
         [
             *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
+            # It is to ask nobody for anything.
+            *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
             *(
                 f"--user-data-dir={path.parent / 'profile'}",
                 "--dump-dom",

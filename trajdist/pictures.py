@@ -19,20 +19,25 @@ _ANCHORS_K3 = np.array(
     [[6, 4, 24], [58, 12, 96], [126, 30, 108], [190, 55, 82], [236, 104, 37], [251, 166, 24], [252, 255, 164]],
     np.float64,
 )
+# Between two of these shades there is no grey level of eight bits.
+_SHADES = 1024
+_POSITIONS = np.linspace(0, len(_ANCHORS_K3) - 1, _SHADES)
+_RAMP_K3 = np.stack(
+    [np.interp(_POSITIONS, np.arange(len(_ANCHORS_K3)), _ANCHORS_K3[:, channel]) for channel in range(3)], -1
+).astype(np.uint8)
 _GAP, _BAR, _LABEL = 8, 14, 46
 
 
 def colour(values: Floats) -> Pixels:
     """Values in 0..1, any shape -> RGB."""
-    position = np.clip(np.nan_to_num(values, nan=0.0), 0.0, 1.0) * (len(_ANCHORS_K3) - 1)
-    channels = [np.interp(position, np.arange(len(_ANCHORS_K3)), _ANCHORS_K3[:, channel]) for channel in range(3)]
-    return np.stack(channels, -1).astype(np.uint8)
+    shades: Pixels = _RAMP_K3[(np.nan_to_num(values, nan=0.0).clip(0.0, 1.0) * (_SHADES - 1)).astype(np.int16)]
+    return shades
 
 
 def overlay(image_SS3: Pixels, map_SS: Floats, low: float, high: float) -> Image.Image:
     """The anomaly map over the greyed image; ``low`` and below is clear, ``high`` and above is opaque and bright."""
     strength_SS = np.clip((map_SS - low) / max(high - low, 1e-9), 0.0, 1.0).astype(np.float32)
-    grey_SS1 = image_SS3.mean(-1, keepdims=True)
+    grey_SS1 = image_SS3.mean(-1, keepdims=True, dtype=np.float32)
     opacity_SS1 = (0.25 + 0.6 * strength_SS)[..., None]
     mixed = grey_SS1 * (1 - opacity_SS1) + colour(strength_SS) * opacity_SS1
     return Image.fromarray(mixed.astype(np.uint8))

@@ -19,7 +19,7 @@ from rich.table import Table
 from trajdist import pictures, residuals
 from trajdist.artifacts import fingerprint
 from trajdist.data.base import ImageSource
-from trajdist.data.loader import ImageBatch, build_loader, resolve_threads, resolve_workers
+from trajdist.data.loader import ImageBatch, build_loader, in_threads, resolve_threads, resolve_workers
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.files import read_json, write_json
 from trajdist.progress import Progress, make_console
@@ -94,6 +94,7 @@ class Scoring:
     console: Console
     rates: list[float]
     thresholds: list[float]
+    threads: int
 
     @property
     def block_names(self) -> list[str]:
@@ -113,6 +114,7 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     scorer = _load(run_dir, options, processes)
 
     workers = resolve_workers("auto", processes.local_world, processes.device.type)
+    threads = resolve_threads("auto", workers)
 
     def loader_of(plan: Plan, cursor: int) -> Any:
         loader = build_loader(
@@ -124,13 +126,15 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
             fit=scorer.fit,
             num_workers=workers,
             pin_memory=processes.device.type == "cuda",
-            threads=resolve_threads("auto", workers),
+            threads=threads,
         )
         return accelerator.prepare_data_loader(loader, device_placement=False)
 
     rates = [options.false_alarm_rate or supported_rate(detector) for detector in scorer.detectors]
     thresholds = [detector.images.threshold(rate) for detector, rate in zip(scorer.detectors, rates, strict=True)]
-    job = Scoring(run_dir, scorer, source, title, Path(out), options, processes, loader_of, console, rates, thresholds)
+    job = Scoring(
+        run_dir, scorer, source, title, Path(out), options, processes, loader_of, console, rates, thresholds, threads
+    )
     _announce(job)
     return job
 
@@ -201,8 +205,7 @@ def _walk(job: Scoring, plan: Plan, cursor: int, maps: MapsFile, visit: Visit | 
         for step, batch in zip(plan.steps(cursor), job.loader_of(plan, cursor), strict=True):
             slots = plan.micro_batch(step, 0, job.processes.rank)
             scored = list(score_batch(job, batch, slots.start, slots.stop))
-            for image in scored:
-                _draw(job, image)
+            in_threads(lambda image: _draw(job, image), scored, job.threads)
             if visit is not None:
                 _visit_all(job.processes, visit, scored)
             _write(job, maps, scored, batch, slots.start)

@@ -199,7 +199,8 @@ class TrajectoryExtractor:
         return self._extract(images_BCSS, places_BK)
 
     def _extract(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
-        passes = self.passes(len(images_BCSS))
+        # len() of a batch of any size is a number to an exporter, its shape is not.
+        passes = self.passes(images_BCSS.shape[0])
         parts = [self._run(images_BCSS[part], None if places_BK is None else places_BK[part]) for part in passes]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

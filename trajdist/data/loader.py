@@ -5,6 +5,7 @@ Accelerate deals the sampler's micro-batches out to the processes, one each in t
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from trajdist.sharding import Int64s, PlaceDraw, Plan, Slots, digest
 
 IndexAt = Callable[[int, Int64s], Int64s]
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class ImageBatch(NamedTuple):
@@ -101,25 +103,31 @@ class SlotDataset(Dataset[ImageBatch]):
                 return [(number, reason(error))]
             return []
 
-        return pixels, [failure for failures in self._each(load, range(len(numbers))) for failure in failures]
+        failures = in_threads(load, range(len(numbers)), self._threads)
+        return pixels, list(itertools.chain.from_iterable(failures))
 
     def _with_defects(
         self, draw: DefectDraw, pixels: npt.NDArray[np.uint8], slots: Slots
     ) -> tuple[npt.NDArray[np.uint8], torch.Tensor]:
         """The images followed by themselves with defects, and what the defects cover."""
-        pairs = self._each(lambda slot: draw(pixels[slot], slots.epoch, slots.start + slot), range(len(pixels)))
+
+        def drawn_at(slot: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+            return draw(pixels[slot], slots.epoch, slots.start + slot)
+
+        pairs = in_threads(drawn_at, range(len(pixels)), self._threads)
         drawn, coverage = (np.stack(part) for part in zip(*pairs, strict=True))
         return np.concatenate([pixels, drawn]), torch.from_numpy(coverage)
 
-    def _each(self, work: Callable[[int], T], slots: Iterable[int]) -> list[T]:
-        """The results in order."""
-        if self._threads < 2:
-            return [work(slot) for slot in slots]
-        with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(work, slots))
-
     def __getitem__(self, slots: Slots) -> ImageBatch:
         return self.__getitems__(slots)
+
+
+def in_threads(work: Callable[[T], U], items: Iterable[T], threads: int) -> list[U]:
+    """The results in order; with fewer than two threads the caller's own does it all."""
+    if threads < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
 
 
 class SlotSampler(BatchSampler):
