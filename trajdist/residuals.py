@@ -20,6 +20,8 @@ SHRINKAGE = 0.1
 PLACE_SHARE, IMAGE_SHARE = 0.5, 0.5
 # The image's score is the mean of this share of its places, the hottest ones.
 HOTTEST_SHARE = 0.04
+# Blocks are whitened together in this many groups: fewer products multiply more zeros, more are too narrow to be fast.
+GROUPS = 4
 
 
 class PlaceMoments:
@@ -52,7 +54,7 @@ class PlaceMoments:
     def covariance_FF(self) -> torch.Tensor:
         """All scatter is scatter about the places' means plus scatter of those means."""
         between_PF = self.mean_PF - self.all.mean_C
-        return self.all.covariance_CC - between_PF.T @ between_PF / len(between_PF)
+        return self.all.covariance_CC.addmm_(between_PF.T, between_PF, alpha=-1 / len(between_PF))
 
 
 class ResidualModel(nn.Module):
@@ -93,10 +95,13 @@ class ResidualModel(nn.Module):
         residual_BPF = residual_NF.unflatten(0, (-1, len(self.mean_PF))) - self.mean_PF
         centred_NF = residual_BPF.flatten(0, 1)
         energies: list[torch.Tensor] = []
-        for start, width in zip(starts(self.widths), self.widths, strict=True):
+        start = 0
+        for widths in grouped(self.widths):
+            stop = start + sum(widths)
             # The whitening of a block has no entries for shallower ones.
-            white_NF = linear(centred_NF[:, start:], self.whitening_FF[start:, start : start + width].T)
-            energies.append(white_NF.square().sum(-1))
+            white_NF = linear(centred_NF[:, start:], self.whitening_FF[start:, start:stop].T)
+            energies += [block_NF.square().sum(-1) for block_NF in white_NF.split(widths, 1)]
+            start = stop
         return torch.stack(energies, -1).view(*residual_BPF.shape[:2], -1) / self.energy_L
 
     def cells(self, energies_BPL: torch.Tensor) -> torch.Tensor:
@@ -115,11 +120,11 @@ class ResidualModel(nn.Module):
         covariance_FF = moments.covariance_FF.cpu().double()
         if whiten:
             # Of the variance over all places: that about the places' means is zero where there is but one image.
-            variance = moments.all.covariance_CC.diagonal().mean().cpu().double().clamp(min=1e-6)
+            variance = moments.all.variance_C.mean().cpu().double().clamp(min=1e-6)
             self.whitening_FF.copy_(block_whitening(covariance_FF, variance, self.widths))
         # The expected energy follows from the covariance: no further pass is needed.
         whitening_FF = self.whitening_FF.cpu().double()
-        energy_F = torch.einsum("fg,fh,hg->g", whitening_FF, covariance_FF, whitening_FF)
+        energy_F = (covariance_FF @ whitening_FF).mul_(whitening_FF).sum(0)
         self.energy_L.copy_(torch.stack([part.sum() for part in energy_F.split(self.widths)]).clamp(min=1e-6))
         self.mean_PF.copy_(moments.mean_PF)
 
@@ -129,7 +134,7 @@ class ResidualModel(nn.Module):
         self.usual_P.copy_(mean_P - mean_P.mean())
         # Of a typical image, whose median is about its mean.
         self.centre.copy_((1 - IMAGE_SHARE) * mean_P.mean())
-        self.spread.copy_(roots.covariance_CC.diagonal().mean().sqrt().clamp(min=1e-6))
+        self.spread.copy_(roots.variance_C.mean().sqrt().clamp(min=1e-6))
 
 
 def block_whitening(covariance_FF: torch.Tensor, variance: torch.Tensor, widths: list[int]) -> torch.Tensor:
@@ -138,13 +143,16 @@ def block_whitening(covariance_FF: torch.Tensor, variance: torch.Tensor, widths:
     Args:
         variance: the scale of the noise that :data:`SHRINKAGE` adds.
     """
-    identity_FF = torch.eye(len(covariance_FF), dtype=torch.float64)
-    shrunk_FF = covariance_FF + SHRINKAGE * variance * identity_FF
     order = deepest_first(widths)
-    lower_FF = torch.linalg.cholesky(shrunk_FF[order][:, order])
+    shrunk_FF = covariance_FF[order[:, None], order]
+    shrunk_FF.diagonal().add_(SHRINKAGE * variance)
+    lower_FF = torch.linalg.cholesky(shrunk_FF)
+    del shrunk_FF
+    identity_FF = torch.eye(len(order), dtype=torch.float64)
     inverse_FF = torch.linalg.solve_triangular(lower_FF, identity_FF, upper=False)
+    del lower_FF, identity_FF
     back = torch.argsort(order)
-    return inverse_FF[back][:, back].T
+    return inverse_FF[back[:, None], back].T
 
 
 def roots(energies_BPL: torch.Tensor) -> torch.Tensor:
@@ -161,6 +169,14 @@ def deepest_first(widths: list[int]) -> torch.Tensor:
 def starts(widths: list[int]) -> list[int]:
     """Number of each block's first entry."""
     return [sum(widths[:block]) for block in range(len(widths))]
+
+
+def grouped(widths: list[int]) -> list[list[int]]:
+    """The blocks' widths, in order, in at most :data:`GROUPS` groups of about the same number of entries."""
+    groups: list[list[int]] = [[] for _ in range(GROUPS)]
+    for start, width in zip(starts(widths), widths, strict=True):
+        groups[GROUPS * start // sum(widths)].append(width)
+    return [group for group in groups if group]
 
 
 def image_scores(cells_BP: torch.Tensor) -> torch.Tensor:

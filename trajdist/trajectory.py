@@ -296,13 +296,14 @@ class BlockMoments:
         count = weights_N.sum()
         mean_C = (weights_N @ rows_NC) / count.clamp(min=1)
         centred_NC = (rows_NC - mean_C) * weights_N[:, None]
-        kind = self.count.dtype
-        self._merge(count.to(kind), mean_C.to(kind), linear(centred_NC.T, centred_NC.T).to(kind))
+        self._merge(count.to(self.count), mean_C.to(self.count), linear(centred_NC.T, centred_NC.T))
 
     def _merge(self, count: torch.Tensor, mean_C: torch.Tensor, scatter_CC: torch.Tensor) -> None:
         total = (self.count + count).clamp(min=1)
         delta_C = mean_C - self.mean_C
-        self.scatter_CC += scatter_CC + torch.outer(delta_C, delta_C) * (self.count * count / total)
+        # In place: the matrix of a wide block is larger than all else that a batch needs.
+        self.scatter_CC += scatter_CC
+        self.scatter_CC.addr_(delta_C * (self.count * count / total), delta_C)
         self.mean_C += delta_C * (count / total)
         self.count += count
 
@@ -311,13 +312,18 @@ class BlockMoments:
         count = sum_over_processes(self.count.clone())
         mean_C = sum_over_processes(self.mean_C * self.count) / count.clamp(min=1)
         delta_C = self.mean_C - mean_C
-        scatter_CC = self.scatter_CC + torch.outer(delta_C, delta_C) * self.count
-        self.count, self.mean_C, self.scatter_CC = count, mean_C, sum_over_processes(scatter_CC)
+        self.scatter_CC = sum_over_processes(self.scatter_CC.addr_(delta_C * self.count, delta_C))
+        self.count, self.mean_C = count, mean_C
 
     @property
     def covariance_CC(self) -> torch.Tensor:
         """Covariance with divisor N."""
         return self.scatter_CC / self.count.clamp(min=1)
+
+    @property
+    def variance_C(self) -> torch.Tensor:
+        """The covariance's diagonal."""
+        return self.scatter_CC.diagonal() / self.count.clamp(min=1)
 
 
 def pca_whitening(covariance_CC: torch.Tensor, width: int) -> torch.Tensor:
