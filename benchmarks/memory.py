@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -130,6 +131,16 @@ def in_a_process(way: str, images: Path, overrides: Sequence[str]) -> dict[str, 
     return result
 
 
+def middle(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of several processes: the gaps of a heap differ from one to the next."""
+    kinds = measured[0]
+    return {
+        kind: {name: statistics.median(one[kind][name] for one in measured) for name in ("steady", "peak")}
+        | {"parts": [one[kind]["parts"] for one in measured]}
+        for kind in kinds
+    }
+
+
 def table(results: dict[str, dict[str, Any]], kind: str) -> Table:
     """Steady and peak MiB; a row for each number of images."""
     made = Table(title=f"memory of the {kind}, MiB: steady / peak", title_justify="left")
@@ -176,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000])
     parser.add_argument("--images", help="a folder of images (default: photographs of scikit-image)")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each figure, of which the median counts")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
@@ -194,7 +206,8 @@ def main() -> None:
             images = repeated(arguments.images, count, Path(folder, str(count)))
             for way in WAYS:
                 overrides = [*settings, f"data.imagenet.path={images}"]
-                results[way][str(count)] = in_a_process(way, images, overrides)
+                measured = [in_a_process(way, images, overrides) for _ in range(arguments.repeats)]
+                results[way][str(count)] = middle(measured)
     kinds = list(results[WAYS[0]][str(arguments.counts[0])])
     for kind in kinds:
         Console().print(table(results, kind))

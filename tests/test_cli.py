@@ -263,9 +263,31 @@ def test_a_run_with_subcells(debug_run, tmp_path, capsys, fresh_accelerate):
     assert names[-2:] == ["layer4.0", "layer4.1"]
     assert len(names) == 12
     capsys.readouterr()
-    fixed += [f"run_dir={tmp_path}/new", "trajectory.subcells=2"]
-    assert main(["adapt", "debug", f"phase1={debug_run}", *fixed]) == 2
+    adapt = ["adapt", "debug", f"phase1={debug_run}", f"run_dir={tmp_path}/new", *fixed]
+    assert main([*adapt, "trajectory.subcells=2"]) == 2
     assert_sentence(capsys.readouterr().err, "trajectory.subcells=2", "has 1")
+    # Nothing has come of the wrong command.
+    assert main(adapt) == 0
+
+
+@pytest.mark.parametrize(("resolution", "subcells"), [(4, 16), (1, 16)])
+def test_subcells_that_cannot_be(tmp_path, capsys, fresh_accelerate, resolution, subcells):
+    overrides = [f"trajectory.subcells={subcells}", f"model.spatial_resolution={resolution}"]
+    assert main(["train", "debug", f"run_dir={tmp_path}/run", *overrides]) == 2
+    assert_sentence(capsys.readouterr().err, *overrides)
+
+
+def test_a_key_that_an_older_version_did_not_know(debug_run, tmp_path, capsys, fresh_accelerate):
+    """It was as its default: another value is a change."""
+    shutil.copytree(debug_run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    known = yaml.safe_load(config.read_text())
+    del known["trajectory"]["subcells"]
+    config.write_text(yaml.safe_dump(known))
+    command = ["run", "debug", f"run_dir={tmp_path}/run", "runtime.mixed_precision=no"]
+    assert main([*command, "trajectory.subcells=2"]) == 2
+    assert_sentence(capsys.readouterr().err, "trajectory.subcells=2", "began with 1")
+    assert main(command) == 0
 
 
 def test_runs_from_before_there_were_subcells(debug_run):

@@ -20,6 +20,7 @@ def facts(time: dict[str, float], **changes: object) -> Facts:
         time=dict.fromkeys(STAGES, 0.0) | time,
         waits=[time.get("data", 0.0)],
         workers=0,
+        threads=0,
         processors=8,
         overlapping=False,
         compiled=False,
@@ -35,6 +36,7 @@ def facts(time: dict[str, float], **changes: object) -> Facts:
     [
         ({"data": 30, "backbone": 60}, {}, "raise data.num_workers (now 0, 8 processors"),
         ({"data": 30, "backbone": 60}, {"workers": 7}, "the 8 processors per process are all used"),
+        ({"data": 30, "backbone": 60}, {"threads": 8}, "the 8 processors per process are all used"),
         ({"data": 30, "backbone": 60}, {}, "or set cache.dir"),
         ({"data": 19, "backbone": 75}, {}, "at its limit"),
         ({"backbone": 90}, {}, "backbone.compile=true and cache.dir=DIR"),

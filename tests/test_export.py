@@ -71,7 +71,11 @@ def test_p_values_at_the_edges_of_bins(debug_run):
 
 
 @pytest.mark.parametrize(
-    "overrides", [["model.type=vae"], ["model.type=transformer", "domain_adaptation.lora.use_dora=true"]]
+    "overrides",
+    [
+        ["model.type=vae", "trajectory.subcells=2"],
+        ["model.type=transformer", "domain_adaptation.lora.use_dora=true"],
+    ],
 )
 def test_other_models(tmp_path, fresh_accelerate, overrides):
     command = ["run", "debug", f"run_dir={tmp_path / 'run'}", "runtime.mixed_precision=no", *overrides]

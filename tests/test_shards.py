@@ -20,7 +20,8 @@ from tars import encoded, write_shards, write_tar
 
 from trajdist.audit import audit
 from trajdist.cli import main
-from trajdist.data.loader import SlotDataset
+from trajdist.data import storage
+from trajdist.data.loader import SlotDataset, in_threads
 from trajdist.data.shards import TarShards
 from trajdist.data.sources import open_source
 from trajdist.errors import DataError
@@ -374,3 +375,13 @@ def test_memory_is_flat_over_many_images(tmp_path):
     tracemalloc.stop()
     assert many < 1.05 * few + 2**16
     shutil.rmtree(tmp_path)
+
+
+def test_threads_read_from_more_files_than_are_kept_open(tmp_path):
+    """A file that falls out of the list of open ones is not closed, nor its number given to another, in a read."""
+    names = [str(tmp_path / f"{number:03d}") for number in range(4 * storage.OPEN_FILES)]
+    for number, name in enumerate(names):
+        with open(name, "wb") as file:
+            file.write(bytes([number]) * 64)
+    order = [number * 7 % len(names) for number in range(20_000)]
+    assert in_threads(lambda number: storage.read(names[number], 8, 1)[0], order, 8) == order

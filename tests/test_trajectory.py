@@ -261,10 +261,12 @@ def test_chosen_places_are_those_of_the_whole(backbone):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_it_is_the_same(backbone):
+@pytest.mark.parametrize("images_per_pass", [None, 2])
+def test_compiled_it_is_the_same(backbone, images_per_pass):
     """Of all places and of chosen ones, from memory that ends with the last image as a worker's does."""
     projection = random_projection_for(backbone, 80)
     plain, compiled = (TrajectoryExtractor(backbone, projection, 4) for _ in range(2))
+    compiled.suit("cpu", images_per_pass)
     compiled.compile()
     images, places = IMAGES.contiguous(memory_format=torch.channels_last).share_memory_(), torch.tensor([[0, 5]] * 3)
     for _ in range(2):

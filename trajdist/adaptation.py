@@ -157,9 +157,13 @@ def adopt_phase1(session: Session) -> None:
     if chosen is not None and not rundir.model.exists():
         folder = Path(chosen).expanduser()
         folder = folder / "phase1" if (folder / "phase1").is_dir() else folder
-        for target in (rundir.trajectory, rundir.calibration(1), rundir.model):
+        targets = rundir.trajectory, rundir.calibration(1), rundir.model
+        for target in targets:
             if not (folder / target.name).is_file():
                 raise ArtifactError(f"phase1={chosen!r} has no {target.name}: name a run whose Phase 1 is done.")
+        # Before anything is copied: a config that does not fit can be mended, and the command given again.
+        _check_same_model(session.config, folder / rundir.trajectory.name, folder / rundir.model.name)
+        for target in targets:
             shutil.copyfile(folder / target.name, target.with_suffix(".tmp"))
             target.with_suffix(".tmp").rename(target)
     if not rundir.model.exists():

@@ -14,18 +14,25 @@ import os
 # Parameters of mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 NEVER = -1
-# Who has set one of these has chosen.
-SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+# The same as tunables of glibc. Who has set one of them has chosen.
+TUNABLES = ("glibc.malloc.mmap_max", "glibc.malloc.mmap_threshold", "glibc.malloc.trim_threshold")
 
 
 def keep_freed_memory() -> bool:
     """From now on, blocks of any size come from the heap and go back to it. False where the C library cannot."""
-    if any(name in os.environ for name in SETTINGS):
+    if _chosen():
         return False
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         return bool(library.mallopt(M_MMAP_MAX, 0)) and bool(library.mallopt(M_TRIM_THRESHOLD, NEVER))
     return False
+
+
+def _chosen() -> bool:
+    """Whether the environment says what the heap should do."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return any(name in os.environ for name in SETTINGS) or any(name in tunables for name in TUNABLES)
 
 
 def trim() -> None:

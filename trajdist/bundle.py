@@ -15,11 +15,14 @@ from torch import nn
 from trajdist.artifacts import fingerprint, load_state, read_document, read_tensors, write_tensors
 from trajdist.backbones import Backbone, build_backbone
 from trajdist.config import Config
-from trajdist.errors import ArtifactError
+from trajdist.errors import ArtifactError, ConfigError
 from trajdist.models.registry import build_model
 from trajdist.plugins import known_model
 from trajdist.rundir import RunDir
 from trajdist.trajectory import Projection, TrajectoryExtractor, trajectory_steps
+
+# Sub-cells side by side: their covariance in float64 takes 8 bytes times the square of this, half a GiB.
+MOST_CHANNELS = 2**13
 
 
 class Document(BaseModel):
@@ -105,13 +108,27 @@ def trajectory_document(config: Config, extractor: TrajectoryExtractor, num_imag
 
 
 def new_extractor(config: Config) -> TrajectoryExtractor:
-    """Backbone and empty projection as the config says."""
+    """Backbone and empty projection as the config says.
+
+    Raises:
+        ConfigError: sub-cells that no block has, or too many of them.
+    """
     settings = config.backbone
     size = config.data.image_size
     backbone = build_backbone(settings.name, settings.weights, settings.blocks, size, config.seed)
     resolution, subcells = config.model.spatial_resolution, config.trajectory.subcells
-    projection = Projection(step_channels(backbone, resolution, subcells), config.model.feature_dim)
-    return TrajectoryExtractor(backbone, projection, resolution, subcells)
+    channels = step_channels(backbone, resolution, subcells)
+    if subcells > 1 and len(channels) == len(backbone.blocks):
+        raise ConfigError(
+            f"trajectory.subcells={subcells}, but no block is {subcells} times as fine as "
+            f"model.spatial_resolution={resolution}: lower one of them."
+        )
+    if subcells > 1 and max(channels) > MOST_CHANNELS:
+        raise ConfigError(
+            f"trajectory.subcells={subcells} puts up to {max(channels):,} channels side by side, whose covariance "
+            f"does not fit: lower it, or raise model.spatial_resolution={resolution}."
+        )
+    return TrajectoryExtractor(backbone, Projection(channels, config.model.feature_dim), resolution, subcells)
 
 
 def step_channels(backbone: Backbone, resolution: int, subcells: int) -> list[int]:

@@ -80,7 +80,7 @@ class Data(Section):
     image_size: Annotated[int, Field(ge=16)] = 224
     """Height and width the backbone sees, in pixels."""
     num_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field("auto", json_schema_extra=FREE)
-    """Decoding processes per training process; `auto` shares out the processors that do not compute."""
+    """Decoding processes per training process; `auto`: processors that do not compute; without any, threads read."""
     read_retries: Annotated[int, Field(ge=0)] = Field(3, json_schema_extra=FREE)
     """How often a read that fails with a passing I/O error is tried again, with growing pauses."""
     shuffle_window: Annotated[int, Field(ge=0)] = 16

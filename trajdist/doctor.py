@@ -19,6 +19,7 @@ class Facts:
         seconds: of the whole phase, on the main process.
         time: seconds per stage, as :class:`trajdist.clock.Clock` splits them.
         waits: seconds that each process waited for its images.
+        threads: of the process itself that read; a worker beside them would take their place.
         processors: that one process may use.
         overlapping: the backbone runs beside the model (CUDA), so the stages' sum may exceed ``seconds``.
         cacheable: whether setting cache.dir would serve later epochs.
@@ -30,6 +31,7 @@ class Facts:
     time: Mapping[str, float]
     waits: Sequence[float]
     workers: int
+    threads: int
     processors: int
     overlapping: bool
     compiled: bool
@@ -77,7 +79,7 @@ def diagnose(facts: Facts) -> str:
 
 
 def _more_data(facts: Facts) -> str:
-    if facts.workers < facts.processors - 1:
+    if facts.workers < facts.processors - 1 and not facts.threads:
         return f"raise data.num_workers (now {facts.workers}, {facts.processors} processors per process){_keep(facts)}"
     return (
         f"the {facts.processors} processors per process are all used: ask for more of them, or store the images no "

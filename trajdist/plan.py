@@ -112,7 +112,7 @@ def _plan_phase(config: Config, errands: list[Errand], phase: int, options: Opti
     rates = Rates(training=options.images_per_s)
     if options.measure and options.images_per_s is None:
         rates = probe.measure(
-            lead.config, lead.source, lead.selection, modules.extractor, modules.model, device, precision
+            lead.config, lead.source, lead.selection, modules.extractor, modules.model, device, precision, workers
         )
     modules.extractor.suit(device, config.memory.images_per_pass)
     rehearsal = Rehearsal(
@@ -217,7 +217,7 @@ def _time(
     passes = sum(_passes(config, errand.selection) for errand in errands)
     hours_per_image = 1 / (rate * world) / 3600 if rate else None
     return {
-        "decoded_images_per_s_per_core": rates.decode,
+        "decoded_images_per_s": rates.decode,
         "backbone_images_per_s": rates.backbone,
         "model_images_per_s": rates.model,
         "images_per_s": rate * world if rate else None,
@@ -237,8 +237,9 @@ def _passes(config: Config, selection: Selection) -> int:
 
 def advice(bottleneck: str, workers: int, device: str) -> str:
     """The bottleneck as a sentence, with the mend."""
+    more = "raise data.num_workers, or shrink the files" if workers else "shrink the files, or ask for more processors"
     return {
-        "decode": f"decoding by {workers} workers per process is slowest: raise data.num_workers, or shrink the files",
+        "decode": f"decoding by {f'{workers} workers per' if workers else 'the'} process is slowest: {more}",
         "backbone": f"the backbone on the {device} is slowest: more processes, a smaller backbone or data.image_size",
         "model": "the sequence model is slowest: a smaller model.hidden_dim or model.spatial_resolution",
         "given": "the rate is the one that was given, not measured",
@@ -316,7 +317,7 @@ _ROWS: Cells = {
     "workers' batches": lambda p: _size(p["loader_bytes"]),
     "checkpoint": lambda p: _size(p["checkpoint_bytes"]),
     "disk": lambda p: _size(p["disk_bytes"]),
-    "decoding, per core": lambda p: _rate(p["decoded_images_per_s_per_core"]),
+    "decoding, per reader": lambda p: _rate(p["decoded_images_per_s"]),
     "backbone, per process": lambda p: _rate(p["backbone_images_per_s"]),
     "model, per process": lambda p: _rate(p["model_images_per_s"]),
     "all processes": lambda p: _rate(p["images_per_s"]),

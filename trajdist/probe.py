@@ -12,7 +12,7 @@ from torch import nn
 from trajdist.allocator import keep_freed_memory
 from trajdist.config import SETS, Config
 from trajdist.data.base import ImageSource
-from trajdist.data.loader import SlotDataset
+from trajdist.data.loader import SlotDataset, resolve_threads
 from trajdist.losses import trajectory_losses
 from trajdist.sharding import Selection, Slots
 from trajdist.trajectory import TrajectoryExtractor
@@ -25,7 +25,9 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Rates:
-    """Images/s: ``decode`` of one core, ``backbone`` and ``model`` of one process, or all of ``training`` as given."""
+    """Images/s: ``decode`` of one reader (a worker, or a process that reads by itself), ``backbone`` and ``model`` of
+    one process, or all of ``training`` as given.
+    """
 
     decode: float | None = None
     backbone: float | None = None
@@ -57,10 +59,12 @@ def measure(
     model: nn.Module,
     device_name: str,
     precision: str,
+    workers: int,
 ) -> Rates:
     """Measure on the configured images; ``model`` is used, not changed, and ends on the CPU."""
     settings = getattr(config.data, SETS[selection.phase])
-    dataset = SlotDataset(source, selection.train, config.data.image_size, settings.fit)
+    threads = resolve_threads(config.data.num_workers, workers)
+    dataset = SlotDataset(source, selection.train, config.data.image_size, settings.fit, threads=threads)
     batch = dataset[Slots(0, 0, min(BATCH, selection.num_train), BATCH)]
     decode = _decode_rate(dataset, selection.num_train)
     if device_name == "cuda" and not torch.cuda.is_available():
@@ -69,6 +73,7 @@ def measure(
     if device.type == "cpu":
         keep_freed_memory()
     extractor.to(device)
+    extractor.suit(device.type, config.memory.images_per_pass)
     model.to(device)
     backbone, step = _step_rates(extractor, model.train(), batch.images.to(device), precision)
     extractor.to(torch.device("cpu"))
@@ -77,7 +82,7 @@ def measure(
 
 
 def _decode_rate(dataset: SlotDataset, num_images: int) -> float | None:
-    """Images that one core reads, decodes and makes square per second; None where none could be read."""
+    """Images that are read, decoded and made square per second; None where none could be read."""
     images, started = 0, time.perf_counter()
     for start in range(0, min(num_images, LIMIT_IMAGES), BATCH):
         batch = dataset[Slots(0, start, min(start + BATCH, num_images), BATCH)]

@@ -83,7 +83,7 @@ def _summary(job: Scoring) -> dict[str, str | int | float]:
         "model": detector.name,
         "backbone": document.backbone,
         "grid": f"{document.spatial_resolution} x {document.spatial_resolution}",
-        "blocks": len(job.block_names),
+        "blocks": len(job.scorer.extractor.backbone.blocks),
         "clean images": clean,
     }
 

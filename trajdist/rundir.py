@@ -74,6 +74,12 @@ class RunDir:
     def calibration(self, phase: int) -> Path:
         return self.path / f"phase{phase}" / "calibration.safetensors"
 
+    def has_begun(self) -> bool:
+        """Whether anything is there that follows from the config."""
+        return any(
+            any(self.path.glob(made)) for made in ("phase1/*.safetensors", "checkpoints/*", "subset-*.npy", "domains/*")
+        )
+
     def create(self) -> None:
         """Make the folder.
 

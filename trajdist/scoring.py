@@ -19,7 +19,15 @@ from rich.table import Table
 from trajdist import pictures, residuals
 from trajdist.artifacts import fingerprint
 from trajdist.data.base import ImageSource
-from trajdist.data.loader import ImageBatch, build_loader, in_threads, resolve_threads, resolve_workers
+from trajdist.data.loader import (
+    MOST_READERS,
+    ImageBatch,
+    build_loader,
+    in_threads,
+    processors,
+    resolve_threads,
+    resolve_workers,
+)
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.files import read_json, write_json
 from trajdist.progress import Progress, make_console
@@ -94,7 +102,10 @@ class Scoring:
     console: Console
     rates: list[float]
     thresholds: list[float]
-    threads: int
+
+    @property
+    def drawing_threads(self) -> int:
+        return min(MOST_READERS, processors() // self.processes.local_world)
 
     @property
     def block_names(self) -> list[str]:
@@ -114,7 +125,6 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     scorer = _load(run_dir, options, processes)
 
     workers = resolve_workers("auto", processes.local_world, processes.device.type)
-    threads = resolve_threads("auto", workers)
 
     def loader_of(plan: Plan, cursor: int) -> Any:
         loader = build_loader(
@@ -126,15 +136,13 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
             fit=scorer.fit,
             num_workers=workers,
             pin_memory=processes.device.type == "cuda",
-            threads=threads,
+            threads=resolve_threads("auto", workers),
         )
         return accelerator.prepare_data_loader(loader, device_placement=False)
 
     rates = [options.false_alarm_rate or supported_rate(detector) for detector in scorer.detectors]
     thresholds = [detector.images.threshold(rate) for detector, rate in zip(scorer.detectors, rates, strict=True)]
-    job = Scoring(
-        run_dir, scorer, source, title, Path(out), options, processes, loader_of, console, rates, thresholds, threads
-    )
+    job = Scoring(run_dir, scorer, source, title, Path(out), options, processes, loader_of, console, rates, thresholds)
     _announce(job)
     return job
 
@@ -205,7 +213,7 @@ def _walk(job: Scoring, plan: Plan, cursor: int, maps: MapsFile, visit: Visit | 
         for step, batch in zip(plan.steps(cursor), job.loader_of(plan, cursor), strict=True):
             slots = plan.micro_batch(step, 0, job.processes.rank)
             scored = list(score_batch(job, batch, slots.start, slots.stop))
-            in_threads(lambda image: _draw(job, image), scored, job.threads)
+            in_threads(lambda image: _draw(job, image), scored, job.drawing_threads)
             if visit is not None:
                 _visit_all(job.processes, visit, scored)
             _write(job, maps, scored, batch, slots.start)

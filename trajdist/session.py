@@ -255,12 +255,14 @@ def _reference_world(rundir: RunDir) -> int:
 
 def _check_same_config(rundir: RunDir, config: Config) -> None:
     """A run may be resumed with other workers, logs or more epochs, but not with another model."""
-    if not rundir.config.exists():
+    if not rundir.config.exists() or not rundir.has_begun():
         return
     before, now = flatten(read_yaml(rundir.config)), flatten(config.model_dump(mode="json"))
-    for key, _, _, may_change in fields():
-        if not may_change and key in before and before[key] != now[key]:
+    for key, default, _, may_change in fields():
+        # A key that an older version did not know was as its default.
+        began = before.get(key, default)
+        if not may_change and began != now[key]:
             raise ConfigError(
-                f"{key}={now[key]!r}, but the run in {str(rundir.path)!r} began with {before[key]!r}: "
+                f"{key}={now[key]!r}, but the run in {str(rundir.path)!r} began with {began!r}: "
                 "keep the old value, name another run_dir, or start over with --fresh."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trajdist.config import SETS
-from trajdist.data.loader import processors, resolve_workers
+from trajdist.data.loader import processors, resolve_threads, resolve_workers
 from trajdist.doctor import Facts, diagnose, split
 from trajdist.job import Job
 from trajdist.loop import seconds, trainable
@@ -61,12 +61,14 @@ def _facts(session: Session, job: Job, time: dict[str, float], taken: float) -> 
     config, processes = session.config, session.processes
     # It draws new defects in every epoch, over the whole of each image.
     contrast = job.phase == 2 and config.domain_adaptation.objective == "contrast"
+    workers = resolve_workers(config.data.num_workers, processes.local_world, processes.device.type)
     return Facts(
         seconds=taken,
         steps=job.at.step,
         time=time,
         waits=processes.gather([time["data"]]),
-        workers=resolve_workers(config.data.num_workers, processes.local_world, processes.device.type),
+        workers=workers,
+        threads=resolve_threads(config.data.num_workers, workers),
         processors=processors() // processes.local_world,
         overlapping=processes.device.type == "cuda",
         compiled=config.backbone.compile,

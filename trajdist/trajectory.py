@@ -151,7 +151,7 @@ class TrajectoryExtractor:
         """A batch of so many images cut into passes of about the same size."""
         if self.images_per_pass is None or torch.compiler.is_exporting():
             return [slice(None)]
-        count = -(-num_images // self.images_per_pass)
+        count = max(1, -(-num_images // self.images_per_pass))
         ends = [number * num_images // count for number in range(count + 1)]
         return [slice(start, end) for start, end in itertools.pairwise(ends)]
 

@@ -78,6 +78,8 @@ class Examiner:
         """
         self._load(weights)
         pixels_BSS3 = self._few_images()
+        if not len(pixels_BSS3):
+            return []
         images = torch.from_numpy(pixels_BSS3).permute(0, 3, 1, 2).to(self.session.processes.device)
         trajectories = self.extractor(images)
         target_NLD = trajectories.flatten(0, 2)

@@ -23,6 +23,8 @@ from trajdist.data.drawing import DefectDraw
 from trajdist.sharding import Int64s, PlaceDraw, Plan, Slots, digest
 
 IndexAt = Callable[[int, Int64s], Int64s]
+# Workers or threads of one process: each may hold a decoded image of any size.
+MOST_READERS = 16
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -196,9 +198,9 @@ def resolve_workers(setting: int | str, local_world: int, device_type: str) -> i
     if isinstance(setting, int):
         return setting
     computing = torch.get_num_threads() if device_type == "cpu" else 1
-    return min(16, max(0, processors() // local_world - computing))
+    return min(MOST_READERS, max(0, processors() // local_world - computing))
 
 
 def resolve_threads(setting: int | str, workers: int) -> int:
     """Threads of the training process that read: with ``auto`` and no workers, as many as compute in between."""
-    return torch.get_num_threads() if setting == "auto" and not workers else 0
+    return min(MOST_READERS, torch.get_num_threads()) if setting == "auto" and not workers else 0

@@ -118,7 +118,9 @@ def read(name: str, start: int, length: int) -> bytes:
         Exception: whatever the file system raises.
     """
     if not is_url(name):
-        return os.pread(_opened(name).descriptor, length, start)
+        # Held while it is read: another thread may have it fall out of the list of open files, which closes it.
+        file = _opened(name)
+        return os.pread(file.descriptor, length, start)
     content: bytes = _filesystem(name).cat_file(name, start=start, end=start + length)
     return content
 
