@@ -56,6 +56,8 @@ class Labels:
 def report(job: Scoring, labels: Labels | None = None) -> None:
     """Write ``report.html`` of a finished scoring; the main process calls it."""
     top, bottom = most_anomalous(job.out, TABLE_ROWS), least_anomalous(job.out, GALLERY)
+    gallery = top[:GALLERY]
+    scored = _score_again(job, [position for position, _ in (*gallery, *bottom)])
     data = ReportData(
         title=f"{RunDir(job.run_dir).path.name}: {job.images_title}",
         summary=_summary(job),
@@ -68,8 +70,8 @@ def report(job: Scoring, labels: Labels | None = None) -> None:
         defects=_defects(labels.metrics) if labels else (),
         curves=_curves(labels) if labels else (),
         blocks=job.block_names,
-        most_anomalous=[_picture(job, position, row, labels) for position, row in top[:GALLERY]],
-        least_anomalous=[_picture(job, position, row, labels) for position, row in bottom],
+        most_anomalous=[_picture(job, scored[position], row, labels) for position, row in gallery],
+        least_anomalous=[_picture(job, scored[position], row, labels) for position, row in bottom],
     )
     write_report(job.out / "report.html", data)
 
@@ -93,24 +95,26 @@ def _image_row(position: int, row: Row, labels: Labels | None) -> ImageRow:
     return ImageRow(row["image"], row["score"], row["p_value"], row["is_anomalous"], kind)
 
 
-def _picture(job: Scoring, position: int, row: Row, labels: Labels | None) -> Picture:
-    """Read and score one image again: nothing of the pictures was kept."""
-    scored = _score_again(job, position)
+def _picture(job: Scoring, scored: Scored, row: Row, labels: Labels | None) -> Picture:
     overlay = pictures.overlay(scored.pixels_SS3, map_of(job, scored), *map_range(job))
     original = Image.fromarray(scored.pixels_SS3)
     return Picture(
-        _image_row(position, row, labels),
+        _image_row(scored.position, row, labels),
         pictures.jpeg(original),
         pictures.jpeg(overlay),
         np.sqrt(scored.energies_L).round(4).tolist(),  # The roots are what the score averages.
     )
 
 
-def _score_again(job: Scoring, position: int) -> Scored:
-    pixels_SS3 = to_square(job.source.load(position, job.scorer.size), job.scorer.size, job.scorer.fit)
-    images = torch.from_numpy(np.array(pixels_SS3)).permute(2, 0, 1)[None]
-    batch = ImageBatch(images, torch.ones(1), torch.zeros((), dtype=torch.int64), [])
-    return next(score_batch(job, batch, position, position + 1))
+def _score_again(job: Scoring, positions: list[int]) -> dict[int, Scored]:
+    """Read and score a few images again, in one batch: nothing of the pictures was kept."""
+    positions, size, fit = sorted(set(positions)), job.scorer.size, job.scorer.fit
+    if not positions:
+        return {}
+    pixels_BSS3 = np.stack([to_square(job.source.load(position, size), size, fit) for position in positions])
+    images = torch.from_numpy(pixels_BSS3).permute(0, 3, 1, 2)
+    batch = ImageBatch(images, torch.ones(len(positions)), torch.zeros((), dtype=torch.int64), [])
+    return {scored.position: scored for scored in score_batch(job, batch, positions)}
 
 
 def _bars(job: Scoring, labels: Labels | None) -> ScoreBars:

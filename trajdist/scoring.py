@@ -6,7 +6,7 @@ Shape suffixes: B images, H W grid, L blocks, S pixels per side.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,7 +212,7 @@ def _walk(job: Scoring, plan: Plan, cursor: int, maps: MapsFile, visit: Visit | 
     with Progress(job.console, "scoring", plan.num_images, cursor) as progress:
         for step, batch in zip(plan.steps(cursor), job.loader_of(plan, cursor), strict=True):
             slots = plan.micro_batch(step, 0, job.processes.rank)
-            scored = list(score_batch(job, batch, slots.start, slots.stop))
+            scored = list(score_batch(job, batch, range(slots.start, slots.stop)))
             in_threads(lambda image: _draw(job, image), scored, job.drawing_threads)
             if visit is not None:
                 _visit_all(job.processes, visit, scored)
@@ -228,12 +228,12 @@ def _visit_all(processes: Processes, visit: Visit, scored: list[Scored]) -> None
     processes.all_do(visit_each)
 
 
-def score_batch(job: Scoring, batch: ImageBatch, start: int, stop: int) -> Iterator[Scored]:
-    """The scored images of a batch that holds positions ``start`` to ``stop``; unreadable ones are left out."""
+def score_batch(job: Scoring, batch: ImageBatch, positions: Sequence[int]) -> Iterator[Scored]:
+    """The scored images of a batch that holds those at ``positions``; unreadable ones are left out."""
     results = job.scorer.score_batch(batch.images.to(job.processes.device, non_blocking=True))
     on_cpu = [CellScores(*(part.cpu() for part in vars(result).values())) for result in results]
     p_values = [d.images.p_values(r.images_B) for d, r in zip(job.scorer.detectors, on_cpu, strict=True)]
-    for slot, position in enumerate(range(start, stop)):
+    for slot, position in enumerate(positions):
         if not batch.weights[slot]:
             continue
         first = on_cpu[0]
