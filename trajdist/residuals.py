@@ -89,6 +89,11 @@ class ResidualModel(nn.Module):
         self.register_buffer("usual_P", torch.zeros(places))
         self.register_buffer("centre", torch.zeros(()))
         self.register_buffer("spread", torch.ones(()))
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Keep the whitening in memory as its products read it."""
+        self.whitening_FF = self.whitening_FF.T.contiguous().T
 
     def energies(self, residual_NF: torch.Tensor) -> torch.Tensor:
         """Energy of each block at each place, ``[B, P, L]``, about 1 for clean images."""

@@ -75,7 +75,10 @@ class Detector:
     def residuals(self, trajectories_BHWLD: torch.Tensor, valid_LD: torch.Tensor) -> torch.Tensor:
         """Valid entries of trajectory minus reconstruction, ``[N, F]``."""
         target_NLD = trajectories_BHWLD.flatten(0, 2)
-        return (target_NLD - self.model(target_NLD).output_NLD.float())[:, valid_LD]
+        error_NLD = target_NLD - self.model(target_NLD).output_NLD.float()
+        # Where no block is padded there is nothing to leave out, and nothing to copy.
+        padded = sum(self.residual.widths) < valid_LD.numel()
+        return error_NLD[:, valid_LD] if padded else error_NLD.flatten(1)
 
     @torch.no_grad()
     def energies(self, trajectories_BHWLD: torch.Tensor, valid_LD: torch.Tensor) -> torch.Tensor:
@@ -111,6 +114,7 @@ class Detector:
         tensors = read_tensors(path)
         own = {name.removeprefix("residual."): t for name, t in tensors.items() if name.startswith("residual.")}
         load_state(self.residual, own, path)
+        self.residual.lay_out()
         for name, tensor in own.items():
             if not bool(tensor.isfinite().all()):
                 raise ArtifactError(f"{str(path)!r} holds {name!r} that is not finite: make the calibration again.")

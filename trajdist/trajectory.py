@@ -21,6 +21,7 @@ from trajdist.backbones import Backbone, Block
 from trajdist.eigen import leading_eigenvectors
 from trajdist.errors import ConfigError
 from trajdist.linear import linear
+from trajdist.prepacked import prepack, unpack
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -30,7 +31,7 @@ EIGENVALUE_FLOOR = 1e-4
 COMPILED_TOLERANCE = 0.03
 # On CPUs as many images pass the backbone at a time as have activations of this size: larger ones are no faster, only
 # larger, and in the heap they leave gaps behind.
-PASS_BYTES = 64 * 2**20
+PASS_BYTES = 32 * 2**20
 # Sizes of batch that are compiled, each for seconds; a run has few, and those beyond are rare ones.
 MOST_GRAPHS = 16
 UNLIMITED = 2**16
@@ -131,6 +132,7 @@ class TrajectoryExtractor:
         self.backbone, self.projection, self.resolution = backbone, projection, resolution
         self.subcells, self.steps = subcells, trajectory_steps(backbone.blocks, resolution, subcells)
         self.images_per_pass: int | None = None
+        self.compiled = False
         projection.lay_out()
         self._run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = self._trajectories
 
@@ -146,6 +148,9 @@ class TrajectoryExtractor:
         if images_per_pass is None and device_type == "cpu":
             images_per_pass = max(1, PASS_BYTES // self.backbone.largest_bytes)
         self.images_per_pass = images_per_pass
+        # A compiler packs by itself, and reads the weights where they were.
+        if device_type == "cpu" and not self.compiled:
+            prepack(self.backbone.network)
 
     def passes(self, num_images: int) -> list[slice]:
         """A batch of so many images cut into passes of about the same size."""
@@ -185,7 +190,8 @@ class TrajectoryExtractor:
                 proven.add(shape)
             return result
 
-        self._run = run
+        self._run, self.compiled = run, True
+        unpack(self.backbone.network)
         return self
 
     @torch.no_grad()

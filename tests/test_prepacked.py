@@ -1,0 +1,137 @@
+"""Convolutions that keep their weights as the kernels read them are the same convolutions, and give them back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from trajdist import prepacked
+from trajdist.backbones import _pad_in_convolutions, build_backbone
+from trajdist.prepacked import PrepackedConv2d, prepack, unpack
+
+pytestmark = pytest.mark.skipif(not prepacked._available(), reason="this build of torch has no oneDNN")
+
+CONVOLUTIONS = {
+    "plain": nn.Conv2d(16, 24, 3, padding=1),
+    "no bias": nn.Conv2d(16, 24, 1, bias=False),
+    "stem": nn.Conv2d(3, 8, 7, stride=2, padding=3),
+    "grouped": nn.Conv2d(16, 32, 3, padding=1, groups=4),
+    "depthwise": nn.Conv2d(24, 24, 5, stride=2, padding=2, groups=24),
+    "dilated": nn.Conv2d(5, 7, 3, padding=(2, 1), dilation=(2, 1)),
+}
+
+
+def images(channels, count=3, side=14):
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, channels, side, side, generator=generator).to(memory_format=torch.channels_last)
+
+
+def prepacked_copy(conv):
+    copied = copy.deepcopy(conv).requires_grad_(False)
+    prepack(copied)
+    assert type(copied) is PrepackedConv2d
+    return copied
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@torch.no_grad()
+def test_it_is_the_same_convolution(kind):
+    conv = CONVOLUTIONS[kind]
+    packed = prepacked_copy(conv)
+    for count, side in ((3, 14), (1, 14), (8, 9)):
+        x = images(conv.in_channels, count, side)
+        torch.testing.assert_close(packed(x), conv(x), rtol=1e-5, atol=1e-6)
+    # One copy of the weights, not two.
+    assert packed.weight is None
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@torch.no_grad()
+def test_the_weights_come_back_to_the_bit(kind):
+    conv = CONVOLUTIONS[kind]
+    packed = prepacked_copy(conv)
+    packed(images(conv.in_channels))
+    unpack(packed)
+    assert type(packed) is nn.Conv2d
+    assert torch.equal(packed.weight, conv.weight)
+    assert not packed.weight.requires_grad
+
+
+@torch.no_grad()
+def test_a_move_or_another_type_of_number_finds_the_weights():
+    conv = CONVOLUTIONS["plain"]
+    packed, x = prepacked_copy(conv), images(16)
+    packed(x)
+    assert torch.equal(packed.double()(x.double()), copy.deepcopy(conv).double()(x.double()))
+    assert packed.weight.dtype == torch.float64
+
+
+@torch.no_grad()
+def test_half_precision_in_between():
+    conv = CONVOLUTIONS["plain"]
+    packed, x = prepacked_copy(conv), images(16)
+    for _ in range(2):
+        torch.testing.assert_close(packed(x), conv(x), rtol=1e-5, atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(packed(x), conv(x))
+
+
+def test_gradients_of_the_image_pass():
+    packed, x = prepacked_copy(CONVOLUTIONS["plain"]), images(16).requires_grad_()
+    packed(x).sum().backward()
+    assert x.grad is not None
+    assert bool((x.grad != 0).any())
+
+
+def test_other_convolutions_are_left_alone():
+    class Own(nn.Conv2d):
+        pass
+
+    network = nn.Sequential(
+        Own(3, 3, 1), nn.Conv2d(3, 3, 3, padding="same"), nn.Conv2d(3, 3, 1, padding_mode="reflect")
+    )
+    kinds = [type(module) for module in network]
+    prepack(network)
+    assert [type(module) for module in network] == kinds
+
+
+def test_where_torch_lacks_the_operators_nothing_changes(monkeypatch):
+    monkeypatch.setattr(prepacked, "_available", lambda: False)
+    conv = nn.Conv2d(3, 3, 1)
+    prepack(conv)
+    assert type(conv) is nn.Conv2d
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_lite0"])
+@torch.no_grad()
+def test_backbones_are_the_same(name):
+    backbone = build_backbone(name, "none", [], 64, seed=0)
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    def outputs():
+        seen = []
+        backbone(pixels, lambda block, activation: seen.append(activation.clone()))
+        return seen
+
+    plain = outputs()
+    prepack(backbone.network)
+    assert any(isinstance(module, PrepackedConv2d) for module in backbone.network.modules())
+    for _ in range(2):
+        for one, other in zip(outputs(), plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_quickstarts_network_pads_in_its_convolutions():
+    """To the bit what its own layers compute that copy the map first; fingerprints do not notice."""
+    efficientnet = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet
+    torch.manual_seed(0)
+    own = efficientnet.from_name("efficientnet-lite0").eval()
+    padded = copy.deepcopy(own)
+    _pad_in_convolutions(padded)
+    x = images(3, 2, 64)
+    with torch.no_grad():
+        assert torch.equal(padded(x), own(x))
+    assert list(padded.state_dict()) == list(own.state_dict())
+    left = [m for m in padded.modules() if isinstance(m, nn.Conv2d) and hasattr(m, "static_padding")]
+    assert 0 < len(left) < 8
