@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from trajdist import cpu_kernels
 from trajdist.backbones import Backbone, Block
 from trajdist.eigen import leading_eigenvectors
 from trajdist.errors import ConfigError
 from trajdist.linear import linear
-from trajdist.prepacked import prepack, unpack
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -150,7 +150,7 @@ class TrajectoryExtractor:
         self.images_per_pass = images_per_pass
         # A compiler packs by itself, and reads the weights where they were.
         if device_type == "cpu" and not self.compiled:
-            prepack(self.backbone.network)
+            cpu_kernels.quicken(self.backbone.network)
 
     def passes(self, num_images: int) -> list[slice]:
         """A batch of so many images cut into passes of about the same size."""
@@ -191,7 +191,7 @@ class TrajectoryExtractor:
             return result
 
         self._run, self.compiled = run, True
-        unpack(self.backbone.network)
+        cpu_kernels.restore(self.backbone.network)
         return self
 
     @torch.no_grad()

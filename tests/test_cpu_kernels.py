@@ -1,4 +1,4 @@
-"""Convolutions that keep their weights as the kernels read them are the same convolutions, and give them back."""
+"""A frozen network by the CPU's own ways computes the same, and is given back as it was."""
 
 import copy
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from trajdist import prepacked
+from trajdist import cpu_kernels
 from trajdist.backbones import _pad_in_convolutions, build_backbone
-from trajdist.prepacked import PrepackedConv2d, prepack, unpack
+from trajdist.cpu_kernels import PrepackedConv2d, quicken, restore
 
-pytestmark = pytest.mark.skipif(not prepacked._available(), reason="this build of torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not cpu_kernels._available(), reason="this build of torch has no oneDNN")
 
 CONVOLUTIONS = {
     "plain": nn.Conv2d(16, 24, 3, padding=1),
@@ -29,7 +29,7 @@ def images(channels, count=3, side=14):
 
 def prepacked_copy(conv):
     copied = copy.deepcopy(conv).requires_grad_(False)
-    prepack(copied)
+    quicken(copied)
     assert type(copied) is PrepackedConv2d
     return copied
 
@@ -52,7 +52,7 @@ def test_the_weights_come_back_to_the_bit(kind):
     conv = CONVOLUTIONS[kind]
     packed = prepacked_copy(conv)
     packed(images(conv.in_channels))
-    unpack(packed)
+    restore(packed)
     assert type(packed) is nn.Conv2d
     assert torch.equal(packed.weight, conv.weight)
     assert not packed.weight.requires_grad
@@ -92,18 +92,18 @@ def test_other_convolutions_are_left_alone():
         Own(3, 3, 1), nn.Conv2d(3, 3, 3, padding="same"), nn.Conv2d(3, 3, 1, padding_mode="reflect")
     )
     kinds = [type(module) for module in network]
-    prepack(network)
+    quicken(network)
     assert [type(module) for module in network] == kinds
 
 
 def test_where_torch_lacks_the_operators_nothing_changes(monkeypatch):
-    monkeypatch.setattr(prepacked, "_available", lambda: False)
+    monkeypatch.setattr(cpu_kernels, "_available", lambda: False)
     conv = nn.Conv2d(3, 3, 1)
-    prepack(conv)
+    quicken(conv)
     assert type(conv) is nn.Conv2d
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v3_small", "efficientnet_lite0"])
 @torch.no_grad()
 def test_backbones_are_the_same(name):
     backbone = build_backbone(name, "none", [], 64, seed=0)
@@ -115,11 +115,15 @@ def test_backbones_are_the_same(name):
         return seen
 
     plain = outputs()
-    prepack(backbone.network)
+    quicken(backbone.network)
     assert any(isinstance(module, PrepackedConv2d) for module in backbone.network.modules())
     for _ in range(2):
         for one, other in zip(outputs(), plain, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    restore(backbone.network)
+    assert not any("forward" in vars(module) for module in backbone.network.modules())
+    for one, other in zip(outputs(), plain, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_quickstarts_network_pads_in_its_convolutions():
