@@ -119,7 +119,8 @@ def test_backbones_are_the_same(name):
     assert any(isinstance(module, PrepackedConv2d) for module in backbone.network.modules())
     for _ in range(2):
         for one, other in zip(outputs(), plain, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+            # Kernels may add up in another order: float32 rounding, layer after layer, of the largest values.
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
     restore(backbone.network)
     assert not any("forward" in vars(module) for module in backbone.network.modules())
     for one, other in zip(outputs(), plain, strict=True):
