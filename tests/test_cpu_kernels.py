@@ -8,7 +8,7 @@ from torch import nn
 
 from trajdist import cpu_kernels
 from trajdist.backbones import _pad_in_convolutions, build_backbone
-from trajdist.cpu_kernels import PrepackedConv2d, quicken, restore
+from trajdist.cpu_kernels import PrepackedConv2d, adopt, restore
 
 pytestmark = pytest.mark.skipif(not cpu_kernels._available(), reason="this build of torch has no oneDNN")
 
@@ -29,7 +29,7 @@ def images(channels, count=3, side=14):
 
 def prepacked_copy(conv):
     copied = copy.deepcopy(conv).requires_grad_(False)
-    quicken(copied)
+    adopt(copied)
     assert type(copied) is PrepackedConv2d
     return copied
 
@@ -92,14 +92,14 @@ def test_other_convolutions_are_left_alone():
         Own(3, 3, 1), nn.Conv2d(3, 3, 3, padding="same"), nn.Conv2d(3, 3, 1, padding_mode="reflect")
     )
     kinds = [type(module) for module in network]
-    quicken(network)
+    adopt(network)
     assert [type(module) for module in network] == kinds
 
 
 def test_where_torch_lacks_the_operators_nothing_changes(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "_available", lambda: False)
     conv = nn.Conv2d(3, 3, 1)
-    quicken(conv)
+    adopt(conv)
     assert type(conv) is nn.Conv2d
 
 
@@ -115,7 +115,7 @@ def test_backbones_are_the_same(name):
         return seen
 
     plain = outputs()
-    quicken(backbone.network)
+    adopt(backbone.network)
     assert any(isinstance(module, PrepackedConv2d) for module in backbone.network.modules())
     for _ in range(2):
         for one, other in zip(outputs(), plain, strict=True):

@@ -24,28 +24,23 @@ class PrepackedConv2d(nn.Conv2d):
     Any other call, and any move, puts them back; ``state_dict`` lacks them meanwhile.
     """
 
+    # Neither parameter nor buffer: its kind of tensor can be neither moved nor saved.
+    _packed: torch.Tensor | None = None
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not _is_plain(input):
             self._unpack()
             return super().forward(input)
         if self._packed is None:
-            self._pack(input.shape)
+            self._packed = _reordered(self, input.shape)
+            self.weight = None  # type: ignore[assignment]
         return _convolve(self, input, self._packed)
 
-    @property
-    def _packed(self) -> torch.Tensor | None:
-        # Neither parameter nor buffer: its kind of tensor can be neither moved nor saved.
-        return self.__dict__.get("packed")
-
-    def _pack(self, shape: torch.Size) -> None:
-        self.__dict__["packed"] = _reordered(self, shape)
-        self.weight = None  # type: ignore[assignment]
-
     def _unpack(self) -> None:
-        packed = self.__dict__.pop("packed", None)
-        if packed is not None:
-            dense = packed.to_dense().contiguous(memory_format=torch.channels_last)
+        if self._packed is not None:
+            dense = self._packed.to_dense().contiguous(memory_format=torch.channels_last)
             self.weight = nn.Parameter(dense, requires_grad=False)
+            del self._packed
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._unpack()
@@ -79,7 +74,7 @@ def _bottleneck(block: Any, x: torch.Tensor) -> torch.Tensor:
 FORWARDS = {"BasicBlock": _basic_block, "Bottleneck": _bottleneck}
 
 
-def quicken(network: nn.Module) -> None:
+def adopt(network: nn.Module) -> None:
     """Let a frozen network's convolutions and torchvision's residual blocks take these ways, in place.
 
     The rest of the network, and all of it on any other device, computes as before.
@@ -87,20 +82,24 @@ def quicken(network: nn.Module) -> None:
     if not _available():
         return
     for module in network.modules():
-        kind = type(module)
-        if kind.__module__ == "torchvision.models.resnet" and kind.__name__ in FORWARDS:
-            module.forward = MethodType(FORWARDS[kind.__name__], module)
+        if _is_residual(module):
+            module.forward = MethodType(FORWARDS[type(module).__name__], module)
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
             module.__class__ = PrepackedConv2d
 
 
 def restore(network: nn.Module) -> None:
-    """Undo :func:`quicken`, in place."""
+    """Undo :func:`adopt`, in place."""
     for module in network.modules():
-        module.__dict__.pop("forward", None)
+        if _is_residual(module):
+            vars(module).pop("forward", None)
         if isinstance(module, PrepackedConv2d):
             module._unpack()
             module.__class__ = nn.Conv2d  # type: ignore[assignment]
+
+
+def _is_residual(module: nn.Module) -> bool:
+    return type(module).__module__ == "torchvision.models.resnet" and type(module).__name__ in FORWARDS
 
 
 def _is_plain(x: torch.Tensor) -> bool:
@@ -112,15 +111,19 @@ def _is_plain(x: torch.Tensor) -> bool:
 
 
 def _reordered(conv: nn.Conv2d, shape: torch.Size) -> torch.Tensor:
-    geometry = [list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups]
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *geometry, list(shape))
+    reorder = torch.ops.mkldnn._reorder_convolution_weight
+    packed: torch.Tensor = reorder(conv.weight.detach(), *_geometry(conv), list(shape))
     return packed
 
 
 def _convolve(conv: nn.Conv2d, x: torch.Tensor, packed: torch.Tensor | None) -> torch.Tensor:
-    geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
-    result: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, conv.bias, *geometry, "none", [], "")
+    convolve = torch.ops.mkldnn._convolution_pointwise
+    result: torch.Tensor = convolve(x, packed, conv.bias, *_geometry(conv), "none", [], "")
     return result
+
+
+def _geometry(conv: nn.Conv2d) -> tuple[object, ...]:
+    return conv.padding, conv.stride, conv.dilation, conv.groups
 
 
 @cache

@@ -26,6 +26,11 @@ def linear(rows: torch.Tensor, weight_MC: torch.Tensor, bias_M: torch.Tensor | N
     return product_BMHW.permute(0, 2, 3, 1).reshape(*rows.shape[:-1], len(weight_MC))
 
 
+def laid_out(matrix_CM: torch.Tensor) -> torch.Tensor:
+    """The same matrix, in memory as :func:`linear` reads its transpose."""
+    return matrix_CM.T.contiguous().T
+
+
 def _height(rows: torch.Tensor) -> int:
     """The largest divisor of the number of rows up to its root; 0 where a convolution is of no use."""
     if rows.device.type != "cpu" or rows.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trajdist.linear import linear
+from trajdist.linear import laid_out, linear
 from trajdist.trajectory import BlockMoments, Reduce
 
 # Share of the mean variance added to every variance: entries that clean images never move must not decide alone.
@@ -93,7 +93,7 @@ class ResidualModel(nn.Module):
 
     def lay_out(self) -> None:
         """Keep the whitening in memory as its products read it."""
-        self.whitening_FF = self.whitening_FF.T.contiguous().T
+        self.whitening_FF = laid_out(self.whitening_FF)
 
     def energies(self, residual_NF: torch.Tensor) -> torch.Tensor:
         """Energy of each block at each place, ``[B, P, L]``, about 1 for clean images."""

@@ -21,7 +21,7 @@ from trajdist import cpu_kernels
 from trajdist.backbones import Backbone, Block
 from trajdist.eigen import leading_eigenvectors
 from trajdist.errors import ConfigError
-from trajdist.linear import linear
+from trajdist.linear import laid_out, linear
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -118,7 +118,7 @@ class Projection(nn.Module):
         """Keep the matrices in memory as their products read them."""
         for step in range(len(self.channels)):
             matrix_CD = self.get_buffer(f"matrix_{step}")
-            self.register_buffer(f"matrix_{step}", matrix_CD.T.contiguous().T)
+            self.register_buffer(f"matrix_{step}", laid_out(matrix_CD))
 
     def set_step(self, step: int, mean_C: torch.Tensor, matrix_CD: torch.Tensor) -> None:
         self.get_buffer(f"mean_{step}").copy_(mean_C)
@@ -144,13 +144,16 @@ class TrajectoryExtractor:
         return self
 
     def suit(self, device_type: str, images_per_pass: int | None = None) -> None:
-        """Choose how many images pass the backbone at a time; by default all of a batch, on CPUs a few."""
+        """Choose how many images pass the backbone at a time; by default all of a batch, on CPUs a few.
+
+        On CPUs the backbone also takes the ways of :mod:`trajdist.cpu_kernels`.
+        """
         if images_per_pass is None and device_type == "cpu":
             images_per_pass = max(1, PASS_BYTES // self.backbone.largest_bytes)
         self.images_per_pass = images_per_pass
         # A compiler packs by itself, and reads the weights where they were.
         if device_type == "cpu" and not self.compiled:
-            cpu_kernels.quicken(self.backbone.network)
+            cpu_kernels.adopt(self.backbone.network)
 
     def passes(self, num_images: int) -> list[slice]:
         """A batch of so many images cut into passes of about the same size."""
