@@ -29,7 +29,8 @@ from trajdist.data.labelled import GOOD, LabelledFolder
 from trajdist.data.sources import ImageFolder
 from trajdist.histogram import ScoreHistogram
 from trajdist.metrics import PixelScores, curve
-from trajdist.trajectory import BlockMoments, TrajectoryExtractor, pool
+from trajdist.projection import BlockMoments
+from trajdist.trajectory import TrajectoryExtractor, pool
 
 SIZE, BATCH = 224, 32
 BANK_CELLS, BANK_BLOCKS = 20_000, (5, 11)  # Two middle blocks, counted from zero.

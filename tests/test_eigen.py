@@ -7,7 +7,7 @@ import torch
 
 from trajdist import eigen
 from trajdist.eigen import leading_eigenvectors
-from trajdist.trajectory import pca_whitening
+from trajdist.projection import pca_whitening
 
 SIZE, COUNT = 1024, 32
 

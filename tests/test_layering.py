@@ -18,7 +18,7 @@ LAYERS = (
     "data.__init__ data.decode data.drawing data.base data.storage data.sources data.samples data.hub"
     " data.shard_index data.shard_cache data.shards data.cache data.loader data.labelled"
     " data.defects backbones",
-    "trajectory models.__init__ models.reconstruction models.autoencoder models.vae models.transformer"
+    "projection trajectory models.__init__ models.reconstruction models.autoencoder models.vae models.transformer"
     " models.registry losses schedules",
     "lora checkpoint keeper bundle rundir selection pack histogram metrics calibration residuals objectives card"
     " report score_files",

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trajdist.projection import BlockMoments
 from trajdist.residuals import HOTTEST_SHARE, PlaceMoments, ResidualModel, deepest_first, image_scores, roots, upsample
-from trajdist.trajectory import BlockMoments
 
 CPU = torch.device("cpu")
 WIDTHS = [3, 2, 4]

@@ -18,14 +18,8 @@ from hypothesis import strategies as st
 from trajdist import trajectory
 from trajdist.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, Block, build_backbone
 from trajdist.errors import ConfigError
-from trajdist.trajectory import (
-    BlockMoments,
-    Projection,
-    TrajectoryExtractor,
-    fit_projection,
-    pool,
-    trajectory_steps,
-)
+from trajdist.projection import BlockMoments, Projection, fit_projection
+from trajdist.trajectory import TrajectoryExtractor, pool, trajectory_steps
 
 IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 BLOCKS = ("layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1", "layer4.0", "layer4.1")
@@ -36,13 +30,13 @@ def backbone() -> Backbone:
     return build_backbone("resnet18", "none", [], 64, seed=0)
 
 
-def random_projection_for(backbone: Backbone, feature_dim: int) -> Projection:
+def random_projection_for(backbone: Backbone, feature_dim: int, subcells: int = 1) -> Projection:
     generator = torch.Generator().manual_seed(1)
-    projection = Projection([block.channels for block in backbone.blocks], feature_dim)
-    for block, channels in enumerate(projection.channels):
+    projection = Projection([step.channels for step in trajectory_steps(backbone.blocks, 4, subcells)], feature_dim)
+    for step, channels in enumerate(projection.channels):
         width = min(channels, feature_dim)
         matrix = torch.randn(channels, width, generator=generator) / channels
-        projection.set_step(block, torch.randn(channels, generator=generator), matrix)
+        projection.set_step(step, torch.randn(channels, generator=generator), matrix)
     return projection
 
 
@@ -257,6 +251,21 @@ def test_chosen_places_are_those_of_the_whole(backbone):
     assert ours.shape == (3, 3, 8, 80)
     for image, chosen in enumerate(places):
         torch.testing.assert_close(ours[image], whole[image, chosen], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("subcells", [1, 2])
+@pytest.mark.parametrize("pooled_bytes", [2**10, 2**18, 2**30])
+def test_in_groups_and_passes_it_is_the_same(monkeypatch, subcells, pooled_bytes):
+    """Passes of one image that are projected one by one, a few together or all together; all places and some."""
+    backbone = build_backbone("resnet18", "none", [], 64, seed=0)
+    projection = random_projection_for(backbone, 80, subcells)
+    whole, cut = (TrajectoryExtractor(backbone, projection, 4, subcells) for _ in range(2))
+    monkeypatch.setattr(trajectory, "PASS_BYTES", backbone.largest_bytes)
+    monkeypatch.setattr(trajectory, "POOLED_BYTES", pooled_bytes)
+    cut.suit("cpu")
+    images, places = torch.cat([IMAGES, IMAGES.flip(3)])[:5], torch.tensor([[0, 5, 15], [1, 2, 3]] * 3)[:5]
+    torch.testing.assert_close(cut(images), whole(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cut.at(images, places), whole.at(images, places), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

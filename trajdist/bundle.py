@@ -18,8 +18,9 @@ from trajdist.config import Config
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.models.registry import build_model
 from trajdist.plugins import known_model
+from trajdist.projection import Projection
 from trajdist.rundir import RunDir
-from trajdist.trajectory import Projection, TrajectoryExtractor, trajectory_steps
+from trajdist.trajectory import TrajectoryExtractor, trajectory_steps
 
 # Sub-cells side by side: their covariance in float64 takes 8 bytes times the square of this, half a GiB.
 MOST_CHANNELS = 2**13

@@ -30,8 +30,9 @@ from trajdist.data.loader import ImageBatch
 from trajdist.feed import Feed, Stream, num_places
 from trajdist.models.registry import build_model
 from trajdist.objectives import ContrastModel, DefectContrast, Objective, ReconstructionError
+from trajdist.projection import BlockMoments, pca_whitening
 from trajdist.residuals import PlaceMoments, ResidualModel
-from trajdist.trajectory import BlockMoments, TrajectoryExtractor, pca_whitening, update_moments
+from trajdist.trajectory import TrajectoryExtractor, update_moments
 
 
 class LiveBytes(TorchDispatchMode):

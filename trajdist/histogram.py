@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from trajdist.errors import ArtifactError
-from trajdist.trajectory import Reduce
+from trajdist.projection import Reduce
 
 Doubles = npt.NDArray[np.float64]
 

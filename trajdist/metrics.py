@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from trajdist.histogram import Doubles, ScoreHistogram, lower_edges
-from trajdist.trajectory import Reduce
+from trajdist.projection import Reduce
 
 Mask = npt.NDArray[np.bool_]
 Points = list[tuple[float, float]]

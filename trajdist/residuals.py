@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trajdist.linear import laid_out, linear
-from trajdist.trajectory import BlockMoments, Reduce
+from trajdist.projection import BlockMoments, Reduce
 
 # Share of the mean variance added to every variance: entries that clean images never move must not decide alone.
 SHRINKAGE = 0.1

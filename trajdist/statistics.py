@@ -18,11 +18,12 @@ from trajdist.errors import StopRequested
 from trajdist.feed import move
 from trajdist.journal import BadImages, check_bad_fraction
 from trajdist.progress import Progress
+from trajdist.projection import BlockMoments, fit_projection
 from trajdist.residuals import PlaceMoments, ResidualModel, roots
 from trajdist.scorer import Detector
 from trajdist.session import Session
 from trajdist.sharding import Plan, Selection
-from trajdist.trajectory import BlockMoments, TrajectoryExtractor, fit_projection, update_moments
+from trajdist.trajectory import TrajectoryExtractor, update_moments
 
 
 def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtractor:

@@ -1,7 +1,7 @@
-"""Block activations -> trajectories, and the streaming statistics that the projection is made from.
+"""Block activations -> trajectories.
 
 Shape suffixes: B images, P places (H x W cells, row by row), C channels of a block or step, L steps, D channels of a
-trajectory, N rows.
+trajectory.
 """
 
 from __future__ import annotations
@@ -15,23 +15,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from trajdist import cpu_kernels
 from trajdist.backbones import Backbone, Block
-from trajdist.eigen import leading_eigenvectors
 from trajdist.errors import ConfigError
-from trajdist.linear import laid_out, linear
+from trajdist.projection import BlockMoments, Projection
 
-Reduce = Callable[[torch.Tensor], torch.Tensor]
-
-# Eigenvalues below this share of a block's mean variance are noise: they are not blown up to unit variance.
-EIGENVALUE_FLOOR = 1e-4
 # Compiled and plain trajectories may differ by this share of the largest: half precision rounds in other places.
 COMPILED_TOLERANCE = 0.03
 # On CPUs as many images pass the backbone at a time as have activations of this size: larger ones are no faster, only
-# larger, and in the heap they leave gaps behind.
-PASS_BYTES = 32 * 2**20
+# larger, and in the heap they leave gaps behind. What is pooled of several passes is projected together, as long as it
+# is no larger than this: between two passes the matrices leave the caches.
+PASS_BYTES, POOLED_BYTES = 32 * 2**20, 48 * 2**20
 # Sizes of batch that are compiled, each for seconds; a run has few, and those beyond are rare ones.
 MOST_GRAPHS = 16
 UNLIMITED = 2**16
@@ -88,51 +83,18 @@ def pool_subcells(map_BCHW: torch.Tensor, resolution: int, subcells: int) -> tor
     return grid.transpose(2, 3).reshape(batch, resolution**2, -1)
 
 
-class Projection(nn.Module):
-    """One affine map per step, from its channels to ``feature_dim`` numbers. Steps with fewer channels are padded.
-
-    Attributes:
-        valid_LD: bool, which numbers of a trajectory are real and not padding.
-    """
-
-    valid_LD: torch.Tensor
-
-    def __init__(self, channels: list[int], feature_dim: int) -> None:
-        super().__init__()
-        self.channels, self.feature_dim = list(channels), feature_dim
-        widths = [min(count, feature_dim) for count in channels]
-        for step, (count, width) in enumerate(zip(channels, widths, strict=True)):
-            self.register_buffer(f"mean_{step}", torch.zeros(count))
-            self.register_buffer(f"matrix_{step}", torch.zeros(count, width))
-        # On the CPU whatever the default device: nothing fills it in later.
-        valid_LD = torch.arange(feature_dim, device="cpu")[None, :] < torch.tensor(widths, device="cpu")[:, None]
-        self.register_buffer("valid_LD", valid_LD, persistent=False)
-
-    def forward(self, step: int, pooled_BPC: torch.Tensor) -> torch.Tensor:
-        """Project the pooled activation of a step, float32 ``[B, P, C]``, to ``[B, P, min(C, D)]``."""
-        # Subtracting first keeps the digits that a large mean would swallow.
-        centred_BPC = pooled_BPC - self.get_buffer(f"mean_{step}")
-        return linear(centred_BPC, self.get_buffer(f"matrix_{step}").T)
-
-    def lay_out(self) -> None:
-        """Keep the matrices in memory as their products read them."""
-        for step in range(len(self.channels)):
-            matrix_CD = self.get_buffer(f"matrix_{step}")
-            self.register_buffer(f"matrix_{step}", laid_out(matrix_CD))
-
-    def set_step(self, step: int, mean_C: torch.Tensor, matrix_CD: torch.Tensor) -> None:
-        self.get_buffer(f"mean_{step}").copy_(mean_C)
-        self.get_buffer(f"matrix_{step}").copy_(matrix_CD)
-
-
 class TrajectoryExtractor:
-    """Images -> trajectories through a frozen backbone. One block's activation exists at a time."""
+    """Images -> trajectories through a frozen backbone. One block's activation exists at a time.
+
+    A batch is cut into groups, whose pooled activations are projected together, and a group into passes through the
+    backbone.
+    """
 
     def __init__(self, backbone: Backbone, projection: Projection, resolution: int, subcells: int = 1) -> None:
         self.backbone, self.projection, self.resolution = backbone, projection, resolution
         self.subcells, self.steps = subcells, trajectory_steps(backbone.blocks, resolution, subcells)
         self.images_per_pass: int | None = None
-        self.compiled = False
+        self.gathers = self.compiled = False
         projection.lay_out()
         self._run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = self._trajectories
 
@@ -148,20 +110,21 @@ class TrajectoryExtractor:
 
         On CPUs the backbone also takes the ways of :mod:`trajdist.cpu_kernels`.
         """
-        if images_per_pass is None and device_type == "cpu":
+        # Who names a number wants little memory: nothing is gathered from one pass to the next.
+        self.gathers = images_per_pass is None and device_type == "cpu"
+        if self.gathers:
             images_per_pass = max(1, PASS_BYTES // self.backbone.largest_bytes)
         self.images_per_pass = images_per_pass
         # A compiler packs by itself, and reads the weights where they were.
         if device_type == "cpu" and not self.compiled:
             cpu_kernels.adopt(self.backbone.network)
 
-    def passes(self, num_images: int) -> list[slice]:
-        """A batch of so many images cut into passes of about the same size."""
-        if self.images_per_pass is None or torch.compiler.is_exporting():
-            return [slice(None)]
-        count = max(1, -(-num_images // self.images_per_pass))
-        ends = [number * num_images // count for number in range(count + 1)]
-        return [slice(start, end) for start, end in itertools.pairwise(ends)]
+    def groups(self, num_images: int, places: int | None = None) -> list[slice]:
+        """A batch of so many images, each with all or some places, cut into groups of about the same size."""
+        if not self.gathers or self.compiled:
+            return _cut(num_images, self.images_per_pass)
+        bytes_per_image = 4 * (places or self.resolution**2) * sum(self.projection.channels)
+        return _cut(num_images, max(self.images_per_pass or 1, POOLED_BYTES // bytes_per_image))
 
     def compile(self) -> TrajectoryExtractor:
         """Compile backbone, pooling and projection to one graph (torch.compile) for each of the first few batch sizes.
@@ -209,24 +172,21 @@ class TrajectoryExtractor:
 
     def _extract(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
         # len() of a batch of any size is a number to an exporter, its shape is not.
-        passes = self.passes(images_BCSS.shape[0])
-        parts = [self._run(images_BCSS[part], None if places_BK is None else places_BK[part]) for part in passes]
+        groups = self.groups(images_BCSS.shape[0], None if places_BK is None else places_BK.shape[1])
+        parts = [self._run(images_BCSS[part], None if places_BK is None else places_BK[part]) for part in groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _trajectories(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
-        """``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
+        """Of a group, ``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
         length, width = self.projection.valid_LD.shape
         places = self.resolution**2 if places_BK is None else places_BK.shape[1]
         out_BPLD = torch.zeros(images_BCSS.shape[0], places, length, width, device=images_BCSS.device)
-        rows_BK = None if places_BK is None else self._rows(places_BK)
 
         def project(step: int, pooled_BPC: torch.Tensor) -> None:
-            if rows_BK is not None:
-                pooled_BPC = pooled_BPC.flatten(0, 1)[rows_BK]
             projected = self.projection(step, pooled_BPC)
             out_BPLD[:, :, step, : projected.shape[-1]] = projected
 
-        self.observe(images_BCSS, project)
+        self.observe(images_BCSS, project, places_BK)
         return out_BPLD
 
     def _rows(self, places_BK: torch.Tensor) -> torch.Tensor:
@@ -235,25 +195,66 @@ class TrajectoryExtractor:
         return places_BK + first_B[:, None]
 
     @torch.no_grad()
-    def observe(self, images_BCSS: torch.Tensor, visit: Callable[[int, torch.Tensor], None]) -> None:
-        """Call ``visit(step, pooled)`` with float32 ``[B, P, C]`` for the steps of each block as it finishes."""
+    def observe(
+        self,
+        images_BCSS: torch.Tensor,
+        visit: Callable[[int, torch.Tensor], None],
+        places_BK: torch.Tensor | None = None,
+    ) -> None:
+        """Call ``visit(step, pooled)`` with float32 ``[B, P, C]``, or ``[B, K, C]`` of some places, for every step.
+
+        Of a group that passes the backbone at once, as each block finishes; otherwise when all of it has passed.
+        """
         # No inference mode: its tensors could not take part in training.
+        passes = _cut(images_BCSS.shape[0], self.images_per_pass)
+        if len(passes) == 1:
+            self._pass(images_BCSS, places_BK, visit)
+            return
+        count = self.resolution**2 if places_BK is None else places_BK.shape[1]
+        pooled_LBPC = [torch.empty(len(images_BCSS), count, channels) for channels in self.projection.channels]
+        for part in passes:
+
+            def gather(step: int, pooled_BPC: torch.Tensor, part: slice = part) -> None:
+                pooled_LBPC[step][part] = pooled_BPC
+
+            self._pass(images_BCSS[part], None if places_BK is None else places_BK[part], gather)
+        for step, pooled_BPC in enumerate(pooled_LBPC):
+            visit(step, pooled_BPC)
+
+    def _pass(
+        self,
+        images_BCSS: torch.Tensor,
+        places_BK: torch.Tensor | None,
+        visit: Callable[[int, torch.Tensor], None],
+    ) -> None:
+        """All images at once through the backbone, every block's activation pooled as it finishes."""
         device = images_BCSS.device.type
+        rows_BK = None if places_BK is None else self._rows(places_BK)
 
         def reduce_at_once(block: int, map_BCHW: torch.Tensor) -> None:
             with _full_precision(device):
                 for number, step in enumerate(self.steps):
                     if step.block == block:
-                        visit(number, pool_subcells(map_BCHW, self.resolution, step.subcells))
+                        pooled_BPC = pool_subcells(map_BCHW, self.resolution, step.subcells)
+                        visit(number, pooled_BPC if rows_BK is None else pooled_BPC.flatten(0, 1)[rows_BK])
 
         self.backbone(images_BCSS, reduce_at_once)
+
+
+def _cut(count: int, most: int | None) -> list[slice]:
+    """So many images in parts of about the same size, of at most so many; an exporter's batch of any size stays one."""
+    if most is None or torch.compiler.is_exporting():
+        return [slice(None)]
+    parts = max(1, -(-count // most))
+    ends = [number * count // parts for number in range(parts + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def update_moments(
     moments: list[BlockMoments], extractor: TrajectoryExtractor, images_BCSS: torch.Tensor, weights_B: torch.Tensor
 ) -> None:
     """Add a batch of images to the statistics of every step; those of weight 0 do not count."""
-    for part in extractor.passes(len(images_BCSS)):
+    for part in extractor.groups(len(images_BCSS)):
         weights_N = weights_B[part].repeat_interleave(extractor.resolution**2)
 
         def visit(step: int, pooled_BPC: torch.Tensor, weights_N: torch.Tensor = weights_N) -> None:
@@ -285,84 +286,3 @@ def _with_slack(images_BCSS: torch.Tensor) -> torch.Tensor:
     batch, channels, height, width = images_BCSS.shape
     flat = torch.zeros(images_BCSS.numel() + 64, dtype=images_BCSS.dtype)[:-64]
     return flat.view(batch, height, width, channels).permute(0, 3, 1, 2).copy_(images_BCSS)
-
-
-class BlockMoments:
-    """Streaming count, mean and scatter matrix of one block's channels (Chan, Golub & LeVeque 1983).
-
-    Each batch is centred on its own mean before it is multiplied, so float32 products lose nothing to a large mean;
-    sums are kept in float64 where the device has it.
-    """
-
-    def __init__(self, channels: int, device: torch.device) -> None:
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        self.count = torch.zeros((), dtype=kind, device=device)
-        self.mean_C = torch.zeros(channels, dtype=kind, device=device)
-        self.scatter_CC = torch.zeros(channels, channels, dtype=kind, device=device)
-
-    def update(self, rows_NC: torch.Tensor, weights_N: torch.Tensor) -> None:
-        """Add rows; a row of weight 0 does not count."""
-        count = weights_N.sum()
-        mean_C = (weights_N @ rows_NC) / count.clamp(min=1)
-        centred_NC = (rows_NC - mean_C) * weights_N[:, None]
-        self._merge(count.to(self.count), mean_C.to(self.count), linear(centred_NC.T, centred_NC.T))
-
-    def _merge(self, count: torch.Tensor, mean_C: torch.Tensor, scatter_CC: torch.Tensor) -> None:
-        total = (self.count + count).clamp(min=1)
-        delta_C = mean_C - self.mean_C
-        # In place: the matrix of a wide block is larger than all else that a batch needs.
-        self.scatter_CC += scatter_CC
-        self.scatter_CC.addr_(delta_C * (self.count * count / total), delta_C)
-        self.mean_C += delta_C * (count / total)
-        self.count += count
-
-    def all_reduce(self, sum_over_processes: Reduce) -> None:
-        """Merge the moments of all processes, each about the mean of all."""
-        count = sum_over_processes(self.count.clone())
-        mean_C = sum_over_processes(self.mean_C * self.count) / count.clamp(min=1)
-        delta_C = self.mean_C - mean_C
-        self.scatter_CC = sum_over_processes(self.scatter_CC.addr_(delta_C * self.count, delta_C))
-        self.count, self.mean_C = count, mean_C
-
-    @property
-    def covariance_CC(self) -> torch.Tensor:
-        """Covariance with divisor N."""
-        return self.scatter_CC / self.count.clamp(min=1)
-
-    @property
-    def variance_C(self) -> torch.Tensor:
-        """The covariance's diagonal."""
-        return self.scatter_CC.diagonal() / self.count.clamp(min=1)
-
-
-def pca_whitening(covariance_CC: torch.Tensor, width: int) -> torch.Tensor:
-    """``[C, width]``: the leading principal directions, each scaled to unit variance. Signs are fixed."""
-    values, vectors = leading_eigenvectors(covariance_CC.cpu().double(), width)
-    floor = EIGENVALUE_FLOOR * covariance_CC.diagonal().mean().cpu().double()
-    strongest = vectors.abs().argmax(0)
-    signs = torch.sign(vectors[strongest, torch.arange(vectors.shape[1])])
-    scale = torch.rsqrt(torch.maximum(values, floor).clamp(min=1e-12))
-    return vectors * signs * scale
-
-
-def random_projection(covariance_CC: torch.Tensor, width: int, seed: int) -> torch.Tensor:
-    """``[C, width]``: orthonormal random directions of the standardised channels, each scaled to unit variance."""
-    generator = torch.Generator().manual_seed(seed)
-    covariance = covariance_CC.cpu().double()
-    deviation = covariance.diagonal().clamp(min=1e-12).sqrt()
-    gaussian = torch.randn(len(deviation), width, generator=generator, dtype=torch.float64)
-    directions = torch.linalg.qr(gaussian).Q / deviation[:, None]
-    variance = torch.einsum("cd,ce,ed->d", directions, covariance, directions)
-    return directions * torch.rsqrt(variance.clamp(min=1e-12))
-
-
-def fit_projection(projection: Projection, moments: list[BlockMoments], kind: str, seed: int) -> None:
-    """Set every step's map from its moments; ``kind`` as in ``trajectory.projection``."""
-    for step, moment in enumerate(moments):
-        width = min(projection.channels[step], projection.feature_dim)
-        covariance = moment.covariance_CC
-        if kind == "pca":
-            matrix = pca_whitening(covariance, width)
-        else:
-            matrix = random_projection(covariance, width, seed + step)
-        projection.set_step(step, moment.mean_C.float().cpu(), matrix.float())
