@@ -6,8 +6,7 @@
 In every round, on the same images and batches (images/s; medians over the rounds; ratios within a round, with spread):
 
 (a) limit      the forward alone: channels last, BatchNorm folded, up to the last block, compiled if the config says so,
-               on batches that are decoded beforehand, memory kept between batches as trajdist keeps it, and on CPUs
-               with trajdist's packed weights; "as PyTorch has it" is the same without these
+               on batches that are decoded beforehand, memory kept between batches as trajdist keeps it
 (b) stream     the plain streaming loop of benchmarks/reference.py
 (c) collect    all trajectories first, then the training on them
 (d) trajdist   an epoch of ``trajdist train``, its loop alone; with its start, statistics and calibration in brackets
@@ -44,7 +43,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trajdist import bundle
 from trajdist.allocator import keep_freed_memory
-from trajdist.backbones import Backbone
 from trajdist.cli import main as trajdist
 from trajdist.config import Config
 from trajdist.config_files import load_config
@@ -81,12 +79,11 @@ class Case:
     batches: list[torch.Tensor]
     reference: Reference
     forward: Callable[[torch.Tensor], torch.Tensor]
-    usual_forward: Callable[[torch.Tensor], torch.Tensor]
     folder: Path
 
-    def alone(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> float:
-        """Seconds of a forward alone over all images."""
-        return seconds(lambda: [forward(batch) for batch in self.batches] and synchronize())
+    def limit(self) -> float:
+        """Seconds of the forward alone over all images."""
+        return seconds(lambda: [self.forward(batch) for batch in self.batches] and synchronize())
 
     def train(self, name: str, *overrides: str) -> tuple[float, float]:
         """Seconds of an epoch's loop, and of the whole command."""
@@ -121,9 +118,7 @@ def open_case(backbone: str, model: str, arguments: argparse.Namespace, images: 
         extractor,
         decoded(config, images),
         reference(config, extractor, images),
-        forward_alone(extractor.backbone, config.backbone.compile),
-        # Moved by its module: the extractor would pack the weights.
-        forward_alone(bundle.new_extractor(config).backbone.to(device_type()), config.backbone.compile),
+        forward_alone(extractor, config.backbone.compile),
         folder,
     )
 
@@ -136,7 +131,7 @@ def decoded(config: Config, images: Path) -> list[torch.Tensor]:
     return [data[slot].images.to(device_type()) for slot in slots]
 
 
-def forward_alone(network: Backbone, compile: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def forward_alone(extractor: TrajectoryExtractor, compile: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """The backbone up to its last block, whose output is what a compiler must not leave out."""
 
     @torch.no_grad()
@@ -146,7 +141,7 @@ def forward_alone(network: Backbone, compile: bool) -> Callable[[torch.Tensor], 
         def visit(block: int, activation: torch.Tensor) -> None:
             last[:] = [activation]
 
-        network(images_BCSS, visit)
+        extractor.backbone(images_BCSS, visit)
         return last[0]
 
     if not compile:
@@ -173,7 +168,7 @@ def gflop_per_image(case: Case) -> dict[str, float]:
     extractor, config = case.extractor, case.config
     image = case.batches[0][:1]
     with FlopCounterMode(display=False) as backbone:
-        forward_alone(extractor.backbone, compile=False)(image)
+        forward_alone(extractor, compile=False)(image)
     places_1K = torch.arange(num_places(config, extractor), device=image.device)[None]
     with FlopCounterMode(display=False) as extraction:
         trajectories_1KLD = extractor.at(image, places_1K)
@@ -195,7 +190,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     count, cache = sum(len(batch) for batch in case.batches), f"cache.dir={case.folder / 'cache'}"
     rates: dict[str, list[float]] = {}
     for _ in range(rounds + 1):
-        limit, usual = case.alone(case.forward), case.alone(case.usual_forward)
+        limit = case.limit()
         with usual_allocator():
             stream = case.reference.stream()
             collecting, training = case.reference.collect()
@@ -205,7 +200,6 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         cached, _ = case.train("cached", cache)
         for name, epochs, taken in (
             ("limit", 1, limit),
-            ("limit, as PyTorch has it", 1, usual),
             ("stream", 1, stream),
             ("collect", 1, collecting + training),
             ("trajdist", 1, plain),
@@ -224,7 +218,6 @@ def report(case: Case, count: int, rates: dict[str, list[float]]) -> dict[str, A
     arithmetic = gflop["backbone"] / sum(gflop.values())
     pairs = {
         "d / a": (rates["trajdist"], rates["limit"]),
-        "d / a as PyTorch has it": (rates["trajdist"], rates["limit, as PyTorch has it"]),
         "d / best a": (rates["trajdist"], [max(rates["limit"])] * len(rates["limit"])),
         "d / b": (rates["trajdist"], rates["stream"]),
         "d / c": (rates["trajdist"], rates["collect"]),
