@@ -19,7 +19,7 @@ from trajdist import trajectory
 from trajdist.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, Block, build_backbone
 from trajdist.errors import ConfigError
 from trajdist.projection import BlockMoments, Projection, fit_projection
-from trajdist.trajectory import TrajectoryExtractor, pool, trajectory_steps
+from trajdist.trajectory import TrajectoryExtractor, pool, pool_places, pool_subcells, trajectory_steps
 
 IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 BLOCKS = ("layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1", "layer4.0", "layer4.1")
@@ -251,6 +251,18 @@ def test_chosen_places_are_those_of_the_whole(backbone):
     assert ours.shape == (3, 3, 8, 80)
     for image, chosen in enumerate(places):
         torch.testing.assert_close(ours[image], whole[image, chosen], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [4, 8, 10, 16, 3])
+@pytest.mark.parametrize("subcells", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_pooling_of_some_places_is_that_of_all(side, subcells, memory_format):
+    """Where a part is whole pixels and where it is not; in both memory formats."""
+    activation = torch.randn(3, 6, side, side, generator=torch.Generator().manual_seed(side))
+    places = torch.tensor([[0, 5, 15], [1, 1, 3], [14, 8, 9]])
+    some = pool_places(activation.to(memory_format=memory_format), 4, subcells, places)
+    every = pool_subcells(activation, 4, subcells)
+    torch.testing.assert_close(some, every[torch.arange(3)[:, None], places], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("subcells", [1, 2])

@@ -28,7 +28,7 @@ class PrepackedConv2d(nn.Conv2d):
     _packed: torch.Tensor | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not _is_plain(input):
+        if not is_plain(input):
             self._unpack()
             return super().forward(input)
         if self._packed is None:
@@ -49,7 +49,7 @@ class PrepackedConv2d(nn.Conv2d):
 
 def _add_relu(residual: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
     """ReLU of the sum, in the memory of the residual, which nobody else reads."""
-    if _is_plain(residual) and residual.shape == shortcut.shape:
+    if is_plain(residual) and residual.shape == shortcut.shape:
         total: torch.Tensor = torch.ops.aten._add_relu_.Tensor(residual, shortcut)
         return total
     return residual.add_(shortcut).relu_()
@@ -102,7 +102,7 @@ def _is_residual(module: nn.Module) -> bool:
     return type(module).__module__ == "torchvision.models.resnet" and type(module).__name__ in FORWARDS
 
 
-def _is_plain(x: torch.Tensor) -> bool:
+def is_plain(x: torch.Tensor) -> bool:
     """Neither on a GPU, nor in half precision, nor watched by a compiler, an exporter or a counter."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False

@@ -12,12 +12,14 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 from trajdist import cpu_kernels
 from trajdist.backbones import Backbone, Block
+from trajdist.cpu_kernels import is_plain
 from trajdist.errors import ConfigError
 from trajdist.projection import BlockMoments, Projection
 
@@ -81,6 +83,35 @@ def pool_subcells(map_BCHW: torch.Tensor, resolution: int, subcells: int) -> tor
     batch, _, channels = parts_BQC.shape
     grid = parts_BQC.reshape(batch, resolution, subcells, resolution, subcells * channels)
     return grid.transpose(2, 3).reshape(batch, resolution**2, -1)
+
+
+def pool_places(map_BCHW: torch.Tensor, resolution: int, subcells: int, places_BK: torch.Tensor) -> torch.Tensor:
+    """As :func:`pool_subcells`, of some places: ``[B, K, subcells**2 * C]``.
+
+    On CPUs in float32 the rest of the map is not read, where its memory and its size allow it.
+    """
+    side, parts = map_BCHW.shape[-1], resolution * subcells
+    one_by_one = is_plain(map_BCHW) and map_BCHW.is_contiguous(memory_format=torch.channels_last)
+    if not one_by_one or map_BCHW.shape[-2] != side or side % parts:
+        pooled_BPC = pool_subcells(map_BCHW, resolution, subcells)
+        return pooled_BPC.flatten(0, 1)[_numbered(places_BK, resolution**2)]
+    pixels_PSN = _pixels_of_places(side, resolution, subcells)
+    pixels_BKSN = _numbered(pixels_PSN[places_BK], side**2)
+    sums_RC = F.embedding_bag(pixels_BKSN.flatten(0, 2), map_BCHW.permute(0, 2, 3, 1).flatten(0, 2), mode="sum")
+    return (sums_RC / pixels_PSN.shape[-1]).view(*places_BK.shape, -1)
+
+
+@cache
+def _pixels_of_places(side: int, resolution: int, subcells: int) -> torch.Tensor:
+    """Numbers of the pixels in every part of every place of a map, ``[P, subcells**2, pixels of a part]``."""
+    pixels = torch.arange(side**2).view(resolution, subcells, -1, resolution, subcells, side // (resolution * subcells))
+    return pixels.permute(0, 3, 1, 4, 2, 5).reshape(resolution**2, subcells**2, -1)
+
+
+def _numbered(within_B: torch.Tensor, per_image: int) -> torch.Tensor:
+    """Numbers among those of all images, from those within each image, ``[B, ...]``."""
+    first_B = torch.arange(len(within_B), device=within_B.device) * per_image
+    return within_B + first_B.view(-1, *[1] * (within_B.ndim - 1))
 
 
 class TrajectoryExtractor:
@@ -189,11 +220,6 @@ class TrajectoryExtractor:
         self.observe(images_BCSS, project, places_BK)
         return out_BPLD
 
-    def _rows(self, places_BK: torch.Tensor) -> torch.Tensor:
-        """Numbers of the places among those of all images."""
-        first_B = torch.arange(len(places_BK), device=places_BK.device) * self.resolution**2
-        return places_BK + first_B[:, None]
-
     @torch.no_grad()
     def observe(
         self,
@@ -229,14 +255,16 @@ class TrajectoryExtractor:
     ) -> None:
         """All images at once through the backbone, every block's activation pooled as it finishes."""
         device = images_BCSS.device.type
-        rows_BK = None if places_BK is None else self._rows(places_BK)
 
         def reduce_at_once(block: int, map_BCHW: torch.Tensor) -> None:
             with _full_precision(device):
                 for number, step in enumerate(self.steps):
-                    if step.block == block:
-                        pooled_BPC = pool_subcells(map_BCHW, self.resolution, step.subcells)
-                        visit(number, pooled_BPC if rows_BK is None else pooled_BPC.flatten(0, 1)[rows_BK])
+                    if step.block != block:
+                        continue
+                    if places_BK is None:
+                        visit(number, pool_subcells(map_BCHW, self.resolution, step.subcells))
+                    else:
+                        visit(number, pool_places(map_BCHW, self.resolution, step.subcells, places_BK))
 
         self.backbone(images_BCSS, reduce_at_once)
 
