@@ -6,11 +6,10 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from trajdist.allocator import HUGE_PAGES, SETTINGS
+from trajdist.allocator import SETTINGS
 
 PAGE = 4096
 BYTES = 64 * 2**20
@@ -31,36 +30,13 @@ print(held - int(open("/proc/self/statm").read().split()[1]))
 """
 
 
-# Bytes in huge pages after a large tensor; everything that a run imports is there already.
-HUGE = f"""
-import torch, torchvision, accelerate
-from trajdist import training
-from trajdist.allocator import keep_freed_memory
-keep_freed_memory()
-tensor = torch.ones({BYTES}, dtype=torch.uint8)
-print(*(1024 * int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
-"""
-KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-def printed(program: str, **environment: str) -> list[str]:
-    ours = (*SETTINGS, "GLIBC_TUNABLES", HUGE_PAGES)
-    clean = {name: value for name, value in os.environ.items() if name not in ours}
-    command = [sys.executable, "-c", program]
-    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True).stdout.split()
-
-
 def again(**environment: str) -> tuple[str, int, int]:
-    said, faults, trimmed = printed(AGAIN, **environment)
+    clean = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "GLIBC_TUNABLES")}
+    done = subprocess.run(
+        [sys.executable, "-c", AGAIN], env=clean | environment, capture_output=True, text=True, check=True
+    )
+    said, faults, trimmed = done.stdout.split()
     return said, int(faults), int(trimmed)
-
-
-@pytest.mark.skipif(
-    not KERNEL.is_file() or "[madvise]" not in KERNEL.read_text(), reason="huge pages are not asked for"
-)
-def test_large_tensors_are_in_huge_pages():
-    assert int(*printed(HUGE)) > BYTES / 2
-    assert int(*printed(HUGE, **{HUGE_PAGES: "0"})) < BYTES / 2
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")

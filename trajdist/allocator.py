@@ -2,7 +2,7 @@
 
 A training step on a CPU allocates and frees the same large blocks again and again. By default glibc hands each of them
 back to the system and asks for it anew, and the kernel clears every page of it: a fifth to a third of the time of a
-backbone's forward. The first time costs the same, and there pages of 2 MiB instead of 4 KiB help (docs/LOG.md).
+backbone's forward (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ NEVER = -1
 SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 # The same as tunables of glibc. Who has set one of them has chosen.
 TUNABLES = ("glibc.malloc.mmap_max", "glibc.malloc.mmap_threshold", "glibc.malloc.trim_threshold")
-# torch's own, read when it makes its first tensor: large ones ask the kernel for huge pages.
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 
 def keep_freed_memory() -> bool:
     """From now on, blocks of any size come from the heap and go back to it. False where the C library cannot."""
     if _chosen():
         return False
-    os.environ.setdefault(HUGE_PAGES, "1")
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         return bool(library.mallopt(M_MMAP_MAX, 0)) and bool(library.mallopt(M_TRIM_THRESHOLD, NEVER))
