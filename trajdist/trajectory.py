@@ -237,7 +237,9 @@ class TrajectoryExtractor:
             self._pass(images_BCSS, places_BK, visit)
             return
         count = self.resolution**2 if places_BK is None else places_BK.shape[1]
-        pooled_LBPC = [torch.empty(len(images_BCSS), count, channels) for channels in self.projection.channels]
+        pooled_LBPC = [
+            images_BCSS.new_empty(len(images_BCSS), count, step.channels, dtype=torch.float32) for step in self.steps
+        ]
         for part in passes:
 
             def gather(step: int, pooled_BPC: torch.Tensor, part: slice = part) -> None:
