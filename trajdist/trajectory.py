@@ -150,11 +150,11 @@ class TrajectoryExtractor:
         if device_type == "cpu" and not self.compiled:
             cpu_kernels.adopt(self.backbone.network)
 
-    def groups(self, num_images: int, places: int | None = None) -> list[slice]:
+    def groups(self, num_images: int, places_BK: torch.Tensor | None = None) -> list[slice]:
         """A batch of so many images, each with all or some places, cut into groups of about the same size."""
         if not self.gathers or self.compiled:
             return _cut(num_images, self.images_per_pass)
-        bytes_per_image = 4 * (places or self.resolution**2) * sum(self.projection.channels)
+        bytes_per_image = 4 * self._num_places(places_BK) * sum(self.projection.channels)
         return _cut(num_images, max(self.images_per_pass or 1, POOLED_BYTES // bytes_per_image))
 
     def compile(self) -> TrajectoryExtractor:
@@ -203,15 +203,15 @@ class TrajectoryExtractor:
 
     def _extract(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
         # len() of a batch of any size is a number to an exporter, its shape is not.
-        groups = self.groups(images_BCSS.shape[0], None if places_BK is None else places_BK.shape[1])
+        groups = self.groups(images_BCSS.shape[0], places_BK)
         parts = [self._run(images_BCSS[part], None if places_BK is None else places_BK[part]) for part in groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _trajectories(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
         """Of a group, ``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
         length, width = self.projection.valid_LD.shape
-        places = self.resolution**2 if places_BK is None else places_BK.shape[1]
-        out_BPLD = torch.zeros(images_BCSS.shape[0], places, length, width, device=images_BCSS.device)
+        places, device = self._num_places(places_BK), images_BCSS.device
+        out_BPLD = torch.zeros(images_BCSS.shape[0], places, length, width, device=device)
 
         def project(step: int, pooled_BPC: torch.Tensor) -> None:
             projected = self.projection(step, pooled_BPC)
@@ -236,10 +236,8 @@ class TrajectoryExtractor:
         if len(passes) == 1:
             self._pass(images_BCSS, places_BK, visit)
             return
-        count = self.resolution**2 if places_BK is None else places_BK.shape[1]
-        pooled_LBPC = [
-            images_BCSS.new_empty(len(images_BCSS), count, step.channels, dtype=torch.float32) for step in self.steps
-        ]
+        shape_BP = len(images_BCSS), self._num_places(places_BK)
+        pooled_LBPC = [images_BCSS.new_empty(*shape_BP, step.channels, dtype=torch.float32) for step in self.steps]
         for part in passes:
 
             def gather(step: int, pooled_BPC: torch.Tensor, part: slice = part) -> None:
@@ -261,14 +259,18 @@ class TrajectoryExtractor:
         def reduce_at_once(block: int, map_BCHW: torch.Tensor) -> None:
             with _full_precision(device):
                 for number, step in enumerate(self.steps):
-                    if step.block != block:
-                        continue
-                    if places_BK is None:
-                        visit(number, pool_subcells(map_BCHW, self.resolution, step.subcells))
-                    else:
-                        visit(number, pool_places(map_BCHW, self.resolution, step.subcells, places_BK))
+                    if step.block == block:
+                        visit(number, self._pool(map_BCHW, step, places_BK))
 
         self.backbone(images_BCSS, reduce_at_once)
+
+    def _pool(self, map_BCHW: torch.Tensor, step: Step, places_BK: torch.Tensor | None) -> torch.Tensor:
+        if places_BK is None:
+            return pool_subcells(map_BCHW, self.resolution, step.subcells)
+        return pool_places(map_BCHW, self.resolution, step.subcells, places_BK)
+
+    def _num_places(self, places_BK: torch.Tensor | None) -> int:
+        return self.resolution**2 if places_BK is None else places_BK.shape[1]
 
 
 def _cut(count: int, most: int | None) -> list[slice]:
