@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,13 @@ def test_a_long_sequence_goes_in_batches(scorer, crops, monkeypatch):
     monkeypatch.setattr(scorer, "score_batch", recorded)
     assert_same(scorer((crop for crop in crops), batch_size=5), whole)
     assert sizes == [5, 5, 2]
+
+
+def test_threads_may_share_a_scorer(scorer, crops):
+    alone = [scorer([crop]) for crop in crops]
+    with ThreadPoolExecutor(4) as pool:
+        for found, expected in zip(pool.map(lambda crop: scorer([crop]), crops), alone, strict=True):
+            assert_same(found, expected)
 
 
 def test_a_batch_of_none_is_refused(scorer, crops):

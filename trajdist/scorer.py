@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ class Detector:
 
 
 class Scorer:
-    """Scores images with one or several detectors; the backbone runs once.
+    """Scores images with one or several detectors; the backbone runs once. Threads may share it.
 
     >>> scorer = load(run_dir, device="cpu")
     >>> scorer([image, np.zeros((80, 60, 3), np.uint8)]).scores.shape
@@ -135,6 +136,8 @@ class Scorer:
         self.extractor, self.detectors = extractor, list(detectors)
         self.size, self.fit = size, fit
         self.device = torch.device("cpu")
+        # A backbone hands out its activations to whoever has called it last: one batch at a time.
+        self._extracting = Lock()
 
     def to(self, device: torch.device | str) -> Scorer:
         """Move to a device."""
@@ -147,7 +150,8 @@ class Scorer:
     @torch.no_grad()
     def score_batch(self, images_BCSS: torch.Tensor) -> list[CellScores]:
         """uint8 ``[B, 3, S, S]`` on the device -> one :class:`CellScores` per detector."""
-        trajectories = self.extractor(images_BCSS)
+        with self._extracting:
+            trajectories = self.extractor(images_BCSS)
         valid_LD = self.extractor.projection.valid_LD
         return [detector.score(trajectories, valid_LD) for detector in self.detectors]
 
