@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from images import write_images
+from images import noise, write_images
 from jobs import launch
 from outcome import assert_done
 from test_loop import arguments, assert_same_training, batches, losses
@@ -126,6 +126,27 @@ def test_a_full_disk_ends_the_caching_and_nothing_else(cache, monkeypatch):
     assert len(cache) == 0
 
 
+@pytest.fixture
+def nearly_full_disk(monkeypatch):
+    """The kernel takes what fits and says how much that was."""
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: whole(file, bytes(data)[: len(data) // 2], offset))
+
+
+def test_a_record_that_fits_in_part_does_not_count(cache, nearly_full_disk):
+    _, why = fill(cache, [1, 2])
+    assert "cannot be written (No space left on device)" in why
+    assert len(cache) == 0
+
+
+def test_whatever_ends_the_writer_nobody_waits_for_it(cache, monkeypatch):
+    monkeypatch.delattr(TrajectoryCache, "write")
+    writer = CacheWriter(cache, 100)
+    for _ in range(10):
+        writer.add(torch.tensor([1]), some(1))
+    assert "cannot be written" in writer.close()
+
+
 def test_files_cut_short_are_misses(cache):
     fill(cache, [0, 1, 2])
     os.truncate(cache.folder / "records", cache.stride + 10)
@@ -231,3 +252,15 @@ def test_an_image_that_cannot_be_read_is_not_kept(tmp_path):
         assert present == b"\1\1\1\0\1\1\1\1"
     named = [json.loads(line)["image"] for line in (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()]
     assert set(named) == {"0003.png"}
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_two_folders_with_the_same_names_have_a_cache_each(images, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for number, path in enumerate(sorted(images.iterdir())):
+        noise(1000 + number).save(other / path.name)
+    cached_run(images, tmp_path, "first")
+    second = cached_run(other, tmp_path, "second")
+    assert main(arguments("run", other, tmp_path / "plain", *batches(4, 1), "data.num_workers=0")) == 0
+    torch.testing.assert_close(losses(second), losses(tmp_path / "plain"), rtol=1e-2, atol=1e-3)

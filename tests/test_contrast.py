@@ -170,7 +170,7 @@ def test_it_learns_what_reconstruction_hides():
     lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear", "use_rslora": False}
     adapted = attach(base, **lora, use_dora=False, base_fingerprint="")
     valid_LD = torch.ones(2, 4, dtype=torch.bool)
-    model = ContrastModel(adapted, ResidualModel(valid_LD, resolution=4), torch.arange(8))
+    model = ContrastModel(adapted, ResidualModel([4, 4], resolution=4), torch.arange(8))
     optimizer = make_optimizer(model, 0.01, 0.0, torch.device("cpu"))
     assert [group.get("rate", 1.0) for group in optimizer.param_groups] == [1.0, LOGISTIC_RATE]
 

@@ -234,6 +234,24 @@ def test_every_adapter_on_the_same_trajectories(folders, together, tmp_path, cap
     assert scorer.load(together, phase=1, device="cpu").detectors[0].name == "phase1"
 
 
+def test_more_epochs_of_phase_1_come_too_late(folders, tmp_path, capsys):
+    """The adapters stand on it."""
+    run_dir = tmp_path / "run"
+    whole = ["run", "debug", f"run_dir={run_dir}", *FIXED, f"data.domains.road.path={folders['road']}"]
+    assert main(whole) == 0
+    before = (run_dir / "phase1" / "model.safetensors").read_bytes()
+    assert main([*whole, "data.imagenet.num_epochs=9"]) == 0
+    assert "Phase 2 is built on these" in capsys.readouterr().out
+    assert (run_dir / "phase1" / "model.safetensors").read_bytes() == before
+
+
+def test_a_launcher_that_asks_for_fp16_is_refused(folders, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    overrides = ("runtime.mixed_precision=auto",)
+    assert main(several(folders, tmp_path / "run", base, *overrides)) == 2
+    assert "fp16" in capsys.readouterr().err
+
+
 def test_trackers_keep_domains_apart(folders, base, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     _, *rest = several(folders, tmp_path / "run", base, "logging.trackers=[tensorboard]")

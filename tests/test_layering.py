@@ -13,8 +13,8 @@ import trajdist
 
 PACKAGE = Path(trajdist.__file__).parent
 LAYERS = (
-    "allocator errors files plugins argument_types config config_parsing config_files sharding artifacts pictures"
-    " folding linear cpu_kernels eigen doctor",
+    "allocator errors launcher files plugins argument_types config config_parsing config_files sharding artifacts"
+    " pictures folding linear cpu_kernels eigen doctor",
     "data.__init__ data.decode data.drawing data.base data.storage data.sources data.samples data.hub"
     " data.shard_index data.shard_cache data.shards data.cache data.loader data.labelled"
     " data.defects backbones",

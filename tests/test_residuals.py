@@ -66,7 +66,7 @@ def assert_same(one: PlaceMoments, other: PlaceMoments) -> None:
 
 def fitted(rows_BPF: torch.Tensor) -> ResidualModel:
     """Both passes of the calibration."""
-    model = ResidualModel(valid(), SIDE)
+    model = ResidualModel(valid().sum(1).tolist(), SIDE)
     model.fit(moments_of(rows_BPF))
     usual = BlockMoments(PLACES, CPU)
     usual.update(roots(model.energies(rows_BPF.flatten(0, 1))), torch.ones(len(rows_BPF)))

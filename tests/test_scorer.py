@@ -17,9 +17,12 @@ from PIL import ExifTags, Image
 import trajdist
 from trajdist.artifacts import read_document, read_tensors, write_tensors
 from trajdist.cli import main
+from trajdist.config_files import load_config
 from trajdist.data.sources import open_source
 from trajdist.errors import ArtifactError, ConfigError, DataError, UserError
+from trajdist.rundir import RunDir
 from trajdist.scorer import Scorer, Scores, _names
+from trajdist.selection import draw
 
 SIZE = 64
 
@@ -407,3 +410,36 @@ def test_a_calibration_that_is_not_finite(copied, value):
     change(copied / "phase2" / "calibration.safetensors", residual__spread=torch.tensor(value))
     with pytest.raises(ArtifactError, match=r"phase2/calibration\.safetensors"):
         trajdist.load(copied)
+
+
+def test_a_calibration_goes_to_where_its_detector_is(debug_run):
+    """Training on a GPU loads one there; ``meta`` stands in for it."""
+    rundir = RunDir(debug_run)
+    detector = trajdist.load(debug_run, phase=1, device="cpu").detectors[0].to(torch.device("meta"))
+    detector.load(rundir.calibration(1), read_document(rundir.calibration(1))["base"])
+    assert {tensor.device.type for tensor in detector.residual.buffers()} == {"meta"}
+
+
+def test_held_out_images_were_scored_as_new_ones_are(tmp_path, fresh_accelerate):
+    """Wide photographs: training crops them, scoring does not, and neither does what it is compared with."""
+    folder, run_dir = tmp_path / "wide", tmp_path / "run"
+    folder.mkdir()
+    for number in range(20):
+        noise(number).resize((96, 48)).save(folder / f"{number:02}.png")
+    keys = [f"data.imagenet.path={folder}", "data.imagenet.num_samples=-1", "calibration.holdout_fraction=0.4"]
+    assert main(["train", "debug", f"run_dir={run_dir}", "data.imagenet.fit=crop", *keys]) == 0
+    config, source = load_config(str(run_dir / "config.yaml"), []), open_source(str(folder), "source")
+    selection = draw(config, 1, source)
+    held_out = selection.holdout(0, np.arange(selection.num_holdout)).tolist()
+    scorer = trajdist.load(run_dir, device="cpu")
+    scores = scorer([source.load(index, None) for index in held_out]).scores
+    calibrated = scorer.detectors[0].images.histogram.occupied()
+    expected = calibrated[0].repeat_interleave(calibrated[1].long())
+    np.testing.assert_allclose(np.sort(scores), expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("options", [{"phase": 3}, {"device": "gpu"}, {"device": "cuda:99"}])
+def test_what_is_no_phase_and_no_device(debug_run, options):
+    ((key, value),) = options.items()
+    with pytest.raises(ConfigError, match=f"{key}={value!r}"):
+        trajdist.load(debug_run, **options)

@@ -53,6 +53,16 @@ def plain_activations() -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("images_per_pass", [1, None])
+def test_half_precision_ends_where_the_backbone_does(backbone, images_per_pass):
+    """Projection and statistics are in float32, whatever is autocast around them and in however many passes."""
+    extractor, found = TrajectoryExtractor(backbone, random_projection_for(backbone, 8), 4), []
+    extractor.images_per_pass = images_per_pass
+    with torch.autocast("cpu", torch.bfloat16):
+        extractor.observe(IMAGES, lambda step, pooled: found.append(torch.is_autocast_enabled("cpu")))
+    assert found == [False] * len(extractor.steps)
+
+
 @pytest.mark.parametrize("resolution", [2, 4, 16])
 def test_values_are_those_of_a_plain_forward(backbone, resolution):
     projection = random_projection_for(backbone, 80)

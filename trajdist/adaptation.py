@@ -15,7 +15,7 @@ from trajdist.card import adapter_card
 from trajdist.config import Config
 from trajdist.data.drawing import DefectDraw
 from trajdist.errors import ArtifactError, ConfigError
-from trajdist.files import write_bytes
+from trajdist.files import sync_file, write_bytes
 from trajdist.job import Job, Position
 from trajdist.loop import trained_model
 from trajdist.objectives import ContrastModel, DefectContrast
@@ -164,8 +164,10 @@ def adopt_phase1(session: Session) -> None:
         # Before anything is copied: a config that does not fit can be mended, and the command given again.
         _check_same_model(session.config, folder / rundir.trajectory.name, folder / rundir.model.name)
         for target in targets:
-            shutil.copyfile(folder / target.name, target.with_suffix(".tmp"))
-            target.with_suffix(".tmp").rename(target)
+            copied = target.with_suffix(".tmp")
+            shutil.copyfile(folder / target.name, copied)
+            sync_file(copied)
+            copied.rename(target)
     if not rundir.model.exists():
         raise ArtifactError(
             f"there is no Phase 1 in {str(rundir.path)!r}: train it first, or name an older run with phase1=DIR."

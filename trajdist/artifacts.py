@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from trajdist.errors import ArtifactError
+from trajdist.errors import ArtifactError, one_line
 from trajdist.files import write_bytes
 
 METADATA_KEY = "trajdist"
@@ -102,7 +102,7 @@ def _damaged(path: Path, error: Exception) -> ArtifactError:
         return ArtifactError(
             f"{str(path)!r} is a name that is no UTF-8, which safetensors cannot open: rename the folder."
         )
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error)
     return ArtifactError(f"{str(path)!r} is not a sound safetensors file ({reason}): restore it or make it again.")
 
 

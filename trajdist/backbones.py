@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from trajdist.artifacts import fingerprint, read_tensors
-from trajdist.errors import ArtifactError, ConfigError
+from trajdist.errors import ArtifactError, ConfigError, one_line
 from trajdist.folding import fold_batchnorm
 from trajdist.linear import quicken
 
@@ -133,7 +133,7 @@ class Backbone(nn.Module):
         try:
             shapes = {name: output.shape for name, output in self._run_once(names, image_size).items()}
         except (RuntimeError, AssertionError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise ConfigError(f"data.image_size={image_size} does not suit this backbone: {reason}") from None
         found: list[Block] = []
         for name, shape in shapes.items():
@@ -346,14 +346,14 @@ def _load_weights(network: nn.Module, path: Path) -> None:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # Damaged archives raise anything.
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ArtifactError(f"backbone.weights={str(path)!r} is not a readable state dict: {reason}") from None
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ArtifactError(f"backbone.weights={str(path)!r} does not fit the backbone: {reason}") from None
 
 
 def _cause(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return one_line(error, 160) or type(error).__name__

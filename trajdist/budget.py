@@ -140,8 +140,8 @@ class Budget:
             "calibration_bytes": max(peaks.residuals, self._fit),
         }
 
-    def largest_batch(self, batch_size: int, peaks: Peaks, memory_bytes: int | None) -> int | None:
-        """The largest batch whose whole phase fits, 0 if none does; None without a limit."""
+    def largest_batch(self, batch_size: int, memory_bytes: int | None) -> int | None:
+        """The largest batch whose whole phase fits, 0 if none does; None without a limit. ``batch_size`` is a guess."""
         if memory_bytes is None:
             return None
         available = memory_bytes - (0 if self._on_cpu else CUDA_RESERVE)

@@ -44,7 +44,7 @@ class QuantileSketch:
     @cached_property
     def _at_least_K(self) -> torch.Tensor:
         """float64 ``[K]``: how many clean scores are in a bin or above it, on the CPU."""
-        return self.histogram.counts_K.cpu().flip(0).cumsum(0).flip(0)
+        return self.histogram.counts_K.flip(0).cumsum(0).flip(0)
 
     @cached_property
     def _p_values_K(self) -> torch.Tensor:
@@ -65,5 +65,5 @@ class QuantileSketch:
         it takes ``1 / false_alarm_rate - 1``.
         """
         passing = (self._p_values_K <= false_alarm_rate).nonzero()
-        # Scores never reach the bin that begins at infinity: it passes where only that many are too few.
+        # The bin that begins at infinity is empty: it is the first to pass only where n is too small for this rate.
         return float(lower_edges(passing[0])) if len(passing) else float("inf")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from trajdist import __version__
+from trajdist import __version__, launcher
 from trajdist import argument_types as types
 from trajdist.errors import StopRequested, UserError
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(error.exit_code)
     except StopRequested as stop:
         # A launcher takes any code but 0 for a crash, and would start the job again.
-        return _end(0 if _under_launcher() else stop.exit_code)
+        return _end(0 if launcher.is_launched() else stop.exit_code)
     except SystemExit as end:
         # Another process has said what is wrong.
         return _end(end.code if isinstance(end.code, int) else 1)
@@ -233,7 +233,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         measure=not arguments.no_probe,
     )
     plans = make_plan(config, sources, phases, options)
-    if os.environ.get("RANK", "0") != "0":
+    if launcher.rank():
         return 0
     if arguments.json:
         print(json.dumps(plans, indent=2))
@@ -379,18 +379,14 @@ def _end(code: int) -> int:
     While the interpreter is taken apart, a thread of the communication libraries now and then aborts the process, and
     the launcher would take the finished job for a crash.
     """
-    if _under_launcher():
+    if launcher.is_launched():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def _under_launcher() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
-
-
 def _complain(sentence: str) -> None:
     """An error on stderr. Every process of a job may have found it; those beside the main one say who they are."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launcher.rank()
     print(f"trajdist: {f'[process {rank}] ' if rank else ''}{sentence}", file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from trajdist import launcher
 from trajdist.config import Config, Model, fields
 from trajdist.errors import ConfigError
 
@@ -45,8 +46,12 @@ def _check_domains(config: Config) -> None:
             f"validation.path={config.validation.path!r} is of one domain, data.domains has {names}: leave it out, or "
             "adapt to one domain at a time."
         )
-    if config.runtime.mixed_precision == "fp16":
-        raise ConfigError("runtime.mixed_precision='fp16' scales the gradients of one domain alone: use bf16 or no.")
+    precision = config.runtime.mixed_precision
+    if (launcher.mixed_precision() if precision == "auto" else precision) == "fp16":
+        raise ConfigError(
+            "runtime.mixed_precision='fp16', set here or by accelerate launch, scales the gradients of one domain "
+            "alone: use bf16 or no."
+        )
 
 
 def _check_validation(config: Config) -> None:

@@ -4,9 +4,10 @@ Every message is one sentence that names the field or the file, its value, and t
 """
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
+def one_line(error: BaseException, most: int = 200) -> str:
     """What somebody else's error says, fit for the middle of a sentence."""
-    return " ".join(str(error).split())[:most].rstrip(". ")
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(said.split())[:most].rstrip(". ")
 
 
 class UserError(ValueError):

@@ -23,7 +23,7 @@ from torch import nn
 
 from trajdist import __version__, residuals
 from trajdist.calibration import QuantileSketch
-from trajdist.errors import ArtifactError, ConfigError, TrainingError
+from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
 from trajdist.files import write_bytes
 from trajdist.histogram import bins_of, lower_edges
 from trajdist.scorer import Detector, Scorer
@@ -46,7 +46,7 @@ class Exported(nn.Module):
         super().__init__()
         self.backbone, self.projection = scorer.extractor.backbone, scorer.extractor.projection
         self.model, self.residual = _plain(detector.model), detector.residual
-        self._detector = Detector(detector.name, self.model, self.residual)
+        self._detector = detector.with_model(detector.name, self.model)
         self._extractor, self._size = scorer.extractor, scorer.size
         upper_K, counts_K, total = _table(detector.images)
         self.register_buffer("upper_K", upper_K)
@@ -56,7 +56,7 @@ class Exported(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """uint8 ``[B, 3, S, S]`` -> float32 ``[B, S, S]``, float32 ``[B]``, float64 ``[B]``."""
         trajectories_BHWLD = self._extractor(images)
-        result = self._detector.score(trajectories_BHWLD, self.projection.valid_LD)
+        result = self._detector.score(trajectories_BHWLD)
         maps_BSS = residuals.upsample(result.cells_BHW, self._size)
         # A clean score counts as at least as large where its bin ends above: of the same bin are all, as in the sketch.
         at_least_B = ((result.images_B[:, None] < self.upper_K) * self.counts_K).sum(1)
@@ -158,7 +158,7 @@ def _program(module: Exported, images: torch.Tensor) -> torch.export.ExportedPro
         with _quiet(), torch.no_grad():
             return torch.export.export(module, (images,), dynamic_shapes={"images": {0: batch}}, strict=False)
     except Exception as error:  # The tracer raises errors of many kinds for what it cannot follow.
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise TrainingError(f"this backbone or model cannot be exported ({reason}).") from None
 
 

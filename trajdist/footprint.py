@@ -156,10 +156,15 @@ class Rehearsal:
                 part._buffers |= {name: _like(value) for name, value in part._buffers.items() if value is not None}
 
     def _contrasting(self) -> nn.Module:
-        entries, places = sum(self.widths), self.extractor.resolution**2
         with self._mode:
-            valid_F = torch.zeros(entries, dtype=torch.int64)
-            return ContrastModel(self.model, self._residual_model(places, entries), valid_F)
+            valid_F = torch.zeros(sum(self.widths), dtype=torch.int64)
+            return ContrastModel(self.model, self._residual_model(), valid_F)
+
+    def _residual_model(self) -> ResidualModel:
+        return ResidualModel(self.widths, self.extractor.resolution)
+
+    def _place_moments(self) -> PlaceMoments:
+        return PlaceMoments(self.extractor.resolution**2, sum(self.widths), torch.device("cpu"))
 
     def _measure_sizes(self) -> Sizes:
         trained = [weight.numel() for weight in self.trainee.parameters() if weight.requires_grad]
@@ -272,25 +277,13 @@ class Rehearsal:
     def _residuals(self, images: torch.Tensor, live: LiveBytes) -> int:
         """Peak of the two passes over residuals, in float32 as scoring does it."""
         live.take()
-        entries, places = sum(self.widths), self.extractor.resolution**2
-        moments = PlaceMoments(places, entries, torch.device("cpu"))
-        residual = self._residual_model(places, entries)
+        entries, moments, residual = sum(self.widths), self._place_moments(), self._residual_model()
         for use in (lambda rows: moments.update(rows, torch.ones(len(images))), residual.energies):
             target_NLD = self.extractor(images).flatten(0, 2)
             error_NE = (target_NLD - self.model(target_NLD).output_NLD.float()).flatten(1)
             use(error_NE[:, :entries].clone())
             del target_NLD, error_NE
         return live.take()
-
-    def _residual_model(self, places: int, entries: int) -> ResidualModel:
-        # Its own constructor reads its sizes from a tensor's contents, which a fake one does not have.
-        residual = ResidualModel.__new__(ResidualModel)
-        nn.Module.__init__(residual)
-        residual.widths = self.widths
-        shapes = {"mean_PF": (places, entries), "whitening_FF": (entries, entries), "energy_L": (len(self.widths),)}
-        for name, shape in shapes.items():
-            residual.register_buffer(name, torch.zeros(shape))
-        return residual
 
     def fit_peak(self) -> int:
         """Peak of the matrices made on the host at the end of the passes, in float64: eigenvectors and whitening."""
@@ -302,8 +295,7 @@ class Rehearsal:
             # LAPACK's workspace for eigenvectors, of which torch does not know: 2 n^2 numbers (dsyevd).
             eigen = live.take()
             workspace = 2 * 8 * max(self.sizes.channels) ** 2 if self.phase == 1 else 0
-            entries, places = sum(self.widths), self.extractor.resolution**2
-            self._residual_model(places, entries).fit(PlaceMoments(places, entries, torch.device("cpu")))
+            self._residual_model().fit(self._place_moments())
             whitening = live.take()
         return max(eigen + workspace, whitening)
 

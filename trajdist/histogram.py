@@ -53,24 +53,21 @@ class ScoreHistogram:
     """How many scores, or how much weight, fell into each bin: 4 MiB whatever the number of scores.
 
     Attributes:
-        counts_K: float64 ``[NUM_BINS]``; whole numbers are exact up to 2**53.
+        counts_K: float64 ``[NUM_BINS]``, on the CPU; whole numbers are exact up to 2**53.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        # MPS has no float64; one process counts on its CPU just as well.
-        home = "cpu" if torch.device(device).type == "mps" else device
-        self.counts_K = torch.zeros(NUM_BINS, dtype=torch.float64, device=home)
+    def __init__(self) -> None:
+        self.counts_K = torch.zeros(NUM_BINS, dtype=torch.float64)
 
     def update(self, scores: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add scores of any shape; ``weights`` has the same shape, a score of weight 0 does not count."""
-        bins_N = bins_of(scores).flatten().to(self.counts_K.device)
+        bins_N = bins_of(scores).flatten().cpu()
         weights_N = torch.ones_like(bins_N) if weights is None else weights.flatten()
-        # No bincount: it would make the host wait for the device.
         self.counts_K.index_add_(0, bins_N, weights_N.to(self.counts_K))
 
     def __add__(self, other: ScoreHistogram) -> ScoreHistogram:
-        total = ScoreHistogram(self.counts_K.device)
-        total.counts_K += self.counts_K + other.counts_K.to(self.counts_K.device)
+        total = ScoreHistogram()
+        total.counts_K += self.counts_K + other.counts_K
         return total
 
     def all_reduce(self, sum_over_processes: Reduce) -> None:
@@ -78,10 +75,9 @@ class ScoreHistogram:
         self.counts_K = sum_over_processes(self.counts_K)
 
     def occupied(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lower edges (float32, rising) and counts (float64) of the bins that hold something, on the CPU."""
-        counts_K = self.counts_K.cpu()
-        bins = counts_K.nonzero().flatten()
-        return lower_edges(bins), counts_K[bins]
+        """Lower edges (float32, rising) and counts (float64) of the bins that hold something."""
+        bins = self.counts_K.nonzero().flatten()
+        return lower_edges(bins), self.counts_K[bins]
 
     def to_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """For a safetensors file: ``{name}.edges`` and ``{name}.counts`` of the occupied bins."""

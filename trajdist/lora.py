@@ -14,8 +14,8 @@ from torch import nn
 
 from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.bundle import load_model
-from trajdist.errors import ArtifactError, ConfigError, TrainingError
-from trajdist.files import read_json, sync_folder
+from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
+from trajdist.files import read_json, sync_file, sync_folder
 from trajdist.rundir import RunDir
 
 # The adapter's config names its base by this prefix and the base's fingerprint.
@@ -102,7 +102,7 @@ def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str, trainabl
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ArtifactError(f"the adapter {str(folder)!r} does not fit the model: {reason}") from None
     assert isinstance(adapted, PeftModel)
     return adapted
@@ -147,8 +147,10 @@ def save_proven(rundir: RunDir, adapted: nn.Module, base_before: str, base_id: s
     try:
         rundir.adapter.parent.mkdir(exist_ok=True)
         save_adapter(adapted, temporary)
+        for path in temporary.iterdir():
+            sync_file(path)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        reason = one_line(error)
         shutil.rmtree(temporary, ignore_errors=True)
         raise ArtifactError(
             f"the adapter {str(rundir.adapter)!r} cannot be written ({reason}): free some space or make the folder "

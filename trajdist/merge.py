@@ -51,8 +51,7 @@ def merge(run_dir: str | Path, adapter: str | Path, out: Path) -> float:
 
 def _write(adapted: Detector, source: RunDir, target: RunDir) -> None:
     document = bundle.read(source.model, bundle.ModelDocument)
-    merged = Detector("phase1", lora.merged(adapted.model), adapted.residual)
-    merged.cells, merged.images, merged.held_out = adapted.cells, adapted.images, adapted.held_out
+    merged = adapted.with_model("phase1", lora.merged(adapted.model))
     target.create()
     shutil.copyfile(source.config, target.config)
     shutil.copyfile(source.trajectory, target.trajectory)

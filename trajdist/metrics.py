@@ -103,9 +103,9 @@ class Curve:
 
 
 def curve(anomalous: ScoreHistogram, clean: ScoreHistogram) -> Curve:
-    """The curve of two histograms; they may be on any device."""
-    bins_T = (anomalous + clean).counts_K.nonzero().flatten().flip(0).cpu()
-    anomalous_T, clean_T = (histogram.counts_K[bins_T].cpu().numpy() for histogram in (anomalous, clean))
+    """The curve of two histograms."""
+    bins_T = (anomalous + clean).counts_K.nonzero().flatten().flip(0)
+    anomalous_T, clean_T = (histogram.counts_K[bins_T].numpy() for histogram in (anomalous, clean))
     return Curve(lower_edges(bins_T).double().numpy(), anomalous_T, clean_T)
 
 
@@ -126,8 +126,8 @@ def _thin(across_T: Doubles, up_T: Doubles, count: int) -> Points:
 class PixelScores:
     """Scores of the pixels of labelled images: clean, anomalous, and anomalous with equal weight for each region."""
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.clean, self.anomalous, self.regions = (ScoreHistogram(device) for _ in range(3))
+    def __init__(self) -> None:
+        self.clean, self.anomalous, self.regions = (ScoreHistogram() for _ in range(3))
 
     def update(self, maps_BSS: torch.Tensor, masks_BSS: Mask) -> None:
         """Add anomaly maps, float ``[B, S, S]`` on any device, and their ground truth, bool ``[B, S, S]``."""
@@ -138,7 +138,7 @@ class PixelScores:
         self.regions.update(maps_BSS, shares)
 
     def __add__(self, other: PixelScores) -> PixelScores:
-        total = PixelScores(self.clean.counts_K.device)
+        total = PixelScores()
         total.clean, total.anomalous = self.clean + other.clean, self.anomalous + other.anomalous
         total.regions = self.regions + other.regions
         return total
@@ -193,9 +193,9 @@ def _region_of_pixels(mask_SS: Mask) -> npt.NDArray[np.intp]:
 
 
 def bootstrap_interval(
-    curve: Curve, statistic: Callable[[Curve], float | None], seed: int, num_samples: int = 1000, level: float = 0.95
+    curve: Curve, statistic: Callable[[Curve], float | None], seed: int, num_samples: int = 1000
 ) -> tuple[float, float] | None:
-    """A percentile interval of a statistic of *images* (Efron 1979), the number in each class held fixed.
+    """A 95 % percentile interval of a statistic of *images* (Efron 1979), the number in each class held fixed.
 
     Drawing images again with replacement is drawing a multinomial over the bins, so the histogram is enough. Pixels
     of one image are not independent: an interval made from their curve would be too narrow.
@@ -216,7 +216,7 @@ def bootstrap_interval(
         anomalous_T, clean_T = (_resample(generator, counts_T) for counts_T in (curve.anomalous_T, curve.clean_T))
         drawn.append(statistic(replace(curve, anomalous_T=anomalous_T, clean_T=clean_T)))
     values = np.array(drawn, np.float64)
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 

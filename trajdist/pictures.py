@@ -43,8 +43,8 @@ def overlay(image_SS3: Pixels, map_SS: Floats, low: float, high: float) -> Image
     return Image.fromarray(mixed.astype(np.uint8))
 
 
-def panel(image_SS3: Pixels, map_SS: Floats, low: float, high: float, threshold: float | None = None) -> Image.Image:
-    """Original, overlay and colour bar with its ends (and the threshold, where one is set) written beside it."""
+def panel(image_SS3: Pixels, map_SS: Floats, low: float, high: float) -> Image.Image:
+    """Original, overlay and colour bar with its ends written beside it."""
     side = image_SS3.shape[0]
     canvas = Image.new("RGB", (2 * side + 2 * _GAP + _BAR + _LABEL, side), "white")
     canvas.paste(Image.fromarray(image_SS3), (0, 0))
@@ -55,9 +55,6 @@ def panel(image_SS3: Pixels, map_SS: Floats, low: float, high: float, threshold:
     pen = ImageDraw.Draw(canvas)
     pen.text((left + _BAR + 4, 0), f"{high:.3g}", "black")
     pen.text((left + _BAR + 4, side - 12), f"{low:.3g}", "black")
-    if threshold is not None and low < threshold < high:
-        y = round((high - threshold) / (high - low) * (side - 1))
-        pen.line((left - 3, y, left + _BAR + 2, y), "#0ea5e9", 2)
     return canvas
 
 
@@ -75,9 +72,10 @@ def jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def profile(errors_L: Floats, names: list[str], height: int = 160) -> Image.Image:
+def profile(errors_L: Floats, names: list[str]) -> Image.Image:
     """Bars: the error of each block at one place."""
-    width, bottom = max(320, 26 * len(names) + 50), height - 18
+    width, height = max(320, 26 * len(names) + 50), 160
+    bottom = height - 18
     canvas = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(canvas)
     top = max(float(errors_L.max(initial=0.0)), 1e-9)

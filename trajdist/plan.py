@@ -5,7 +5,6 @@ Bytes are counted on tensors without contents (:mod:`trajdist.footprint`), rates
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from trajdist import probe
+from trajdist import launcher, probe
 from trajdist.budget import FLOAT, Budget, measure_bases
 from trajdist.config import SETS, Config, domain_config
 from trajdist.data.base import ImageSource
@@ -21,7 +20,7 @@ from trajdist.data.loader import resolve_workers
 from trajdist.footprint import Rehearsal, build_modules
 from trajdist.probe import Rates
 from trajdist.progress import GIB, Cells, format_seconds, phase_table
-from trajdist.runtime import device_type
+from trajdist.runtime import device_type, precision
 from trajdist.selection import draw
 from trajdist.session import naming
 from trajdist.sharding import Plan, Selection
@@ -99,27 +98,27 @@ def _errands(config: Config, sources: dict[str, ImageSource], phase: int) -> lis
 
 def _plan_phase(config: Config, errands: list[Errand], phase: int, options: Options, base_bytes: int) -> dict[str, Any]:
     device = options.device or default_device()
-    world = options.processes or int(os.environ.get("WORLD_SIZE", "1"))
+    world = options.processes or launcher.world()
     walks = [errand.walk(world) for errand in errands]
     # That of the largest batch, beside which the others pass the backbone.
     number = max(range(len(walks)), key=lambda each: walks[each].slots)
     lead, walk = errands[number], walks[number]
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    local_world = launcher.local_world(world)
     workers = resolve_workers(config.data.num_workers, local_world, torch.device(device).type)
-    precision = resolve_precision(config.runtime.mixed_precision, device)
+    mixed_precision = precision(config.runtime.mixed_precision, device)
 
     modules = build_modules(config, phase)
     rates = Rates(training=options.images_per_s)
     if options.measure and options.images_per_s is None:
         rates = probe.measure(
-            lead.config, lead.source, lead.selection, modules.extractor, modules.model, device, precision, workers
+            lead.config, lead.source, lead.selection, modules.extractor, modules.model, device, mixed_precision, workers
         )
     modules.extractor.suit(device, config.memory.images_per_pass)
     rehearsal = Rehearsal(
         lead.config,
         phase,
         modules,
-        precision=precision,
+        precision=mixed_precision,
         micro_batches=max(each.micro_batches for each in walks),
         shared_gradients=world > 1,
         domains=len(walks),
@@ -130,7 +129,7 @@ def _plan_phase(config: Config, errands: list[Errand], phase: int, options: Opti
     peaks = rehearsal.peaks(walk.slots)
     return {
         "device": device,
-        "precision": precision,
+        "precision": mixed_precision,
         "num_processes": world,
         "num_workers": workers,
         **_extent(errands, walks),
@@ -146,7 +145,7 @@ def _plan_phase(config: Config, errands: list[Errand], phase: int, options: Opti
         "required_memory_bytes": budget.required(peaks),
         "loader_bytes": workers * BATCHES_IN_STOCK * peaks.images_bytes,
         "memory_bytes": options.memory_bytes,
-        "largest_batch_size": budget.largest_batch(walk.slots, peaks, options.memory_bytes),
+        "largest_batch_size": budget.largest_batch(walk.slots, options.memory_bytes),
         **_disk(config, rehearsal, walks, phase),
         **_time(config, errands, walks, rates, workers, device),
     }
@@ -175,17 +174,6 @@ def _extent(errands: list[Errand], walks: list[Plan]) -> dict[str, Any]:
 def default_device() -> str:
     """The device that a run would take on this machine; other accelerators than CUDA's are planned as a CPU."""
     return "cuda" if device_type() == "cuda" else "cpu"
-
-
-def resolve_precision(setting: str, device: str) -> str:
-    """``runtime.mixed_precision`` as a run resolves it; a CUDA device that is not here is taken to have bf16."""
-    if setting != "auto":
-        return setting
-    chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "")
-    if chosen in ("no", "bf16", "fp16"):
-        return chosen
-    has_bf16 = device == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
-    return "bf16" if has_bf16 else "no"
 
 
 def _disk(config: Config, rehearsal: Rehearsal, walks: list[Plan], phase: int) -> dict[str, int]:

@@ -55,7 +55,6 @@ class Metric:
     value: float | None
     low: float | None = None
     high: float | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)

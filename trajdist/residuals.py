@@ -79,10 +79,11 @@ class ResidualModel(nn.Module):
     centre: torch.Tensor
     spread: torch.Tensor
 
-    def __init__(self, valid_LD: torch.Tensor, resolution: int) -> None:
+    def __init__(self, widths: list[int], resolution: int) -> None:
+        """``widths`` are the numbers of valid entries of the blocks, ``resolution`` the places per side."""
         super().__init__()
-        self.widths = valid_LD.sum(1).tolist()
-        places, entries = resolution**2, sum(self.widths)
+        self.widths = widths
+        places, entries = resolution**2, sum(widths)
         self.register_buffer("mean_PF", torch.zeros(places, entries))
         self.register_buffer("whitening_FF", torch.eye(entries))
         self.register_buffer("energy_L", torch.ones(len(self.widths)))

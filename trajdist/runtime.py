@@ -25,8 +25,9 @@ from accelerate.utils import (
     send_to_device,
 )
 
+from trajdist import launcher
 from trajdist.allocator import keep_freed_memory
-from trajdist.errors import ConfigError, TrainingError, UserError
+from trajdist.errors import ConfigError, TrainingError, UserError, one_line
 
 Batch = TypeVar("Batch")
 
@@ -59,24 +60,31 @@ def start_accelerator(
             ],
         )
     except torch.distributed.DistError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise TrainingError(f"the processes did not find each other ({reason}): run the same command again.") from error
     except ValueError as error:
         if "mixed precision" not in str(error):
             raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(
             f"runtime.mixed_precision={mixed_precision!r} does not work here ({reason}): use no or bf16."
         ) from None
 
 
-def precision(setting: str) -> str:
-    """What ``runtime.mixed_precision`` means here and now."""
+def precision(setting: str, device: str | None = None) -> str:
+    """What ``runtime.mixed_precision`` means on a kind of device, by default on the one that is here.
+
+    A CUDA device that is not here is taken to have bfloat16.
+    """
     if setting != "auto":
         return setting
-    if chosen := os.environ.get("ACCELERATE_MIXED_PRECISION"):
-        return chosen.lower()  # The launcher has decided.
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    if chosen := launcher.mixed_precision():
+        return chosen
+    if (device or device_type()) != "cuda":
+        return "no"
+    # Older GPUs emulate it, at a loss.
+    here = torch.cuda.is_available()
+    return "bf16" if not here or torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def device_type() -> str:
@@ -94,7 +102,7 @@ class Processes:
     def __init__(self, accelerator: Accelerator) -> None:
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
-        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.local_world = launcher.local_world()
         self.is_main: bool = accelerator.is_main_process
         self.device: torch.device = accelerator.device
 
@@ -106,7 +114,8 @@ class Processes:
 
     def sum_from_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over processes of a tensor that stays on the CPU; they may only be able to talk on their devices."""
-        return self.sum(tensor.to(self.device)).cpu()
+        # Where nobody else is, a device need not be able to hold it: MPS has no float64.
+        return tensor if self.world == 1 else self.sum(tensor.to(self.device)).cpu()
 
     def minimum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Minimum over processes, in place."""
@@ -252,8 +261,9 @@ def _this_process() -> psutil.Process:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A tuple of tensors and other things, its tensors on the device. Does not wait for the copies."""
-    moved: Batch = send_to_device(batch, device, non_blocking=True)
+    """A tuple of tensors and other things, its tensors on the device. On CUDA it does not wait for the copies."""
+    # On MPS a copy that nobody waits for may read memory that has been given back meanwhile.
+    moved: Batch = send_to_device(batch, device, non_blocking=device.type == "cuda")
     return moved
 
 

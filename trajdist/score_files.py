@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from trajdist.artifacts import fingerprint
+from trajdist.files import write_at
 from trajdist.pictures import Floats
 
 Row = dict[str, Any]
@@ -86,7 +87,7 @@ class MapsFile:
         header += b" " * (-len(header) % 8)
         self._prefix = len(header).to_bytes(8, "little") + header
         self._size = len(self._prefix) + count * side * side * 4
-        self._maps: np.memmap[Any, np.dtype[np.float32]] | None = None
+        self._descriptor: int | None = None
 
     @property
     def is_there(self) -> bool:
@@ -98,14 +99,17 @@ class MapsFile:
             with open(self._path, "wb") as handle:
                 handle.write(self._prefix)
                 handle.truncate(self._size)
-        self._maps = np.memmap(self._path, np.float32, "r+", offset=len(self._prefix), shape=self._shape)
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
 
     def write(self, maps: list[tuple[int, Floats | None]]) -> None:
-        assert self._maps is not None
+        """Fill in maps by position; written, not mapped: a full disk is an error then, not the end of the process."""
+        assert self._descriptor is not None
+        failed_HW = np.full(self._shape[1:], np.nan, np.float32)
         for position, cells_HW in maps:
-            self._maps[position] = np.nan if cells_HW is None else cells_HW
+            whole_HW = np.ascontiguousarray(failed_HW if cells_HW is None else cells_HW, np.float32)
+            write_at(self._descriptor, whole_HW.data, len(self._prefix) + position * whole_HW.nbytes)
 
     def close(self) -> None:
-        if self._maps is not None:
-            self._maps.flush()
-        self._maps = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None

@@ -5,6 +5,7 @@ Shape suffixes: B images, H W grid, L blocks, D channels, S pixels per side.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +23,7 @@ from trajdist import bundle, residuals
 from trajdist.artifacts import load_state, read_document, read_tensors, write_tensors
 from trajdist.calibration import QuantileSketch
 from trajdist.data.decode import to_rgb, to_square
-from trajdist.errors import ArtifactError, ConfigError, DataError
+from trajdist.errors import ArtifactError, ConfigError, DataError, one_line
 from trajdist.histogram import ScoreHistogram
 from trajdist.rundir import RunDir
 from trajdist.trajectory import TrajectoryExtractor
@@ -59,38 +60,48 @@ class Detector:
     """One model (the base, or the base with one adapter) and what its residuals are like on clean images.
 
     Attributes:
+        residual: not fitted until :meth:`load`, or a calibration, has done it.
         cells, images: scores of clean cells and images that were not trained on.
         held_out: False if there were none to spare and training images had to serve.
     """
 
-    def __init__(self, name: str, model: nn.Module, residual: residuals.ResidualModel) -> None:
-        self.name, self.model, self.residual = name, model.eval(), residual
+    def __init__(self, name: str, model: nn.Module, valid_LD: torch.Tensor, resolution: int) -> None:
+        """``valid_LD`` says which entries of a trajectory are no padding, ``resolution`` the places per side."""
+        self.name, self.model, self.valid_LD = name, model.eval(), valid_LD
+        self.residual = residuals.ResidualModel(valid_LD.sum(1).tolist(), resolution)
         self.cells, self.images = QuantileSketch(ScoreHistogram()), QuantileSketch(ScoreHistogram())
         self.held_out = True
 
     def to(self, device: torch.device) -> Detector:
         self.model.to(device)
         self.residual.to(device)
+        self.valid_LD = self.valid_LD.to(device)
         return self
 
-    def residuals(self, trajectories_BHWLD: torch.Tensor, valid_LD: torch.Tensor) -> torch.Tensor:
+    def with_model(self, name: str, model: nn.Module) -> Detector:
+        """The same calibration, for the same function in another form."""
+        other = copy.copy(self)
+        other.name, other.model = name, model.eval()
+        return other
+
+    def residuals(self, trajectories_BHWLD: torch.Tensor) -> torch.Tensor:
         """Valid entries of trajectory minus reconstruction, ``[N, F]``."""
         target_NLD = trajectories_BHWLD.flatten(0, 2)
         error_NLD = target_NLD - self.model(target_NLD).output_NLD.float()
         # Where no block is padded there is nothing to leave out, and nothing to copy.
-        padded = sum(self.residual.widths) < valid_LD.numel()
-        return error_NLD[:, valid_LD] if padded else error_NLD.flatten(1)
+        padded = sum(self.residual.widths) < self.valid_LD.numel()
+        return error_NLD[:, self.valid_LD] if padded else error_NLD.flatten(1)
 
     @torch.no_grad()
-    def energies(self, trajectories_BHWLD: torch.Tensor, valid_LD: torch.Tensor) -> torch.Tensor:
+    def energies(self, trajectories_BHWLD: torch.Tensor) -> torch.Tensor:
         """Blocks' energies, ``[B, P, L]``, in float32."""
-        return self.residual.energies(self.residuals(trajectories_BHWLD, valid_LD))
+        return self.residual.energies(self.residuals(trajectories_BHWLD))
 
     @torch.no_grad()
-    def score(self, trajectories_BHWLD: torch.Tensor, valid_LD: torch.Tensor) -> CellScores:
+    def score(self, trajectories_BHWLD: torch.Tensor) -> CellScores:
         """Score a batch of trajectories."""
         grid = trajectories_BHWLD.shape[1:3]
-        energies_BPL = self.energies(trajectories_BHWLD, valid_LD)
+        energies_BPL = self.energies(trajectories_BHWLD)
         cells_BP = self.residual.cells(energies_BPL)
         image_scores_B = residuals.image_scores(cells_BP)
         return CellScores(cells_BP.unflatten(1, grid), energies_BPL.unflatten(1, grid), image_scores_B)
@@ -102,7 +113,7 @@ class Detector:
         write_tensors(path, tensors, {"format": 1, "kind": "calibration", "base": base, "held_out": self.held_out})
 
     def load(self, path: Path, base: str) -> None:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote; the detector stays on its device.
 
         Raises:
             ArtifactError: missing, damaged, or made for another model.
@@ -114,7 +125,9 @@ class Detector:
             raise ArtifactError(f"{str(path)!r} was made for another model: use the one of the same run.")
         tensors = read_tensors(path)
         own = {name.removeprefix("residual."): t for name, t in tensors.items() if name.startswith("residual.")}
+        device = self.residual.centre.device
         load_state(self.residual, own, path)
+        self.residual.to(device)
         self.residual.lay_out()
         for name, tensor in own.items():
             if not bool(tensor.isfinite().all()):
@@ -152,8 +165,7 @@ class Scorer:
         """uint8 ``[B, 3, S, S]`` on the device -> one :class:`CellScores` per detector."""
         with self._extracting:
             trajectories = self.extractor(images_BCSS)
-        valid_LD = self.extractor.projection.valid_LD
-        return [detector.score(trajectories, valid_LD) for detector in self.detectors]
+        return [detector.score(trajectories) for detector in self.detectors]
 
     def __call__(self, images: Any, batch_size: int = 32) -> Scores:
         """Score PIL images, arrays or tensors with the first detector.
@@ -235,16 +247,18 @@ def load(
     Args:
         run_dir: a run directory.
         adapter: one or several adapter folders to use instead of the run's own.
-        phase: 1 for the unadapted model; None for the latest phase there is.
+        phase: 1 for the unadapted model, 2 for the adapted one; None for the latest phase there is.
         device: a torch device; ``auto`` takes an accelerator where there is one.
 
     Raises:
         ArtifactError: something is missing, damaged, or belongs to another run.
-        ConfigError: phase 1 together with an adapter, or the same adapter twice.
+        ConfigError: phase 1 together with an adapter, the same adapter twice, or a phase or device that is none.
 
     >>> load(run_dir, phase=1, device="cpu").detectors[0].name
     'phase1'
     """
+    if phase not in (None, 1, 2):
+        raise ConfigError(f"phase={phase!r} is none: name 1, 2, or None for the latest.")
     if adapter and phase == 1:
         raise ConfigError("phase 1 is the model without an adapter: name either phase 1 or an adapter.")
     rundir = RunDir(run_dir)
@@ -288,7 +302,7 @@ def _load_base(rundir: RunDir, extractor: TrajectoryExtractor) -> tuple[nn.Modul
 
 def _load_detector(rundir: RunDir, extractor: TrajectoryExtractor) -> Detector:
     model, base = _load_base(rundir, extractor)
-    detector = Detector("phase1", model, residuals.ResidualModel(extractor.projection.valid_LD, extractor.resolution))
+    detector = Detector("phase1", model, extractor.projection.valid_LD, extractor.resolution)
     detector.load(rundir.calibration(1), base)
     return detector
 
@@ -299,7 +313,7 @@ def _load_adapted(rundir: RunDir, extractor: TrajectoryExtractor, name: str, ada
 
     model, base = _load_base(rundir, extractor)
     adapted = lora.load_adapter(model, adapter, base)
-    detector = Detector(name, adapted, residuals.ResidualModel(extractor.projection.valid_LD, extractor.resolution))
+    detector = Detector(name, adapted, extractor.projection.valid_LD, extractor.resolution)
     detector.load(adapter.parent / "calibration.safetensors", lora.adapter_fingerprint(adapted, base))
     return detector
 
@@ -333,7 +347,12 @@ def _shortest(path: Path, others: list[Path]) -> str | None:
 
 def _device(name: str) -> torch.device:
     if name != "auto":
-        return torch.device(name)
+        try:
+            # A device that torch knows may still not be here.
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            reason = one_line(error, 160)
+            raise ConfigError(f"device={name!r} cannot be used ({reason}): name cpu, cuda, mps or auto.") from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

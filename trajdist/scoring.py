@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from trajdist.data.loader import (
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.files import read_json, write_json
 from trajdist.progress import Progress, make_console
-from trajdist.runtime import Processes, start_accelerator
+from trajdist.runtime import Processes, start_accelerator, to_device
 from trajdist.score_files import (
     MapsFile,
     Row,
@@ -45,6 +46,8 @@ from trajdist.scorer import CellScores, Detector, Scorer, load
 from trajdist.sharding import Plan, in_order
 
 Visit = Callable[["Scored"], None]
+# Position in the input order, row, and raw map unless the image failed.
+Numbered = tuple[int, Row, pictures.Floats | None]
 
 
 @dataclass(frozen=True)
@@ -213,11 +216,30 @@ def _walk(job: Scoring, plan: Plan, cursor: int, maps: MapsFile, visit: Visit | 
         for step, batch in zip(plan.steps(cursor), job.loader_of(plan, cursor), strict=True):
             slots = plan.micro_batch(step, 0, job.processes.rank)
             scored = list(score_batch(job, batch, range(slots.start, slots.stop)))
-            in_threads(lambda image: _draw(job, image), scored, job.drawing_threads)
+            _draw_all(job, scored)
             if visit is not None:
                 _visit_all(job.processes, visit, scored)
-            _write(job, maps, scored, batch, slots.start)
+            rows = job.processes.gather(_rows(job, scored, batch, slots.start))
+            _write(job, maps, sorted(rows, key=lambda row: row[0]))
             progress.advance(step.stop)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"--out {str(out)!r} cannot be written ({error.strerror}): free some space and run the same command again."
+        ) from None
+
+
+def _draw_all(job: Scoring, scored: list[Scored]) -> None:
+    def draw_each() -> None:
+        with _writing(job.out):
+            in_threads(lambda image: _draw(job, image), scored, job.drawing_threads)
+
+    job.processes.all_do(draw_each)
 
 
 def _visit_all(processes: Processes, visit: Visit, scored: list[Scored]) -> None:
@@ -230,7 +252,7 @@ def _visit_all(processes: Processes, visit: Visit, scored: list[Scored]) -> None
 
 def score_batch(job: Scoring, batch: ImageBatch, positions: Sequence[int]) -> Iterator[Scored]:
     """The scored images of a batch that holds those at ``positions``; unreadable ones are left out."""
-    results = job.scorer.score_batch(batch.images.to(job.processes.device, non_blocking=True))
+    results = job.scorer.score_batch(to_device((batch.images,), job.processes.device)[0])
     on_cpu = [CellScores(*(part.cpu() for part in vars(result).values())) for result in results]
     p_values = [d.images.p_values(r.images_B) for d, r in zip(job.scorer.detectors, on_cpu, strict=True)]
     for slot, position in enumerate(positions):
@@ -299,21 +321,26 @@ def _draw(job: Scoring, image: Scored) -> None:
         (job.out / "maps" / f"{stem}.depth.png").write_bytes(pictures.png(profile))
 
 
-def _write(job: Scoring, maps: MapsFile, scored: list[Scored], batch: ImageBatch, start: int) -> None:
-    """Gather a step's rows and maps and append them in input order."""
-    found: list[tuple[int, Row, pictures.Floats | None]] = []
-    found += [(image.position, image.row, image.cells_HW) for image in scored]
+def _rows(job: Scoring, scored: list[Scored], batch: ImageBatch, start: int) -> list[Numbered]:
+    """The rows and maps of this process's batch, whose first slot is image ``start``."""
+    found: list[Numbered] = [(image.position, image.row, image.cells_HW) for image in scored]
     slots = [slot for slot, weight in enumerate(batch.weights.tolist()) if not weight]
     reasons = dict(batch.failures)
     for slot in slots:
         if start + slot in reasons:
             found.append((start + slot, _failed_row(job, start + slot, reasons[start + slot]), None))
-    rows = sorted(job.processes.gather(found), key=lambda item: item[0])
-    if not job.processes.is_main:
-        return
-    maps.write([(position, cells_HW) for position, _, cells_HW in rows])
-    with open(job.out / "scores.jsonl", "a", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(row) + "\n" for _, row, _ in rows)
+    return found
+
+
+def _write(job: Scoring, maps: MapsFile, rows: list[Numbered]) -> None:
+    """Append a step's rows, which are in input order, and fill in their maps."""
+
+    def append() -> None:
+        with _writing(job.out), open(job.out / "scores.jsonl", "a", encoding="utf-8") as handle:
+            maps.write([(position, cells_HW) for position, _, cells_HW in rows])
+            handle.writelines(json.dumps(row) + "\n" for _, row, _ in rows)
+
+    job.processes.main_does(append)
 
 
 def _failed_row(job: Scoring, position: int, reason: str) -> Row:

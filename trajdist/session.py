@@ -11,11 +11,13 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from trajdist import launcher
 from trajdist.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from trajdist.config import Config, ImageSet, domain_config, fields, flatten
 from trajdist.config_files import dump_yaml, read_yaml
 from trajdist.data.base import ImageSource
 from trajdist.data.cache import TrajectoryCache
+from trajdist.data.decode import Fit
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_threads, resolve_workers
 from trajdist.errors import ArtifactError, ConfigError, DataError, StopRequested, UserError
@@ -145,10 +147,12 @@ class Session:
         cache: TrajectoryCache | None = None,
         defects: DefectDraw | None = None,
         sharing: int = 1,
+        fit: Fit | None = None,
     ) -> DataLoader[ImageBatch]:
         """The loader of a plan, sharded by Accelerate; batches stay on the host until the feed moves them.
 
-        The workers are shared out to ``sharing`` loaders, one at least to each.
+        The workers are shared out to ``sharing`` loaders, one at least to each. Images are made square as the set
+        says, or as ``fit`` does.
         """
         data = self.config.data
         workers = resolve_workers(data.num_workers, self.processes.local_world, self.processes.device.type)
@@ -158,7 +162,7 @@ class Session:
             plan,
             cursor=cursor,
             size=data.image_size,
-            fit=self.settings(set_name).fit,
+            fit=fit or self.settings(set_name).fit,
             num_workers=-(-workers // sharing),
             pin_memory=self.processes.device.type == "cuda",
             draw=draw,
@@ -209,8 +213,8 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
     accelerator = start_accelerator(runtime.mixed_precision, backstop_s, runtime.deterministic, init_method)
     processes = Processes(accelerator)
     add_up(processes)
-    # A launcher that lost nothing itself, because another machine did, has not counted this restart.
-    restarted = processes.any(_restarted())
+    # Started again, ``--fresh`` is not meant again. A launcher that lost nothing itself has not counted the restart.
+    restarted = processes.any(launcher.has_restarted())
     rundir, console = RunDir(config.run_dir), make_console(processes.is_main)
 
     def prepare() -> None:
@@ -238,12 +242,6 @@ def _take(rundir: RunDir, config: Config, world: int) -> None:
     rundir.write_config(dump_yaml(config))
     rundir.stop_file.unlink(missing_ok=True)
     rundir.remember("num_processes", world)
-
-
-def _restarted() -> bool:
-    """A launcher or Slurm that starts the same command again does not mean ``--fresh`` again."""
-    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return any(count not in ("", "0") for count in counts)
 
 
 def _reference_world(rundir: RunDir) -> int:

@@ -12,6 +12,7 @@ from trajdist import bundle
 from trajdist.allocator import trim
 from trajdist.backbones import Backbone
 from trajdist.clock import Clock
+from trajdist.data.decode import Fit
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, IndexAt
 from trajdist.errors import StopRequested
@@ -95,10 +96,12 @@ def clean_batches(
     num_images: int,
     title: str,
     defects: DefectDraw | None = None,
+    fit: Fit | None = None,
 ) -> Iterator[ImageBatch]:
     """One pass over ``num_images`` images without training: this process's batches, on the device.
 
-    With ``defects`` the images come with themselves and a defect in them, as in training.
+    With ``defects`` the images come with themselves and a defect in them, as in training. They are made square as
+    the set says, or as ``fit`` does.
 
     Raises:
         StopRequested: somebody asked for it.
@@ -108,8 +111,9 @@ def clean_batches(
     bad_images, clock = BadImages(session.rundir, processes), Clock(processes.device)
     session.say(f"{title}: {num_images:,} images")
     trim()
+    loader = session.loader(set_name, index_at, plan, defects=defects, fit=fit)
     with Progress(session.console, title, num_images) as progress:
-        for step, batch in zip(plan.steps(), session.loader(set_name, index_at, plan, defects=defects), strict=True):
+        for step, batch in zip(plan.steps(), loader, strict=True):
             bad_images.note(batch.failures)
             session.watchdog.beat()
             yield move(batch, processes.device, clock)
@@ -150,8 +154,7 @@ def contrast_residuals(
 
 def new_detector(session: Session, name: str, extractor: TrajectoryExtractor, model: nn.Module) -> Detector:
     """A detector on the device, not fitted yet."""
-    residual = ResidualModel(extractor.projection.valid_LD.cpu(), extractor.resolution)
-    return Detector(name, model, residual).to(session.processes.device)
+    return Detector(name, model, extractor.projection.valid_LD, extractor.resolution).to(session.processes.device)
 
 
 def calibrate(
@@ -179,19 +182,29 @@ def calibrate(
     fit_detector(session, set_name, selection, extractor, detector, whitened)
     if not selection.num_holdout:
         session.say("no images are held out: p-values rest on images that were trained on, and promise too much")
+    elif _chose_weights(session):
+        session.say("the held-out images also chose the weights: p-values lean a little to the small side")
     detector.held_out = selection.num_holdout > 0
     index_at = selection.holdout if detector.held_out else selection.train
-    valid_LD = extractor.projection.valid_LD
     cells, images = detector.cells.histogram, detector.images.histogram
     most = session.config.trajectory.statistics_images
     held_out = min(selection.num_holdout, most) or min(selection.num_train, most)
-    for batch in clean_batches(session, set_name, index_at, held_out, "calibration"):
-        scores = detector.score(extractor(batch.images), valid_LD)
+    # As scoring will make its images square, whatever they were trained on: else theirs and new scores differ in kind.
+    fit = session.config.data.domain.fit
+    for batch in clean_batches(session, set_name, index_at, held_out, "calibration", fit=fit):
+        scores = detector.score(extractor(batch.images))
         cells.update(scores.cells_BHW.cpu(), batch.weights.cpu()[:, None, None].expand_as(scores.cells_BHW))
         images.update(scores.images_B.cpu(), batch.weights.cpu())
     for histogram in (cells, images):
         histogram.all_reduce(session.processes.sum_from_host)
     session.processes.main_does(lambda: detector.save(path, base))
+
+
+def _chose_weights(session: Session) -> bool:
+    """Whether the weights are those that validated best on the held-out images, and not on labelled ones."""
+    config = session.config
+    chosen = config.validation.keep == "best" or config.early_stopping.patience > 0
+    return config.validation.every_epochs > 0 and config.validation.path is None and chosen
 
 
 def fit_detector(
@@ -215,11 +228,11 @@ def _residual_moments(
     session: Session, set_name: str, selection: Selection, extractor: TrajectoryExtractor, detector: Detector
 ) -> PlaceMoments:
     """A pass over (a bounded sample of) the images trained on."""
-    processes, valid_LD, places = session.processes, extractor.projection.valid_LD, extractor.resolution**2
+    processes, places = session.processes, extractor.resolution**2
     num_images = min(selection.num_train, session.config.trajectory.statistics_images)
-    moments = PlaceMoments(places, int(valid_LD.sum()), processes.device)
+    moments = PlaceMoments(places, sum(detector.residual.widths), processes.device)
     for batch in clean_batches(session, set_name, selection.train, num_images, "residuals"):
-        moments.update(detector.residuals(extractor(batch.images), valid_LD), batch.weights)
+        moments.update(detector.residuals(extractor(batch.images)), batch.weights)
     moments.all_reduce(processes.sum)
     return moments
 
@@ -229,10 +242,10 @@ def _fit_places(
     session: Session, set_name: str, selection: Selection, extractor: TrajectoryExtractor, detector: Detector
 ) -> None:
     """Another pass: what clean images score at each place."""
-    processes, valid_LD = session.processes, extractor.projection.valid_LD
+    processes = session.processes
     num_images = min(selection.num_train, session.config.trajectory.statistics_images)
     usual = BlockMoments(extractor.resolution**2, processes.device)
     for batch in clean_batches(session, set_name, selection.train, num_images, "places"):
-        usual.update(roots(detector.energies(extractor(batch.images), valid_LD)), batch.weights)
+        usual.update(roots(detector.energies(extractor(batch.images))), batch.weights)
     usual.all_reduce(processes.sum)
     detector.residual.fit_places(usual)

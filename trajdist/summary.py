@@ -22,7 +22,8 @@ def is_done(session: Session, phase: int) -> bool:
         session.say(f"phase {phase} stopped early, after {done['epochs']} epochs: nothing to repeat")
         return True
     epochs, wanted = done["epochs"], getattr(session.config.data, SETS[phase]).num_epochs
-    checkpoint = session.newest_checkpoint() if wanted > epochs else None
+    built_on = phase == 1 and bool(session.rundir.domains())
+    checkpoint = session.newest_checkpoint() if wanted > epochs and not built_on else None
     if checkpoint and checkpoint.state["phase"] == phase:
         session.say(f"phase {phase} has {epochs} epochs and goes on to {wanted}")
         return False

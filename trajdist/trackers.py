@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trajdist.errors import ConfigError
+from trajdist.errors import ConfigError, one_line
 from trajdist.rundir import RunDir
 
 PROJECT = "trajdist"
-# The module that a tracker needs, which is its name but for TensorBoard, that torch has a writer for.
-MODULES = {name: name for name in ("tensorboard", "wandb", "trackio", "mlflow")}
 
 Picture = npt.NDArray[np.uint8]
 Say = Callable[[str], None]
@@ -34,7 +32,7 @@ def check_installed(names: Sequence[str]) -> None:
         ConfigError: with what to install.
     """
     for name in names:
-        if importlib.util.find_spec(MODULES[name]) is None:
+        if importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"logging.trackers names {name!r}, which is not installed: pip install 'trajdist[{name}]', "
                 "or leave it out."
@@ -97,7 +95,7 @@ class Trackers:
             work(*arguments)
         except Exception as error:  # Trackers raise whatever their servers make them.
             self._open.pop(name, None)
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             self._say(f"the tracker {name} failed ({type(error).__name__}: {reason}): training goes on without it")
 
 

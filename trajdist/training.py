@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -268,13 +269,15 @@ def _place_draw(session: Session, phase: int, extractor: TrajectoryExtractor) ->
 
 
 def _cache(session: Session, set_name: str, extractor: TrajectoryExtractor) -> TrajectoryCache:
-    """The cache of a set's trajectories, made by the main process.
+    """The cache of a set's trajectories, on a disk that all processes share or one of each machine.
 
     Raises:
         ConfigError: its folder cannot be written.
     """
     config, processes = session.config, session.processes
     key = {
+        # Another folder may hold other images by the same names.
+        "path": _absolute(str(getattr(config.data, set_name).path)),
         "images": session.sources[set_name].fingerprint,
         "fit": getattr(config.data, set_name).fit,
         "image_size": config.data.image_size,
@@ -285,8 +288,13 @@ def _cache(session: Session, set_name: str, extractor: TrajectoryExtractor) -> T
     length, width = extractor.projection.valid_LD.shape
     shape = (extractor.resolution**2, length, width)
     cache = TrajectoryCache(Path(str(config.cache.dir)).expanduser(), key, len(session.sources[set_name]), shape)
-    processes.main_does(cache.create)
+    processes.all_do(cache.create)
     return cache
+
+
+def _absolute(path: str) -> str:
+    """A folder or pattern, whatever the working directory; prefixes and addresses as they are."""
+    return path if ":" in path else os.path.realpath(os.path.expanduser(path))
 
 
 def _cache_writer(session: Session, cache: TrajectoryCache) -> CacheWriter:

@@ -244,8 +244,9 @@ class TrajectoryExtractor:
                 pooled_LBPC[step][part] = pooled_BPC
 
             self._pass(images_BCSS[part], None if places_BK is None else places_BK[part], gather)
-        for step, pooled_BPC in enumerate(pooled_LBPC):
-            visit(step, pooled_BPC)
+        with _full_precision(images_BCSS.device.type):
+            for step, pooled_BPC in enumerate(pooled_LBPC):
+                visit(step, pooled_BPC)
 
     def _pass(
         self,

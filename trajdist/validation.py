@@ -129,7 +129,7 @@ class Examiner:
         plan = pass_plan(session, "validation", len(labelled))
         batches: Iterable[ImageBatch] = clean_batches(session, "validation", in_order, len(labelled), "validation")
         for step, batch in zip(plan.steps(), batches, strict=True):
-            cells_BHW = detector.score(self.extractor(batch.images), self.extractor.projection.valid_LD).cells_BHW
+            cells_BHW = detector.score(self.extractor(batch.images)).cells_BHW
             start = plan.micro_batch(step, 0, processes.rank).start
             counts.add(start, cells_BHW, batch.weights)
         return counts.conclude()

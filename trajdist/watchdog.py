@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from trajdist import launcher
 from trajdist.errors import TrainingError
 from trajdist.runtime import Processes, StopFlag, named, open_store
 
@@ -35,7 +36,7 @@ class Watchdog:
         self._done = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._live, self._watch)]
         self._store = open_store() if processes.world > 1 else None
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._parent = os.getppid() if launcher.is_elastic() else None
 
     def beat(self) -> None:
         """This process has got on."""

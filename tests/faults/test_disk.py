@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from harness import arguments, assert_identical
+from images import write_images
 from test_stops import at_call, send
 
-from trajdist import bundle, checkpoint, loop, lora
+from trajdist import bundle, checkpoint, loop, lora, score_files
 from trajdist.artifacts import write_tensors
 from trajdist.cli import main
 from trajdist.files import write_json
@@ -170,3 +171,17 @@ def test_hostile_tensors(file, tensors, stopped, tmp_path, capsys):
     reseal(folder)
     assert main(arguments(run_dir)) == 4
     assert "than the model: it belongs to another run" in capsys.readouterr().err
+
+
+def test_a_full_disk_while_scoring(uninterrupted, tmp_path, monkeypatch, capsys):
+    """One sentence, and the same command goes on."""
+    images = write_images(tmp_path / "images", 5)
+    command = ["score", str(uninterrupted), str(images), "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        fill_disk(patch, score_files.MapsFile, "write", 1, 300)
+        assert main(command) == 4
+    error = capsys.readouterr().err
+    assert f"--out {str(tmp_path / 'out')!r} cannot be written" in error
+    assert error.count("\n") == 1
+    assert main(command) == 0
+    assert len((tmp_path / "out" / "scores.jsonl").read_text().splitlines()) == 5

@@ -23,12 +23,14 @@ import numpy.typing as npt
 import torch
 
 from trajdist.artifacts import fingerprint
-from trajdist.errors import ArtifactError, ConfigError
-from trajdist.files import write_json
+from trajdist.errors import ArtifactError, ConfigError, one_line
+from trajdist.files import write_at, write_json
 from trajdist.sharding import Int64s
 
 PAGE = 4096
 GIB = 2**30
+# macOS has no fdatasync.
+SYNC = getattr(os, "fdatasync", os.fsync)
 # When batches wait, records are made durable in groups of this many bytes.
 SYNC_BYTES = 64 * 2**20
 # Batches that wait for the disk; with more the training waits.
@@ -105,11 +107,11 @@ class TrajectoryCache:
 
     def write(self, number: int, record_PLD: npt.NDArray[np.uint16]) -> None:
         """Write a record; it is not there yet, see :meth:`commit`."""
-        os.pwrite(self._descriptor("records"), record_PLD.data, number * self.stride)
+        write_at(self._descriptor("records"), record_PLD.data, number * self.stride)
 
     def commit(self, numbers: list[int]) -> None:
         """Make written records durable, then say that they are there."""
-        os.fdatasync(self._descriptor("records"))
+        SYNC(self._descriptor("records"))
         for number in numbers:
             os.pwrite(self._descriptor("present"), b"\1", number)
 
@@ -187,8 +189,8 @@ class CacheWriter:
                     self._cache.commit(written)
                     written = []
             self._cache.commit(written)
-        except OSError as error:
-            self._stop(f"the cache in {str(self._cache.folder)!r} cannot be written ({error.strerror})")
+        except Exception as error:  # Whatever it is, the training must not wait for this thread for ever.
+            self._stop(f"the cache in {str(self._cache.folder)!r} cannot be written ({one_line(error)})")
 
     def _write(self, numbers: list[int], trajectories_BPLD: torch.Tensor, copied: torch.cuda.Event | None) -> list[int]:
         if copied is not None:

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from trajdist.errors import one_line
+
 Fit = Literal["squash", "crop"]
 # Goes up with every change of the pixels that an image becomes: caches of the old ones do not count.
 TRANSFORM = 2
@@ -43,9 +45,8 @@ def decode(raw: bytes, size: int | None = None) -> Image.Image:
 
 def reason(error: Exception) -> str:
     """Why an image cannot be used, in a line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
     # Pillow puts the address of its buffer into the message of an unknown format.
-    text = text.split(" <_io")[0]
+    text = one_line(error).split(" <_io")[0]
     return f"{type(error).__name__}: {text}"
 
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import track
 
+from trajdist import launcher
 from trajdist.data import storage
 from trajdist.data.base import EXTENSIONS, EncodedSource, Names, numbered
 from trajdist.data.shard_cache import GIB, ShardCache
@@ -166,8 +167,7 @@ class _Shard:
 def _open_shards(paths: list[str], key: str, access: Access) -> list[_Shard]:
     """Processes of one job begin at different shards, so that each finds the others' indexes."""
     folder = Path(access.cache_dir or "~/.cache/trajdist").expanduser()
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    first = rank * len(paths) // max(world, 1) % len(paths)
+    first = launcher.rank() * len(paths) // launcher.world() % len(paths)
     failed = threading.Event()
 
     def load(path: str) -> tuple[str, _Shard | None]:
@@ -180,7 +180,7 @@ def _open_shards(paths: list[str], key: str, access: Access) -> list[_Shard]:
             raise error if isinstance(error, UserError) else storage.refusal(key, path, error) from None
 
     console = Console(stderr=True)
-    silent = rank != 0 or not console.is_terminal
+    silent = launcher.rank() > 0 or not console.is_terminal
     with ThreadPoolExecutor(min(THREADS, len(paths))) as threads:
         loading = threads.map(load, paths[first:] + paths[:first])
         shown = track(loading, "indexes of the shards", len(paths), console=console, transient=True, disable=silent)
@@ -189,7 +189,7 @@ def _open_shards(paths: list[str], key: str, access: Access) -> list[_Shard]:
 
 
 def _tell_left_out(paths: list[str], shards: list[_Shard]) -> None:
-    if os.environ.get("RANK", "0") != "0":
+    if launcher.rank():
         return
     lines = [
         f"{path}: {name} is left out: {reason}"
