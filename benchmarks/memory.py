@@ -109,9 +109,9 @@ def measure_reference(way: str, images: Path, overrides: Sequence[str]) -> dict[
     import torch
     from reference import reference
 
-    from trajdist import bundle
     from trajdist.config_files import load_config
-    from trajdist.runtime import device_type
+    from trajdist.runtime.processes import device_type
+    from trajdist.saved import bundle
 
     config = load_config("default", overrides)
     extractor = bundle.new_extractor(config).to(torch.device(device_type()))

@@ -22,15 +22,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from trajdist.bundle import load_extractor
 from trajdist.data.base import ImageSource
 from trajdist.data.decode import Fit, to_square
 from trajdist.data.labelled import GOOD, LabelledFolder
 from trajdist.data.sources import ImageFolder
-from trajdist.histogram import ScoreHistogram
-from trajdist.metrics import PixelScores, curve
-from trajdist.projection import BlockMoments
-from trajdist.trajectory import TrajectoryExtractor, pool
+from trajdist.extraction.projection import BlockMoments
+from trajdist.extraction.trajectory import TrajectoryExtractor, pool
+from trajdist.saved.bundle import load_extractor
+from trajdist.scoring.histogram import ScoreHistogram
+from trajdist.scoring.metrics import PixelScores, curve
 
 SIZE, BATCH = 224, 32
 BANK_CELLS, BANK_BLOCKS = 20_000, (5, 11)  # Two middle blocks, counted from zero.

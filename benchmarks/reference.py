@@ -21,14 +21,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from trajdist import allocator, backbones, bundle
-from trajdist.backbones import first_tensor, to_grid
 from trajdist.config import Config
 from trajdist.data.decode import to_square
 from trajdist.data.loader import resolve_workers
 from trajdist.data.sources import open_source
-from trajdist.runtime import device_type
-from trajdist.trajectory import TrajectoryExtractor
+from trajdist.extraction import backbones
+from trajdist.extraction.backbones import first_tensor, to_grid
+from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.runtime import allocator
+from trajdist.runtime.processes import device_type
+from trajdist.saved import bundle
 
 M_MMAP_THRESHOLD = -3
 

@@ -23,11 +23,13 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from trajdist import backbones, bundle
 from trajdist.data.decode import to_square
 from trajdist.data.sources import open_source
-from trajdist.rundir import RunDir
-from trajdist.scoring import Options, Scoring, open_scoring, score
+from trajdist.extraction import backbones
+from trajdist.saved import bundle
+from trajdist.saved.rundir import RunDir
+from trajdist.scoring.job import Options, Scoring, open_scoring
+from trajdist.scoring.score import score
 
 BATCH = 32
 

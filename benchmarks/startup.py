@@ -2,10 +2,10 @@
 
     python benchmarks/startup.py [--rounds 5] [--json FILE] [CONFIG] [key=value ...]
 
-``trajdist --help``, ``import torch``, ``import trajdist.phases`` (torch and all that training needs), the same and the
-backbone built, and ``trajdist train`` to its first line of metrics.jsonl, which follows the first step. CONFIG is by
-default ResNet-50 with random weights on 32 photographs of scikit-image. "own" is what the run takes beyond imports and
-building: statistics over those images, their eigenvectors, the model, and the step.
+``trajdist --help``, ``import torch``, ``import trajdist.training.phases`` (torch and all that training needs), the
+same and the backbone built, and ``trajdist train`` to its first line of metrics.jsonl, which follows the first step.
+CONFIG is by default ResNet-50 with random weights on 32 photographs of scikit-image. "own" is what the run takes beyond
+imports and building: statistics over those images, their eigenvectors, the model, and the step.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from rich.table import Table
 SMALL = ("backbone.weights=none", "data.imagenet.path=skimage:photos", "data.imagenet.num_samples=32")
 POLL_S = 0.01
 BUILD = """
-import sys, trajdist.phases
-from trajdist.bundle import new_extractor
+import sys, trajdist.training.phases
+from trajdist.saved.bundle import new_extractor
 from trajdist.config_files import load_config
 new_extractor(load_config(sys.argv[1], sys.argv[2:]))
 """
@@ -63,7 +63,7 @@ def measure(config: list[str], rounds: int) -> dict[str, list[float]]:
         one = {
             "trajdist --help": seconds("-m", "trajdist", "--help"),
             "import torch": seconds("-c", "import torch"),
-            "import trajdist.phases": seconds("-c", "import trajdist.phases"),
+            "import trajdist.training.phases": seconds("-c", "import trajdist.training.phases"),
             "and build the backbone": seconds("-c", BUILD, *config),
             "train to its first step": first_step(config),
         }

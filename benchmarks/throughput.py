@@ -41,18 +41,18 @@ from rich.table import Table
 from scoring import ratio, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
-from trajdist import bundle
-from trajdist.allocator import keep_freed_memory
 from trajdist.cli import main as trajdist
 from trajdist.config import Config
 from trajdist.config_files import load_config
 from trajdist.data.loader import SlotDataset
 from trajdist.data.sources import open_source
-from trajdist.feed import num_places
-from trajdist.losses import trajectory_losses
-from trajdist.runtime import device_type
+from trajdist.extraction.trajectory import TrajectoryExtractor, _with_slack
+from trajdist.models.losses import trajectory_losses
+from trajdist.runtime.allocator import keep_freed_memory
+from trajdist.runtime.processes import device_type
+from trajdist.saved import bundle
 from trajdist.sharding import Slots
-from trajdist.trajectory import TrajectoryExtractor, _with_slack
+from trajdist.training.feed import num_places
 
 BACKBONES = {
     "resnet50": ["backbone.name=resnet50", "model.spatial_resolution=7"],

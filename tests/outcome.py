@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trajdist.audit import audit
+from trajdist.tools.audit import audit
 
 ARTIFACTS = (
     "phase1/model.safetensors",

@@ -20,7 +20,8 @@ def stand_still(*args, **kwargs):
 
 
 def be(what: str, value: str) -> None:
-    from trajdist import preflight, session
+    from trajdist.runtime import preflight
+    from trajdist.training import session
 
     if what == "config":
         sys.argv.append(value)
@@ -42,7 +43,7 @@ def be(what: str, value: str) -> None:
 
 
 def die_after_a_checkpoint(run_dir: Path) -> None:
-    from trajdist import loop
+    from trajdist.training import loop
 
     update, steps = loop.update, []
 
@@ -59,7 +60,7 @@ def die_after_a_checkpoint(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    from trajdist import preflight
+    from trajdist.runtime import preflight
 
     preflight.SUM_S = float(os.environ.get("SUM_S", preflight.SUM_S))
     rank, what, *value = (os.environ.get("PECULIAR") or "none:none").split(":", 2)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from trajdist.allocator import SETTINGS
+from trajdist.runtime.allocator import SETTINGS
 
 PAGE = 4096
 BYTES = 64 * 2**20
@@ -17,7 +17,7 @@ BYTES = 64 * 2**20
 # the first blocks that are freed, so that the next one does not fit there: a dozen times at most.
 AGAIN = f"""
 import resource, torch
-from trajdist.allocator import keep_freed_memory, trim
+from trajdist.runtime.allocator import keep_freed_memory, trim
 print(keep_freed_memory())
 for _ in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -14,9 +14,9 @@ import pytest
 from images import write_images
 from jobs import REPOSITORY
 
-from trajdist.audit import audit
 from trajdist.cli import main
 from trajdist.sharding import Plan, Selection, digest
+from trajdist.tools.audit import audit
 
 CONFIG = """\
 seed: 7
@@ -177,5 +177,5 @@ def test_no_run(tmp_path, capsys):
 
 
 def test_no_torch_is_needed():
-    code = "import sys, trajdist.audit; sys.exit('torch' in sys.modules)"
+    code = "import sys, trajdist.tools.audit; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

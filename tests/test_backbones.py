@@ -11,8 +11,8 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from trajdist.backbones import Backbone, build_backbone, find_blocks
 from trajdist.errors import ArtifactError, ConfigError
+from trajdist.extraction.backbones import Backbone, build_backbone, find_blocks
 
 
 def build(name: str, size: int = 64, patterns: tuple[str, ...] = ()) -> Backbone:
@@ -133,7 +133,7 @@ def test_wrong_names(name: str, weights: str, named: str) -> None:
 
 def unfolded(name: str, size: int, seed: int) -> tuple[Backbone, torch.nn.Module]:
     """A backbone whose statistics are not the initial ones, and a copy of its network from before the folding."""
-    from trajdist.backbones import _efficientnet_lite0, _timm, _torchvision
+    from trajdist.extraction.backbones import _efficientnet_lite0, _timm, _torchvision
 
     torch.manual_seed(seed)
     builders = {"efficientnet_lite0": lambda: _efficientnet_lite0("none"), "timm:": lambda: _timm(name, "none")}

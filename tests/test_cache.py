@@ -21,7 +21,7 @@ from test_loop import arguments, assert_same_training, batches, losses
 from trajdist.cli import main
 from trajdist.data.cache import CacheWriter, TrajectoryCache, look_up, padded
 from trajdist.errors import ConfigError
-from trajdist.trajectory import TrajectoryExtractor
+from trajdist.extraction.trajectory import TrajectoryExtractor
 
 SHAPE = (4, 3, 8)
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trajdist.calibration import QuantileSketch
-from trajdist.histogram import ScoreHistogram
+from trajdist.scoring.calibration import QuantileSketch
+from trajdist.scoring.histogram import ScoreHistogram
 
 SCORES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=0, max_size=40)
 

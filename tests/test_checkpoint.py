@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trajdist import checkpoint as writing
 from trajdist.artifacts import read_tensors
-from trajdist.checkpoint import FILES, Checkpoint, CheckpointWriter, load_checkpoint, newest_checkpoint, verify
 from trajdist.errors import ArtifactError
-from trajdist.runtime import memory_bytes, peak_memory_bytes, reset_peak_memory
+from trajdist.runtime.processes import memory_bytes, peak_memory_bytes, reset_peak_memory
+from trajdist.saved import checkpoint as writing
+from trajdist.saved.checkpoint import FILES, Checkpoint, CheckpointWriter, load_checkpoint, newest_checkpoint, verify
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,9 @@ from images import write_images
 from jobs import REPOSITORY, Finished, launch
 
 from trajdist.artifacts import read_document, read_tensors
-from trajdist.bundle import TrajectoryDocument
 from trajdist.cli import main
-from trajdist.clock import STAGES
+from trajdist.runtime.clock import STAGES
+from trajdist.saved.bundle import TrajectoryDocument
 
 CONTROL = {chr(code) for code in range(32)} - {"\n"}
 

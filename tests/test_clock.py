@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trajdist import clock as clocks
-from trajdist.clock import STAGES, Clock
+from trajdist.runtime import clock as clocks
+from trajdist.runtime.clock import STAGES, Clock
 
 
 class Hours:

@@ -12,18 +12,18 @@ from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from test_loop import arguments, assert_same_training, batches, records
 
-from trajdist import loop
 from trajdist.cli import main
 from trajdist.data.drawing import DefectDraw, draw_defect
 from trajdist.data.loader import ImageBatch, SlotDataset
 from trajdist.data.sources import open_source
 from trajdist.errors import StopRequested
-from trajdist.lora import attach
 from trajdist.models.registry import build_model
-from trajdist.objectives import CLEAN, COVERED, LOGISTIC_RATE, ContrastModel, DefectContrast, contrast_losses
-from trajdist.optimizer import make_optimizer
-from trajdist.residuals import ResidualModel
+from trajdist.saved.lora import attach
+from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import Selection, Slots
+from trajdist.training import loop
+from trajdist.training.objectives import CLEAN, COVERED, LOGISTIC_RATE, ContrastModel, DefectContrast, contrast_losses
+from trajdist.training.optimizer import make_optimizer
 
 CONTRAST = ("domain_adaptation.objective=contrast", "checkpoint.every_steps=2")
 DRAW = DefectDraw(4, seed=0, phase=2)

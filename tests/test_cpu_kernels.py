@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from trajdist import cpu_kernels
-from trajdist.backbones import _pad_in_convolutions, build_backbone
-from trajdist.cpu_kernels import PrepackedConv2d, adopt, restore
+from trajdist.extraction import cpu_kernels
+from trajdist.extraction.backbones import _pad_in_convolutions, build_backbone
+from trajdist.extraction.cpu_kernels import PrepackedConv2d, restore, specialise
 
 pytestmark = pytest.mark.skipif(not cpu_kernels._available(), reason="this build of torch has no oneDNN")
 
@@ -29,7 +29,7 @@ def images(channels, count=3, side=14):
 
 def prepacked_copy(conv):
     copied = copy.deepcopy(conv).requires_grad_(False)
-    adopt(copied)
+    specialise(copied)
     assert type(copied) is PrepackedConv2d
     return copied
 
@@ -92,14 +92,14 @@ def test_other_convolutions_are_left_alone():
         Own(3, 3, 1), nn.Conv2d(3, 3, 3, padding="same"), nn.Conv2d(3, 3, 1, padding_mode="reflect")
     )
     kinds = [type(module) for module in network]
-    adopt(network)
+    specialise(network)
     assert [type(module) for module in network] == kinds
 
 
 def test_where_torch_lacks_the_operators_nothing_changes(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "_available", lambda: False)
     conv = nn.Conv2d(3, 3, 1)
-    adopt(conv)
+    specialise(conv)
     assert type(conv) is nn.Conv2d
 
 
@@ -115,7 +115,7 @@ def test_backbones_are_the_same(name):
         return seen
 
     plain = outputs()
-    adopt(backbone.network)
+    specialise(backbone.network)
     assert any(isinstance(module, PrepackedConv2d) for module in backbone.network.modules())
     for _ in range(2):
         for one, other in zip(outputs(), plain, strict=True):

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from trajdist.clock import STAGES
 from trajdist.config import fields
-from trajdist.doctor import AVOIDABLE, ENOUGH_STEPS, Facts, diagnose, shares, split
+from trajdist.runtime.clock import STAGES
+from trajdist.training.doctor import AVOIDABLE, ENOUGH_STEPS, Facts, diagnose, shares, split
 
 
 def facts(time: dict[str, float], **changes: object) -> Facts:

@@ -15,10 +15,11 @@ from jobs import launch
 from outcome import assert_done
 from safetensors.torch import load_file
 
-from trajdist import adaptation, feed, loop, scorer
-from trajdist.audit import audit
 from trajdist.cli import main
-from trajdist.trajectory import TrajectoryExtractor
+from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.scoring import scorer
+from trajdist.tools.audit import audit
+from trajdist.training import adaptation, feed, loop
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -161,7 +162,9 @@ def test_stop_and_go_on(how, number, folders, base, together, tmp_path, monkeypa
     assert audit(run_dir).problems == []
 
 
-@pytest.mark.parametrize("fault", ["trajdist.loop:save_checkpoint:3:SIGKILL", "trajdist.adaptation:finish:2:SIGKILL"])
+@pytest.mark.parametrize(
+    "fault", ["trajdist.training.loop:save_checkpoint:3:SIGKILL", "trajdist.training.adaptation:finish:2:SIGKILL"]
+)
 def test_killed_between_two_domains(fault, folders, base, together, tmp_path):
     """One domain is then further than the other."""
     faults = {"PYTHONPATH": f"{Path(adaptation.__file__).parents[1]}:{Path(__file__).parent / 'faults'}"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trajdist import eigen
-from trajdist.eigen import leading_eigenvectors
-from trajdist.projection import pca_whitening
+from trajdist.extraction import eigen
+from trajdist.extraction.eigen import leading_eigenvectors
+from trajdist.extraction.projection import pca_whitening
 
 SIZE, COUNT = 1024, 32
 

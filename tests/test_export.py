@@ -12,9 +12,9 @@ import torch
 from images import noise
 
 import trajdist
-from trajdist import export
 from trajdist.cli import main
 from trajdist.data.decode import to_square
+from trajdist.tools import export
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -12,27 +13,23 @@ import pytest
 import trajdist
 
 PACKAGE = Path(trajdist.__file__).parent
-LAYERS = (
-    "allocator errors launcher files plugins argument_types config config_parsing config_files sharding artifacts"
-    " pictures folding linear cpu_kernels eigen doctor",
-    "data.__init__ data.decode data.drawing data.base data.storage data.sources data.samples data.hub"
-    " data.shard_index data.shard_cache data.shards data.cache data.loader data.labelled"
-    " data.defects backbones",
-    "projection trajectory models.__init__ models.reconstruction models.autoencoder models.vae models.transformer"
-    " models.registry losses schedules",
-    "lora checkpoint keeper bundle rundir selection pack histogram metrics calibration residuals objectives card"
-    " report score_files",
-    "runtime watchdog preflight progress journal clock profiling feed job loop session scorer trackers optimizer",
-    "statistics validation training summary adaptation phases scoring evaluation reporting export merge audit footprint"
-    " budget probe plan",
-    "cli __main__ inspection __init__",
-)
-LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer.split()}
 MODULES = {
-    ".".join(file.relative_to(PACKAGE).with_suffix("").parts): file
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): file
     for file in sorted(PACKAGE.rglob("*.py"))
     if "configs" not in file.parts
 }
+CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
+# A row of its table: the package, a sentence, its modules. The lowest comes first, the command line last.
+ROW = re.compile(r"^\| `(\S+?)/?` \| (.+?) \| (.+?) \|$", re.MULTILINE)
+ROOMS = {
+    room: (sentence, re.findall(r"`(\w+)`", names)) for room, sentence, names in ROW.findall(CONTRIBUTING.read_text())
+}
+LEVEL_OF = {
+    name if room.startswith("trajdist") else f"{room}.{name}": level
+    for level, (room, (_, names)) in enumerate(ROOMS.items())
+    for name in names
+}
+PACKAGES = [room for room in ROOMS if not room.startswith("trajdist")]
 LAZY = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -43,7 +40,7 @@ def imports(tree: ast.AST, lazy: bool = True) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            # ``from trajdist import bundle`` names a module, ``from trajdist.bundle import read`` something in one.
+            # ``from trajdist.saved import bundle`` names a module, ``from ...bundle import read`` something in one.
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif lazy or not (isinstance(node, LAZY) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node))):
             yield from imports(node, lazy)
@@ -60,15 +57,20 @@ def own_imports(module: str, lazy: bool = True) -> set[str]:
     return found - {"__init__"}
 
 
-def test_every_module_has_a_layer():
-    unknown = set(MODULES) - set(LAYER_OF)
-    assert not unknown, f"give {sorted(unknown)} a layer in LAYERS of {__file__} and in CONTRIBUTING.md"
+def test_every_module_has_its_room():
+    assert set(MODULES) - {"__init__", *PACKAGES} == set(LEVEL_OF), "CONTRIBUTING.md lists every module there is"
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_room_is_what_its_docstring_says(package):
+    sentence = ast.get_docstring(ast.parse(MODULES[package].read_text()))
+    assert ROOMS[package][0] == sentence.replace("``", "`")
+
+
+@pytest.mark.parametrize("module", LEVEL_OF)
 def test_imports_point_down(module):
-    above = [name for name in own_imports(module) if LAYER_OF.get(name, 99) > LAYER_OF.get(module, 0)]
-    assert not above, f"{module} (layer {LAYER_OF[module]}) imports {above} of a higher layer"
+    above = [name for name in own_imports(module) if LEVEL_OF.get(name, -1) > LEVEL_OF[module]]
+    assert not above, f"{module} imports {above} of a higher room"
 
 
 def test_no_circles():
@@ -80,7 +82,7 @@ def test_no_circles():
 
 def test_few_modules_know_accelerate():
     knowing = {name for name, file in MODULES.items() if "accelerate" in roots(ast.parse(file.read_text()))}
-    assert knowing <= {"job", "loop", "runtime", "session", "trackers"}
+    assert knowing == {"runtime.processes", "runtime.trackers", "training.job", "training.session"}
 
 
 def roots(tree: ast.AST, lazy: bool = True) -> set[str]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trajdist.linear import FEWEST_ROWS, Linear, linear, quicken
+from trajdist.models.linear import FEWEST_ROWS, Linear, linear, use_fast_linear
 
 # Too few, fewest, a prime, a square, trajectories of a batch, none at all.
 SHAPES = [(5, 24), (FEWEST_ROWS, 24), (131, 24), (16, 16, 24), (3, 49, 8, 24), (0, 24)]
@@ -59,7 +59,7 @@ def test_a_quickened_network_is_the_same_network():
     network = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Sequential(Own(48, 10)), nn.Linear(10, 4, bias=False))
     rows, weights = torch.randn(4, 64, 24), {name: weight.clone() for name, weight in network.state_dict().items()}
     before = network(rows)
-    quicken(network)
+    use_fast_linear(network)
     assert [type(part) for part in network] == [Linear, nn.GELU, nn.Sequential, Linear]
     assert type(network[2][0]) is Own
     assert all(torch.equal(weights[name], weight) for name, weight in network.state_dict().items())

@@ -13,10 +13,11 @@ from images import write_images
 from jobs import launch
 from safetensors.torch import load_file
 
-from trajdist import bundle, loop, objectives
-from trajdist.backbones import build_backbone
 from trajdist.cli import main
-from trajdist.losses import trajectory_losses
+from trajdist.extraction.backbones import build_backbone
+from trajdist.models.losses import trajectory_losses
+from trajdist.saved import bundle
+from trajdist.training import loop, objectives
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 KINDS = ("autoencoder", "vae", "transformer")

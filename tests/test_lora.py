@@ -10,11 +10,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from trajdist import bundle, lora
 from trajdist.artifacts import fingerprint
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.files import read_json, write_json
 from trajdist.models.registry import build_model
+from trajdist.saved import bundle, lora
 
 SIZES = {"length": 4, "width": 6, "hidden_dim": 16, "latent_dim": 8, "num_layers": 1, "num_heads": 2, "dropout": 0.0}
 SETTINGS = {"rank": 2, "alpha": 4, "dropout": 0.0, "use_rslora": False, "use_dora": False}

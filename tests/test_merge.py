@@ -11,9 +11,9 @@ import yaml
 from images import noise
 
 import trajdist
-from trajdist import merge
-from trajdist.bundle import base_fingerprint, load_model
 from trajdist.cli import main
+from trajdist.saved.bundle import base_fingerprint, load_model
+from trajdist.tools import merge
 
 
 def test_merged_is_unmerged(debug_run, tmp_path, capsys):

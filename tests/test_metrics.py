@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
 from trajdist.errors import ArtifactError
-from trajdist.histogram import MANTISSA_BITS, ScoreHistogram, bins_of, lower_edges, plot_bins
-from trajdist.metrics import Curve, PixelScores, bootstrap_interval, curve, region_shares
+from trajdist.scoring.histogram import MANTISSA_BITS, ScoreHistogram, bins_of, lower_edges, plot_bins
+from trajdist.scoring.metrics import Curve, PixelScores, bootstrap_interval, curve, region_shares
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False, width=32)
 

@@ -11,11 +11,11 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from trajdist.config_files import load_config
-from trajdist.losses import gaussian_kl, trajectory_losses
+from trajdist.models.losses import gaussian_kl, trajectory_losses
 from trajdist.models.reconstruction import Reconstruction
 from trajdist.models.registry import build_model
 from trajdist.models.transformer import attend
-from trajdist.schedules import linear_warmup, warmup_cosine
+from trajdist.training.schedules import linear_warmup, warmup_cosine
 
 KINDS = ("autoencoder", "vae", "transformer")
 

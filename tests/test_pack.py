@@ -17,9 +17,9 @@ from jobs import launch, start
 from PIL import Image
 from test_shards import run
 
-from trajdist import pack as packing
 from trajdist.cli import main
 from trajdist.data.sources import open_source
+from trajdist.tools import pack as packing
 
 
 def packed(source: Path, out: Path, *options: str) -> int:

@@ -58,7 +58,7 @@ def test_the_wheel_is_whole_and_runs_from_anywhere(wheel, tmp_path):
         archive.extractall(tmp_path / "site")
     wanted = {f"trajdist/{file.relative_to(PACKAGE)}" for file in PACKAGE.rglob("*.py")}
     wanted |= {f"trajdist/configs/{file.name}" for file in (REPOSITORY / "configs").glob("*.yaml")}
-    assert wanted | {"trajdist/py.typed", "trajdist/report.html"} <= names
+    assert wanted | {"trajdist/py.typed", "trajdist/scoring/report.html"} <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "docs", "launch"))]
     (tmp_path / "empty").mkdir()
     code = "import trajdist.cli as cli; print(cli.__file__); cli.main(['config', 'quickstart'])"
@@ -112,7 +112,7 @@ def test_examples_in_docstrings(module, debug_run):
 
 def test_all_that_is_public_has_an_example_and_a_place_in_the_docs():
     page = (REPOSITORY / "docs" / "api.md").read_text()
-    assert {"trajdist", "trajdist.scorer"} <= set(DOCTESTED)
+    assert {"trajdist", "trajdist.scoring.scorer"} <= set(DOCTESTED)
     for name in trajdist.__all__:
         assert f"`trajdist.{name}" in page
         assert getattr(trajdist, name).__doc__

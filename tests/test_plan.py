@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from images import write_images
 from jobs import launch
 
-from trajdist import budget, probe
 from trajdist.argument_types import size
-from trajdist.budget import LARGEST_BATCH, largest_within
 from trajdist.cli import main
 from trajdist.config_files import load_config
 from trajdist.data.sources import open_sets
 from trajdist.data.storage import Access
-from trajdist.footprint import LiveBytes, Rehearsal, build_modules
-from trajdist.plan import Options, make_plan, plan_table
-from trajdist.probe import Rates
+from trajdist.planning import budget, probe
+from trajdist.planning.budget import LARGEST_BATCH, largest_within
+from trajdist.planning.footprint import LiveBytes, Rehearsal, build_modules
+from trajdist.planning.plan import Options, make_plan, plan_table
+from trajdist.planning.probe import Rates
 from trajdist.sharding import Plan
 
 TINY = ["backbone.name=resnet18", "backbone.weights=none", "data.image_size=64", "model.feature_dim=16"]
@@ -80,7 +80,7 @@ def test_the_plan_is_what_a_run_measures(name, images, tmp_path):
 
 def test_the_command_trains_nothing_and_writes_nothing(images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("trajdist.phases.run", None)
+    monkeypatch.setattr("trajdist.training.phases.run", None)
     monkeypatch.setattr(probe, "LIMIT_S", 0.01)
     command = ["plan", "default", *TINY, f"data.imagenet.path={images}", "--device", "cpu"]
     assert main([*command, "--memory", "64GiB"]) == 0
@@ -104,7 +104,7 @@ def test_the_probe_changes_no_weight(images, monkeypatch):
             seen[phase] = [weight.clone() for weight in modules.model.parameters()]
             super().__init__(config, phase, modules, **rest)
 
-    monkeypatch.setattr("trajdist.plan.Rehearsal", Watched)
+    monkeypatch.setattr("trajdist.planning.plan.Rehearsal", Watched)
     torch.manual_seed(0)
     plan(images, measure=True)
     probed = seen.pop(1)

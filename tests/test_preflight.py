@@ -12,7 +12,7 @@ from images import write_images
 from jobs import REPOSITORY, Finished, environment, launch
 from outcome import assert_done, assert_same_bits
 
-from trajdist.preflight import slurm_problem
+from trajdist.runtime.preflight import slurm_problem
 
 TESTS = REPOSITORY / "tests"
 HOST = socket.gethostname()

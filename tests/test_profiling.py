@@ -7,7 +7,7 @@ import json
 import pytest
 
 from trajdist.cli import main
-from trajdist.profiling import TRACED, profiling
+from trajdist.runtime.profiling import TRACED, profiling
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

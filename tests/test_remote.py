@@ -18,7 +18,6 @@ from jobs import launch
 from tars import encoded, write_shards, write_tar
 from test_shards import losses, run_at_one_three_and_two_processes
 
-from trajdist.audit import audit
 from trajdist.cli import main
 from trajdist.data import storage
 from trajdist.data.shard_cache import ShardCache
@@ -26,6 +25,7 @@ from trajdist.data.shards import TarShards
 from trajdist.data.sources import open_source
 from trajdist.data.storage import Access
 from trajdist.sharding import Order, Plan, Selection
+from trajdist.tools.audit import audit
 
 boto3 = pytest.importorskip("boto3")
 pytest.importorskip("s3fs")

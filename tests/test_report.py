@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 from trajdist.errors import ArtifactError
-from trajdist.histogram import ScoreHistogram, plot_bins
-from trajdist.metrics import Curve, bootstrap_interval, curve
-from trajdist.report import CurvePair, DefectKind, ImageRow, Metric, Picture, ReportData, ScoreBars, write_report
+from trajdist.scoring.histogram import ScoreHistogram, plot_bins
+from trajdist.scoring.metrics import Curve, bootstrap_interval, curve
+from trajdist.scoring.page import CurvePair, DefectKind, ImageRow, Metric, Picture, ReportData, ScoreBars, write_report
 
 HOSTILE = "</script><script>alert(1)</script><!--\"'&\u2028\n<img src=x onerror=alert(2)>@DATA@@TITLE@$&.png"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

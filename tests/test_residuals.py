@@ -13,8 +13,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trajdist.projection import BlockMoments
-from trajdist.residuals import HOTTEST_SHARE, PlaceMoments, ResidualModel, deepest_first, image_scores, roots, upsample
+from trajdist.extraction.projection import BlockMoments
+from trajdist.scoring.residuals import (
+    HOTTEST_SHARE,
+    PlaceMoments,
+    ResidualModel,
+    deepest_first,
+    image_scores,
+    roots,
+    upsample,
+)
 
 CPU = torch.device("cpu")
 WIDTHS = [3, 2, 4]

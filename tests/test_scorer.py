@@ -20,9 +20,9 @@ from trajdist.cli import main
 from trajdist.config_files import load_config
 from trajdist.data.sources import open_source
 from trajdist.errors import ArtifactError, ConfigError, DataError, UserError
-from trajdist.rundir import RunDir
-from trajdist.scorer import Scorer, Scores, _names
-from trajdist.selection import draw
+from trajdist.saved.rundir import RunDir
+from trajdist.scoring.scorer import Scorer, Scores, _names
+from trajdist.training.selection import draw
 
 SIZE = 64
 

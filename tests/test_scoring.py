@@ -22,13 +22,13 @@ from scipy.stats import betabinom
 
 import trajdist
 from trajdist.artifacts import read_document, read_tensors, write_tensors
-from trajdist.calibration import QuantileSketch
 from trajdist.cli import main
 from trajdist.data.sources import open_source
-from trajdist.histogram import ScoreHistogram
-from trajdist.residuals import upsample
-from trajdist.score_files import picture_name
-from trajdist.scorer import Scorer
+from trajdist.scoring.calibration import QuantileSketch
+from trajdist.scoring.files import picture_name
+from trajdist.scoring.histogram import ScoreHistogram
+from trajdist.scoring.residuals import upsample
+from trajdist.scoring.scorer import Scorer
 
 Rows = list[dict[str, Any]]
 COUNT, DAMAGED = 11, 5

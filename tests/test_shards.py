@@ -18,7 +18,6 @@ from images import noise, write_images
 from jobs import launch, start, stop_after_lines
 from tars import encoded, write_shards, write_tar
 
-from trajdist.audit import audit
 from trajdist.cli import main
 from trajdist.data import storage
 from trajdist.data.loader import SlotDataset, in_threads
@@ -26,6 +25,7 @@ from trajdist.data.shards import TarShards
 from trajdist.data.sources import open_source
 from trajdist.errors import DataError
 from trajdist.sharding import Order, Selection, Slots, key64, permute_windows
+from trajdist.tools.audit import audit
 
 # Measured once. A change would give resumed runs another order than they began with.
 GOLDEN = [10, 18, 12, 1, 5, 6, 9, 2, 3, 7, 15, 0]

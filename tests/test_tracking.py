@@ -81,7 +81,7 @@ def test_a_tracker_that_fails_is_named_once_and_dropped(tmp_path, fresh_accelera
 
 
 def test_a_tracker_that_is_not_there_is_named_before_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("trajdist.trackers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("trajdist.runtime.trackers.importlib.util.find_spec", lambda name: None)
     assert main(["train", "debug", f"run_dir={tmp_path / 'run'}", "logging.trackers=[wandb]"]) == 2
     assert "pip install 'trajdist[wandb]'" in capsys.readouterr().err
     assert main(["train", "debug", f"run_dir={tmp_path / 'run'}", "logging.trackers=[neptune]"]) == 2

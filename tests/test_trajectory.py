@@ -15,11 +15,11 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trajdist import trajectory
-from trajdist.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, Block, build_backbone
 from trajdist.errors import ConfigError
-from trajdist.projection import BlockMoments, Projection, fit_projection
-from trajdist.trajectory import TrajectoryExtractor, pool, pool_places, pool_subcells, trajectory_steps
+from trajdist.extraction import trajectory
+from trajdist.extraction.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, Block, build_backbone
+from trajdist.extraction.projection import BlockMoments, Projection, fit_projection
+from trajdist.extraction.trajectory import TrajectoryExtractor, pool, pool_places, pool_subcells, trajectory_steps
 
 IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 BLOCKS = ("layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1", "layer4.0", "layer4.1")

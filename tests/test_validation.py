@@ -16,8 +16,8 @@ from trajdist.config_files import load_config
 from trajdist.data.defects import write_labelled
 from trajdist.data.sources import open_source
 from trajdist.errors import ConfigError
-from trajdist.keeper import Keeper
-from trajdist.validation import Examiner
+from trajdist.training.keeper import Keeper
+from trajdist.training.validation import Examiner
 
 SMALL = ("data.image_size=32", "runtime.mixed_precision=no", "calibration.holdout_fraction=0.2")
 EVERY = "validation.every_epochs=1"

@@ -13,13 +13,13 @@ __version__ = "0.1.0"
 __all__ = ["Scorer", "Scores", "__version__", "load"]
 
 if TYPE_CHECKING:
-    from trajdist.scorer import Scorer, Scores, load
+    from trajdist.scoring.scorer import Scorer, Scores, load
 
 
 def __getattr__(name: str) -> Any:
     """The Python API brings torch with it; the command line must start without."""
     if name in ("Scorer", "Scores", "load"):
-        from trajdist import scorer
+        from trajdist.scoring import scorer
 
         return getattr(scorer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from trajdist.errors import StopRequested, UserError
 if TYPE_CHECKING:
     from trajdist.config import Config
     from trajdist.data.base import ImageSource
-    from trajdist.scoring import Options
+    from trajdist.scoring.job import Options
 
 EPILOG = """\
 Several processes: accelerate launch --config_file accelerate_config.yaml -m trajdist run CONFIG [key=value ...]
@@ -177,7 +177,7 @@ def _add_pack(commands: Commands) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     config, sources, phases = _open(arguments)
     # From here on torch is needed, which takes seconds to import.
-    from trajdist.phases import run
+    from trajdist.training.phases import run
 
     run(config, sources, phases, arguments.fresh, arguments.profile)
     return 0
@@ -222,8 +222,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     import json
 
     config, sources, phases = _open(arguments)
-    from trajdist.plan import Options, make_plan, plan_table, plan_text
-    from trajdist.progress import make_console
+    from trajdist.planning.plan import Options, make_plan, plan_table, plan_text
+    from trajdist.runtime.progress import make_console
 
     options = Options(
         memory_bytes=arguments.memory,
@@ -249,8 +249,9 @@ def _score(arguments: argparse.Namespace) -> int:
     from trajdist.data.storage import Access
 
     source = open_source(arguments.images, "IMAGES", Access(retries=3))
-    from trajdist.reporting import report
-    from trajdist.scoring import open_scoring, score, score_table
+    from trajdist.scoring.job import open_scoring
+    from trajdist.scoring.report import report
+    from trajdist.scoring.score import score, score_table
 
     job = open_scoring(arguments.run_dir, source, arguments.images, arguments.out, _scoring_options(arguments))
     score(job)
@@ -268,8 +269,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from trajdist.data.labelled import LabelledFolder
 
     dataset = LabelledFolder(Path(arguments.images), "DATASET", read_retries=3)
-    from trajdist.evaluation import evaluate, metrics_table
-    from trajdist.scoring import open_scoring
+    from trajdist.scoring.evaluation import evaluate, metrics_table
+    from trajdist.scoring.job import open_scoring
 
     job = open_scoring(arguments.run_dir, dataset, arguments.images, arguments.out, _scoring_options(arguments))
     metrics = evaluate(job, dataset)
@@ -281,7 +282,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _scoring_options(arguments: argparse.Namespace) -> Options:
-    from trajdist.scoring import Options
+    from trajdist.scoring.job import Options
 
     return Options(
         adapters=tuple(arguments.adapter),
@@ -296,8 +297,8 @@ def _scoring_options(arguments: argparse.Namespace) -> Options:
 def _merge(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from trajdist.merge import merge
-    from trajdist.rundir import RunDir
+    from trajdist.saved.rundir import RunDir
+    from trajdist.tools.merge import merge
 
     adapter = arguments.adapter or RunDir(arguments.run_dir).adapter
     difference = merge(arguments.run_dir, adapter, Path(arguments.out))
@@ -308,8 +309,8 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from trajdist.export import export
-    from trajdist.scorer import load
+    from trajdist.scoring.scorer import load
+    from trajdist.tools.export import export
 
     name = "export.onnx" if arguments.format == "onnx" else "export.pt2"
     scorer = load(arguments.run_dir, arguments.adapter, arguments.phase, device="cpu")
@@ -328,8 +329,8 @@ def _pack(arguments: argparse.Namespace) -> int:
     from trajdist.data.sources import open_source
     from trajdist.data.storage import Access
     from trajdist.errors import DataError
-    from trajdist.pack import Options, pack
-    from trajdist.progress import make_console
+    from trajdist.runtime.progress import make_console
+    from trajdist.tools.pack import Options, pack
 
     source = open_source(arguments.source, "SOURCE", Access(retries=3))
     if not isinstance(source, EncodedSource):
@@ -341,7 +342,7 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from trajdist.audit import audit, report
+    from trajdist.tools.audit import audit, report
 
     found = audit(arguments.run_dir)
     for line in report(found):
@@ -352,8 +353,8 @@ def _audit(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from trajdist.inspection import inspect
-    from trajdist.progress import make_console
+    from trajdist.runtime.progress import make_console
+    from trajdist.tools.inspection import inspect
 
     console = make_console(True)
     for item in inspect(Path(arguments.path)):

@@ -17,10 +17,12 @@ from harness import arguments, assert_identical
 from images import write_images
 from test_stops import at_call, send
 
-from trajdist import bundle, checkpoint, loop, lora, score_files
 from trajdist.artifacts import write_tensors
 from trajdist.cli import main
 from trajdist.files import write_json
+from trajdist.saved import bundle, checkpoint, lora
+from trajdist.scoring import files as score_files
+from trajdist.training import loop
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

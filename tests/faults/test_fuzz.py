@@ -17,20 +17,20 @@ from hypothesis import strategies as st
 from images import noise
 from safetensors.torch import save
 
-from trajdist import bundle
 from trajdist.artifacts import METADATA_KEY, read_document, read_tensors
-from trajdist.audit import audit
-from trajdist.backbones import build_backbone
-from trajdist.checkpoint import FILES, load_checkpoint, verify
 from trajdist.config_files import load_config
 from trajdist.config_parsing import parse_config
 from trajdist.data.decode import decode
 from trajdist.data.loader import SlotDataset
 from trajdist.errors import ArtifactError, ConfigError, UserError
-from trajdist.inspection import inspect
-from trajdist.lora import load_adapter
-from trajdist.runtime import peak_memory_bytes, reset_peak_memory
+from trajdist.extraction.backbones import build_backbone
+from trajdist.runtime.processes import peak_memory_bytes, reset_peak_memory
+from trajdist.saved import bundle
+from trajdist.saved.checkpoint import FILES, load_checkpoint, verify
+from trajdist.saved.lora import load_adapter
 from trajdist.sharding import Slots
+from trajdist.tools.audit import audit
+from trajdist.tools.inspection import inspect
 
 bounded = settings(max_examples=60)
 KEYS = st.sampled_from(["data", "imagenet", "path", "batch_size", "model", "seed", "train", "__class__"]) | st.text()

@@ -62,7 +62,7 @@ def test_too_many_bad_images(count, tmp_path, capsys):
 
 
 def test_images_that_vanish_during_the_training(tmp_path, capsys, monkeypatch):
-    from trajdist import loop
+    from trajdist.training import loop
 
     images = write_images(tmp_path / "images", 12)
     update = loop.update

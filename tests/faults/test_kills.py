@@ -15,14 +15,14 @@ from outcome import assert_done
 
 from trajdist.cli import main
 
-STATISTICS = "trajdist.statistics:update_moments"
-STEP = "trajdist.loop:update"
-WRITING = "trajdist.checkpoint:_manifest"
-BETWEEN_PHASES = "trajdist.adaptation:load_extractor"
-SAVING_MODEL = "trajdist.bundle:save_model"
-CALIBRATION = "trajdist.phases:calibrate"
-SAVING_ADAPTER = "trajdist.lora:load_adapter"
-SUMMARY = "trajdist.phases:finish"
+STATISTICS = "trajdist.training.passes:update_moments"
+STEP = "trajdist.training.loop:update"
+WRITING = "trajdist.saved.checkpoint:_manifest"
+BETWEEN_PHASES = "trajdist.training.adaptation:load_extractor"
+SAVING_MODEL = "trajdist.saved.bundle:save_model"
+CALIBRATION = "trajdist.training.phases:calibrate"
+SAVING_ADAPTER = "trajdist.saved.lora:load_adapter"
+SUMMARY = "trajdist.training.phases:finish"
 
 
 def assert_killed(fault: str, run_dir: Path, world: int = 1) -> None:

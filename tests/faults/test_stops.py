@@ -13,8 +13,8 @@ import psutil
 import pytest
 from harness import arguments, assert_identical, begin, status
 
-from trajdist import loop, phases, statistics
 from trajdist.cli import main
+from trajdist.training import loop, passes, phases
 
 NOISY_STEPS = "gradient_accumulation_steps=2"
 
@@ -40,7 +40,7 @@ def send(number: signal.Signals):
 
 @pytest.mark.parametrize(
     ("module", "name", "number"),
-    [(statistics, "update_moments", 1), (loop, "update", 3), (statistics, "calibrate", 1)],
+    [(passes, "update_moments", 1), (loop, "update", 3), (passes, "calibrate", 1)],
     ids=["statistics", "step", "calibration"],
 )
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, "STOP"])

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import nn
 
-from trajdist.linear import Linear
+from trajdist.models.linear import Linear
 from trajdist.models.reconstruction import Reconstruction
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trajdist.linear import Linear
+from trajdist.models.linear import Linear
 from trajdist.models.reconstruction import Reconstruction
 
 

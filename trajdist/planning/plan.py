@@ -1,0 +1,318 @@
+"""A dry run: what a config will need in memory, on disk and in hours, before anything is queued. Trains nothing.
+
+Bytes are counted on tensors without contents (``footprint``), rates are measured for a few seconds (``probe``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from trajdist import launcher
+from trajdist.config import SETS, Config, domain_config
+from trajdist.data.base import ImageSource
+from trajdist.data.loader import resolve_workers
+from trajdist.planning import probe
+from trajdist.planning.budget import FLOAT, Budget, measure_bases
+from trajdist.planning.footprint import Rehearsal, build_modules
+from trajdist.planning.probe import Rates
+from trajdist.runtime.processes import device_type, precision
+from trajdist.runtime.progress import GIB, Cells, format_seconds, phase_table
+from trajdist.sharding import Plan, Selection
+from trajdist.training.selection import draw
+from trajdist.training.session import naming
+
+# A loader's worker has so many batches ready or in the making.
+BATCHES_IN_STOCK = 2
+# Bytes of a record in metrics.jsonl and in ledger.jsonl, of a tensor's entry in a file, of a checkpoint's JSON files.
+METRIC_BYTES, LEDGER_BYTES, ENTRY_BYTES, STATE_BYTES = 350, 160, 100, 3000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to plan for.
+
+    Attributes:
+        memory_bytes: of the device, to find the largest batch; None does not look for it.
+        processes: in the whole job; None takes the launcher's.
+        device: ``cpu`` or ``cuda``; None takes what a run would take here.
+        images_per_s: of one process, training; None measures.
+        measure: whether to measure rates.
+    """
+
+    memory_bytes: int | None = None
+    processes: int | None = None
+    device: str | None = None
+    images_per_s: float | None = None
+    measure: bool = True
+
+
+def make_plan(
+    config: Config, sources: dict[str, ImageSource], phases: Sequence[int], options: Options
+) -> dict[str, Any]:
+    """Plan the phases: ``{"phase1": {...}, "phase2": {...}}``, ready for JSON.
+
+    Raises:
+        UserError: what the run itself would say of the config, the backbone or the images.
+    """
+    device = options.device or default_device()
+    # On an accelerator torch's allocator is asked, which knows nothing of Python and the libraries.
+    bases = measure_bases(config, sorted(phases)) if device == "cpu" else dict.fromkeys(sorted(phases), 0)
+    plans = {}
+    for phase, base_bytes in bases.items():
+        trainings = _planned(config, sources, phase)
+        plans[f"phase{phase}"] = _plan_phase(config, trainings, phase, options, base_bytes)
+    return plans
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """One training of a phase: a domain, where there are several, or the only one."""
+
+    name: str
+    config: Config
+    source: ImageSource
+    selection: Selection
+
+    def walk(self, world: int) -> Plan:
+        settings = getattr(self.config.data, SETS[self.selection.phase])
+        global_batch = world * settings.batch_size * settings.gradient_accumulation_steps
+        return Plan(self.selection.num_train, settings.num_epochs, global_batch, world, settings.batch_size)
+
+
+def _planned(config: Config, sources: dict[str, ImageSource], phase: int) -> list[PlannedTraining]:
+    """All that a phase trains at once."""
+    if phase == 1 or not config.data.domains:
+        source = sources[SETS[phase]]
+        return [PlannedTraining("", config, source, draw(config, phase, source))]
+    trainings = []
+    for name in config.data.domains:
+        own, source = domain_config(config, name), sources[f"domains.{name}"]
+        with naming(name):
+            trainings.append(PlannedTraining(name, own, source, draw(own, phase, source)))
+    return trainings
+
+
+def _plan_phase(
+    config: Config, trainings: list[PlannedTraining], phase: int, options: Options, base_bytes: int
+) -> dict[str, Any]:
+    device = options.device or default_device()
+    world = options.processes or launcher.world()
+    walks = [training.walk(world) for training in trainings]
+    # That of the largest batch, beside which the others pass the backbone.
+    number = max(range(len(walks)), key=lambda each: walks[each].slots)
+    lead, walk = trainings[number], walks[number]
+    local_world = launcher.local_world(world)
+    workers = resolve_workers(config.data.num_workers, local_world, torch.device(device).type)
+    mixed_precision = precision(config.runtime.mixed_precision, device)
+
+    modules = build_modules(config, phase)
+    rates = Rates(training=options.images_per_s)
+    if options.measure and options.images_per_s is None:
+        rates = probe.measure(
+            lead.config, lead.source, lead.selection, modules.extractor, modules.model, device, mixed_precision, workers
+        )
+    modules.extractor.suit(device, config.memory.images_per_pass)
+    rehearsal = Rehearsal(
+        lead.config,
+        phase,
+        modules,
+        precision=mixed_precision,
+        micro_batches=max(each.micro_batches for each in walks),
+        shared_gradients=world > 1,
+        domains=len(walks),
+        beside=sum(each.slots for each in walks) / walk.slots - 1,
+    )
+    saves_between = any(each.total_steps > config.checkpoint.every_steps for each in walks)
+    budget = Budget(rehearsal, base_bytes, device, saves_between)
+    peaks = rehearsal.peaks(walk.slots)
+    return {
+        "device": device,
+        "precision": mixed_precision,
+        "num_processes": world,
+        "num_workers": workers,
+        **_extent(trainings, walks),
+        "parameters": {
+            "backbone": rehearsal.sizes.backbone_parameters,
+            "model": rehearsal.sizes.model_parameters,
+            "trainable": rehearsal.sizes.trained_parameters,
+        },
+        "parts": budget.parts(peaks),
+        "peak_memory_bytes": budget.training(peaks),
+        "statistics_peak_bytes": budget.statistics(peaks),
+        "calibration_peak_bytes": budget.calibration(peaks),
+        "required_memory_bytes": budget.required(peaks),
+        "loader_bytes": workers * BATCHES_IN_STOCK * peaks.images_bytes,
+        "memory_bytes": options.memory_bytes,
+        "largest_batch_size": budget.largest_batch(walk.slots, options.memory_bytes),
+        **_disk(config, rehearsal, walks, phase),
+        **_time(config, trainings, walks, rates, workers, device),
+    }
+
+
+def _extent(trainings: list[PlannedTraining], walks: list[Plan]) -> dict[str, Any]:
+    """Images and steps; of several domains the images of all, and the steps of the one that takes most."""
+    longest = max(walks, key=lambda walk: walk.total_steps)
+    domains = {
+        training.name: {"images": walk.num_images, "steps": walk.total_steps, "epochs": walk.num_epochs}
+        for training, walk in zip(trainings, walks, strict=True)
+    }
+    return {
+        "images": sum(walk.num_images for walk in walks),
+        "held_out_images": sum(training.selection.num_holdout for training in trainings),
+        "batch_size": max(walk.slots for walk in walks),
+        "global_batch": sum(walk.global_batch for walk in walks),
+        "micro_batches": max(walk.micro_batches for walk in walks),
+        "steps_per_epoch": longest.steps_per_epoch,
+        "steps": longest.total_steps,
+        "epochs": longest.num_epochs,
+        **({"domains": domains} if len(domains) > 1 else {}),
+    }
+
+
+def default_device() -> str:
+    """The device that a run would take on this machine; other accelerators than CUDA's are planned as a CPU."""
+    return "cuda" if device_type() == "cuda" else "cpu"
+
+
+def _disk(config: Config, rehearsal: Rehearsal, walks: list[Plan], phase: int) -> dict[str, int]:
+    """Bytes of a checkpoint (of all domains together), and of all that the phase leaves behind at its fullest."""
+    sizes = rehearsal.sizes
+    weights = FLOAT * sizes.trained_parameters
+    checkpoint = 3 * weights + 4 * ENTRY_BYTES * sizes.trained_tensors + STATE_BYTES * len(walks)
+    entries, places = sum(rehearsal.widths), config.model.spatial_resolution**2
+    calibration = FLOAT * entries * (entries + places)
+    adopted = sizes.model_bytes + len(walks) * (sizes.projection_bytes + calibration) if len(walks) > 1 else 0
+    artifacts = (sizes.model_bytes + sizes.projection_bytes if phase == 1 else weights) + len(walks) * calibration
+    lines = sum(walk.total_steps // config.logging.every_steps + 2 * walk.num_epochs for walk in walks)
+    # A new checkpoint is whole before the oldest one goes.
+    saved = max(
+        min(config.checkpoint.keep + 1, 2 + walk.total_steps // config.checkpoint.every_steps) for walk in walks
+    )
+    disk = saved * checkpoint + artifacts + adopted + lines * (METRIC_BYTES + LEDGER_BYTES)
+    return {"checkpoint_bytes": checkpoint, "disk_bytes": disk}
+
+
+def _time(
+    config: Config, trainings: list[PlannedTraining], walks: list[Plan], rates: Rates, workers: int, device: str
+) -> dict[str, Any]:
+    """Rates of one process, hours of the job, and what it will wait for."""
+    rate, bottleneck = rates.of_training(workers)
+    world = walks[0].world
+    epoch, images = sum(walk.num_images for walk in walks), sum(walk.total_images for walk in walks)
+    # Nothing is learned in a pass: it is not slower than training.
+    passes = sum(_passes(config, training.selection) for training in trainings)
+    hours_per_image = 1 / (rate * world) / 3600 if rate else None
+    return {
+        "decoded_images_per_s": rates.decode,
+        "backbone_images_per_s": rates.backbone,
+        "model_images_per_s": rates.model,
+        "images_per_s": rate * world if rate else None,
+        "hours_per_epoch": epoch * hours_per_image if hours_per_image else None,
+        "hours": (images + passes) * hours_per_image if hours_per_image else None,
+        "bottleneck": bottleneck,
+        "advice": advice(bottleneck, workers, device),
+    }
+
+
+def _passes(config: Config, selection: Selection) -> int:
+    """Images of the passes that train nothing: residuals and places; before Phase 1 the statistics as well."""
+    most = config.trajectory.statistics_images
+    sample, held_out = min(selection.num_train, most), min(selection.num_holdout or selection.num_train, most)
+    return (3 if selection.phase == 1 else 2) * sample + held_out
+
+
+def advice(bottleneck: str, workers: int, device: str) -> str:
+    """The bottleneck as a sentence, with the mend."""
+    more = "raise data.num_workers, or shrink the files" if workers else "shrink the files, or ask for more processors"
+    return {
+        "decode": f"decoding by {f'{workers} workers per' if workers else 'the'} process is slowest: {more}",
+        "backbone": f"the backbone on the {device} is slowest: more processes, a smaller backbone or data.image_size",
+        "model": "the sequence model is slowest: a smaller model.hidden_dim or model.spatial_resolution",
+        "given": "the rate is the one that was given, not measured",
+        "unknown": f"there is no {device} here to measure: give --images-per-second for the hours",
+        "unmeasured": "no speed was measured",
+    }[bottleneck]
+
+
+def plan_table(plans: dict[str, dict[str, Any]]) -> Table:
+    """The plan as a table, one column per phase."""
+    return phase_table("plan", _ROWS, plans)
+
+
+def plan_text(plans: dict[str, dict[str, Any]]) -> str:
+    """What each phase will wait for, a line per phase."""
+    return "\n".join(f"{name}: {plan['advice']}" for name, plan in plans.items())
+
+
+def _size(count: int) -> str:
+    """``1.20 GiB``, ``34.5 MiB``; nothing for nothing."""
+    if not count:
+        return ""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
+
+
+def _rate(images_per_s: float | None) -> str:
+    return f"{images_per_s:,.1f} images/s" if images_per_s else ""
+
+
+def _hours(hours: float | None) -> str:
+    return format_seconds(3600 * hours) if hours is not None else "unknown"
+
+
+def _largest(plan: dict[str, Any]) -> str:
+    size = plan["largest_batch_size"]
+    if size is None:
+        return ""
+    return f"{size:,}" if size else f"none: one image takes more than {_size(plan['memory_bytes'])}"
+
+
+_PARTS = {
+    "base_bytes": "Python and libraries",
+    "backbone_bytes": "backbone",
+    "projection_bytes": "projection",
+    "images_bytes": "images",
+    "activations_bytes": "backbone's activations",
+    "trajectories_bytes": "trajectories",
+    "model_bytes": "model",
+    "model_activations_bytes": "model's activations",
+    "gradients_bytes": "gradients",
+    "optimizer_bytes": "optimizer",
+    "saving_bytes": "writing a checkpoint",
+    "statistics_bytes": "statistics",
+    "calibration_bytes": "calibration",
+}
+
+
+def _part(name: str) -> Callable[[dict[str, Any]], str]:
+    return lambda plan: _size(plan["parts"][name])
+
+
+_ROWS: Cells = {
+    "images": lambda p: f"{p['images']:,} (and {p['held_out_images']:,} held out)",
+    "processes": lambda p: f"{p['num_processes']} on {p['device']}, {p['precision']}, {p['num_workers']} workers each",
+    "images per step": lambda p: f"{p['global_batch']:,} ({p['micro_batches']} micro-batches)",
+    "steps": lambda p: f"{p['steps']:,} ({p['epochs']:,} epochs x {p['steps_per_epoch']:,})",
+    "weights": lambda p: f"{p['parameters']['trainable']:,} trained of {p['parameters']['model']:,}",
+    "backbone's weights": lambda p: f"{p['parameters']['backbone']:,}",
+    **{f"  {title}": _part(name) for name, title in _PARTS.items()},
+    "peak while training": lambda p: _size(p["peak_memory_bytes"]),
+    "peak of statistics": lambda p: _size(p["statistics_peak_bytes"]),
+    "peak of calibration": lambda p: _size(p["calibration_peak_bytes"]),
+    "memory needed": lambda p: _size(p["required_memory_bytes"]),
+    "largest batch_size": _largest,
+    "workers' batches": lambda p: _size(p["loader_bytes"]),
+    "checkpoint": lambda p: _size(p["checkpoint_bytes"]),
+    "disk": lambda p: _size(p["disk_bytes"]),
+    "decoding, per reader": lambda p: _rate(p["decoded_images_per_s"]),
+    "backbone, per process": lambda p: _rate(p["backbone_images_per_s"]),
+    "model, per process": lambda p: _rate(p["model_images_per_s"]),
+    "all processes": lambda p: _rate(p["images_per_s"]),
+    "time per epoch": lambda p: _hours(p["hours_per_epoch"]),
+    "time in all": lambda p: _hours(p["hours"]),
+    "bottleneck": lambda p: str(p["bottleneck"]),
+}

@@ -1,0 +1,329 @@
+"""Before the processes are tied together and anything is written: do they all run the same thing, and can they add?
+
+They meet at the key-value store by which they find each other. Unlike a collective it can say who is missing, and it
+works where one process has a GPU and another none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+
+from trajdist import __version__
+from trajdist.config import Config, flatten
+from trajdist.data.base import ImageSource
+from trajdist.errors import ConfigError, TrainingError, one_line
+from trajdist.runtime.processes import Processes, device_type, named, precision
+
+# A large folder is listed in seconds where it is cached, and in minutes where it is not.
+ARRIVAL_S = 600.0
+SUM_S = 120.0
+# How long the main process, which may hold the store, stays after bad news.
+FAREWELL_S = 5.0
+GO_ON = "look at that machine, then run the same command again"
+SAME_FILES = "let all machines see the same files"
+SAME_COMMAND = "start all processes with the same command"
+SAME_VERSION = "install the same version on all machines"
+NETWORK = "check the network between the machines (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+MENDS = {
+    "trajdist": SAME_VERSION,
+    "torch": SAME_VERSION,
+    "accelerate": SAME_VERSION,
+    "python": SAME_VERSION,
+    "device": "give all processes the same kind of device (nvidia-smi tells what that machine has)",
+    "number of images": SAME_FILES,
+    "list of images": SAME_FILES,
+}
+CALL = "preflight/call"
+POLL_S = 0.1
+
+
+def compare(config: Config, sources: Mapping[str, ImageSource]) -> str | None:
+    """Compare all processes with the main one; each calls it before it starts Accelerate.
+
+    Returns:
+        By which method torch is to tie them together; None leaves it to Accelerate.
+
+    Raises:
+        ConfigError: processes that differ; the main process names the rank, the field and both values.
+        TrainingError: processes that do not come in time.
+        SystemExit: on the other processes, with the exit code of the main one.
+    """
+    rank, world = _place(os.environ)
+    sentence, init_method = slurm_problem(os.environ, world), None
+    if not sentence and world > 1:
+        meeting = Meeting(rank, world, min(config.runtime.timeout_s, ARRIVAL_S))
+        meeting.show("config", _flat(config))
+        meeting.show("facts", _facts(config, sources, world))
+        meeting.gather("facts")
+        sentence = meeting.verdict(next(_differences(meeting), "") if rank == 0 else "")
+        init_method = meeting.init_method()
+    if sentence and rank == 0:
+        raise ConfigError(sentence)
+    if sentence:
+        raise SystemExit(ConfigError.exit_code)
+    return init_method
+
+
+def _place(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Rank and number of processes by the launcher's variables; without all of them, one process."""
+    values = [environment.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    return (int(values[0] or 0), int(values[1] or 1)) if all(values) else (0, 1)
+
+
+def slurm_problem(environment: Mapping[str, str], world: int) -> str:
+    """What is wrong where Slurm started several launchers and each of them believes to be alone; usually empty.
+
+    Only steps are looked at: one srun of a single process inside a larger allocation is fine.
+    """
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
+    if "SLURM_NODEID" not in environment or tasks == 1:
+        return ""
+    if "TORCHELASTIC_RUN_ID" in environment:
+        joined = int(environment.get("GROUP_WORLD_SIZE") or 1)
+    elif "ACCELERATE_DYNAMO_BACKEND" in environment:  # What accelerate launch sets for one process, too.
+        joined = world
+    else:
+        return ""
+    if joined >= tasks:
+        return ""
+    return (
+        f"Slurm started {tasks} launchers (SLURM_STEP_NUM_TASKS), but only {joined} joined this run of {world} "
+        f"process{'es' if world > 1 else ''}: say --multi_gpu --num_machines {tasks}, as launch/slurm.sbatch does "
+        "(--cpu makes a run of its own on each machine), or start separate runs with one srun each."
+    )
+
+
+class Meeting:
+    """What each process shows to the others, by way of the store, until a deadline."""
+
+    def __init__(self, rank: int, world: int, deadline_s: float) -> None:
+        self.ranks = range(world)
+        self._rank, self._deadline_s = rank, deadline_s
+        self._store = self._connect()
+        self.name = self._call() if rank == 0 else self._answer()
+
+    def _connect(self) -> Any:
+        try:
+            return next(rendezvous("env://", timeout=timedelta(seconds=self._deadline_s)))[0]
+        except RuntimeError as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise TrainingError(
+                f"the {len(self.ranks)} processes did not find each other at {address} within {self._deadline_s:g} "
+                f"seconds ({one_line(error)}): {NETWORK}."
+            ) from error
+
+    # A launcher that restarts its processes hands them the old store, with all that the dead ones wrote. So the main
+    # process calls out a new name, and is answered in it by those who live; they in turn go by a token of their own.
+
+    def _call(self) -> str:
+        self.name = uuid.uuid4().hex
+        self.show("here", "")
+        self._store.set(CALL, self.name)
+        self.gather("here")
+        self.show("tokens", [self.see("here", rank) for rank in self.ranks])
+        return self.name
+
+    def _answer(self) -> str:
+        token, self.name = uuid.uuid4().hex, ""
+        end = time.monotonic() + self._deadline_s + FAREWELL_S
+        while time.monotonic() < end:
+            if self._has([CALL]):
+                heard = self._store.get(CALL).decode()
+                if heard != self.name:
+                    self.name = heard
+                    self.show("here", token)
+                if self._has([self._key("tokens", 0)]) and self.see("tokens", 0)[self._rank] == token:
+                    return self.name
+            time.sleep(POLL_S)
+        self._complain("here", self.ranks if self.name else range(1))
+        return self.name
+
+    def init_method(self) -> str:
+        """For the process group: the same store, without what earlier attempts left in it."""
+        store, rank, world = PrefixStore(self.name, self._store), self._rank, len(self.ranks)
+        scheme = f"trajdist{self.name}"
+        register_rendezvous_handler(scheme, lambda url, **options: iter([(store, rank, world)]))
+        return f"{scheme}://"
+
+    def show(self, what: str, value: Any) -> None:
+        """Lay this process's value down for the others."""
+        self._store.set(self._key(what, self._rank), json.dumps(value))
+
+    def see(self, what: str, rank: int) -> Any:
+        """The value of a process that has shown one."""
+        return json.loads(self._store.get(self._key(what, rank)))
+
+    def gather(self, what: str) -> None:
+        """Wait until every process has shown a value.
+
+        Raises:
+            TrainingError: the deadline is over; it names who is missing.
+        """
+        self._expect(what, self.ranks)
+
+    def verdict(self, sentence: str) -> str:
+        """The main process's sentence, on every process; after bad news it stays until all have heard."""
+        if self._rank == 0:
+            self.show("verdict", sentence)
+        else:
+            self._expect("verdict", range(1))
+            sentence = self.see("verdict", 0)
+            self.show("heard", True)
+        if sentence and self._rank == 0:
+            self._come("heard", self.ranks[1:], FAREWELL_S)
+        return sentence
+
+    def _key(self, what: str, rank: int) -> str:
+        return f"{self.name}/{what}/{rank}"
+
+    def _has(self, keys: list[str]) -> bool:
+        try:
+            return self._store.check(keys)
+        except RuntimeError:
+            raise TrainingError("process 0 has ended before the processes were compared: see what it said.") from None
+
+    def _come(self, what: str, ranks: range, seconds: float) -> bool:
+        """Whether these processes show a value in time."""
+        try:
+            self._store.wait([self._key(what, rank) for rank in ranks], timedelta(seconds=seconds))
+        except RuntimeError:
+            return False
+        return True
+
+    def _expect(self, what: str, ranks: range) -> None:
+        # The main process, which may hold the store, says it first; the others speak where it does not.
+        patience_s = 0.0 if self._rank == 0 else FAREWELL_S
+        if not self._come(what, ranks, self._deadline_s + patience_s):
+            self._complain(what, ranks)
+
+    def _complain(self, what: str, ranks: range) -> None:
+        missing = [rank for rank in ranks if not self._has([self._key(what, rank)])]
+        raise TrainingError(
+            f"{named(missing or [0])} did not answer within {self._deadline_s:g} seconds of the start: {GO_ON}."
+        )
+
+
+def _key(set_name: str) -> str:
+    return "validation.path" if set_name == "validation" else f"data.{set_name}.path"
+
+
+def _facts(config: Config, sources: Mapping[str, ImageSource], world: int) -> dict[str, Any]:
+    """What must be the same everywhere, and the host. The order is that of the complaints."""
+    return {
+        "host": socket.gethostname(),
+        "trajdist": __version__,
+        "torch": str(torch.__version__),
+        "accelerate": metadata.version("accelerate"),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "WORLD_SIZE": world,
+        "device": device_type(),
+        "config": _hash(_flat(config)),
+        "mixed precision": precision(config.runtime.mixed_precision),
+        **{f"number of images in {_key(name)}": len(source) for name, source in sources.items()},
+        **{f"list of images in {_key(name)}": source.fingerprint[:12] for name, source in sources.items()},
+    }
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return flatten(config.model_dump(mode="json"))
+
+
+def _hash(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()
+
+
+def _differences(meeting: Meeting) -> Iterator[str]:
+    """A sentence for each process that differs from the main one, about the first thing in which it does."""
+    expected = meeting.see("facts", 0)
+    for rank in meeting.ranks:
+        facts = meeting.see("facts", rank)
+        found = next(_differing(facts, expected), None)
+        if found == "config":
+            configs = meeting.see("config", rank), meeting.see("config", 0)
+            key = next(_differing(*configs))
+            yield _sentence(
+                rank, facts["host"], f"config {key}", configs[0].get(key), configs[1].get(key), SAME_COMMAND
+            )
+        elif found:
+            mend = MENDS.get(found.partition(" in ")[0], SAME_COMMAND)
+            yield _sentence(rank, facts["host"], found, facts.get(found), expected[found], mend)
+
+
+def _differing(values: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    """The keys with two values, in the order in which they are expected; the host may be another one."""
+    for key in expected:
+        if key != "host" and values.get(key) != expected[key]:
+            yield key
+
+
+def _sentence(rank: int, host: str, field: str, value: object, expected: object, mend: str) -> str:
+    return f"process {rank} on {host}: {field} is {value!r}, process 0 has {expected!r}: {mend}."
+
+
+def add_up(processes: Processes) -> None:
+    """One all-reduce, as gradients will be added up, with a deadline; every process calls it.
+
+    Raises:
+        ConfigError: Accelerate did not take all processes.
+        TrainingError: a wrong sum, or the network's own error.
+    """
+    expected = _place(os.environ)[1]
+    if processes.world < expected:
+        raise ConfigError(
+            f"Accelerate sees {processes.world} processes where WORLD_SIZE is {expected}: set LOCAL_RANK as well, or "
+            "start them by accelerate launch."
+        )
+    if processes.world > 1:
+        _check_sum(processes, _sum_in_time(processes))
+
+
+def _check_sum(processes: Processes, found: float | RuntimeError) -> None:
+    backend, expected = torch.distributed.get_backend(), processes.world * (processes.world + 1) / 2
+    if isinstance(found, RuntimeError):
+        raise TrainingError(f"the first sum over {backend} failed ({one_line(found)}): {NETWORK}.") from found
+    if found != expected:
+        raise TrainingError(f"the first sum over {backend} is {found:g} instead of {expected:g}: {NETWORK}.")
+
+
+def _sum_in_time(processes: Processes) -> float | RuntimeError:
+    """In a thread: NCCL cannot be interrupted while it connects."""
+    found: list[float | RuntimeError] = []
+
+    def work() -> None:
+        try:
+            found.append(_sum(processes))
+        except RuntimeError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(SUM_S)
+    if found:
+        return found[0]
+    backend = torch.distributed.get_backend()
+    sentence = f"the first sum over {backend} did not end within {SUM_S:g} seconds: {NETWORK}."
+    print(f"trajdist: [process {processes.rank}] {sentence}", file=sys.stderr, flush=True)
+    # Nothing else ends a thread that waits inside the network.
+    os._exit(TrainingError.exit_code)
+
+
+def _sum(processes: Processes) -> float:
+    """The sum of rank + 1 over the processes, on their devices."""
+    mine = torch.full((), processes.rank + 1, dtype=torch.float64, device=processes.device)
+    return processes.sum(mine).item()

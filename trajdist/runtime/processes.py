@@ -1,0 +1,305 @@
+"""The machine: Accelerate set-up, the group of processes, signals and memory readings."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    send_to_device,
+)
+
+from trajdist import launcher
+from trajdist.errors import ConfigError, TrainingError, UserError, one_line
+from trajdist.runtime.allocator import keep_freed_memory
+
+Batch = TypeVar("Batch")
+
+
+def start_accelerator(
+    mixed_precision: str, timeout_s: float, deterministic: bool, init_method: str | None = None
+) -> Accelerator:
+    """Set Accelerate up for this job: precision, process group with a timeout, no random state of its own.
+
+    Raises:
+        ConfigError: a precision that this machine does not have.
+        TrainingError: processes that cannot reach each other.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device_type() == "cpu":
+        keep_freed_memory()
+    try:
+        return Accelerator(
+            mixed_precision=precision(mixed_precision),
+            # The last micro-batch of a step is told by counting, never by the end of the loader.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
+            # Random numbers are keyed by seed, phase, step and rank (see loop.py); nothing is to be synchronised.
+            rng_types=[],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(init_method=init_method, timeout=timedelta(seconds=timeout_s)),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+    except torch.distributed.DistError as error:
+        reason = one_line(error)
+        raise TrainingError(f"the processes did not find each other ({reason}): run the same command again.") from error
+    except ValueError as error:
+        if "mixed precision" not in str(error):
+            raise
+        reason = one_line(error)
+        raise ConfigError(
+            f"runtime.mixed_precision={mixed_precision!r} does not work here ({reason}): use no or bf16."
+        ) from None
+
+
+def precision(setting: str, device: str | None = None) -> str:
+    """What ``runtime.mixed_precision`` means on a kind of device, by default on the one that is here.
+
+    A CUDA device that is not here is taken to have bfloat16.
+    """
+    if setting != "auto":
+        return setting
+    if chosen := launcher.mixed_precision():
+        return chosen
+    if (device or device_type()) != "cuda":
+        return "no"
+    # Older GPUs emulate it, at a loss.
+    here = torch.cuda.is_available()
+    return "bf16" if not here or torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def device_type() -> str:
+    """The kind of device that Accelerate will take."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class Processes:
+    """The processes of the job, as the rest of trajdist sees them: who I am, sums, gathering, waiting."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.rank: int = accelerator.process_index
+        self.world: int = accelerator.num_processes
+        self.local_world = launcher.local_world()
+        self.is_main: bool = accelerator.is_main_process
+        self.device: torch.device = accelerator.device
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over processes, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def sum_from_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over processes of a tensor that stays on the CPU; they may only be able to talk on their devices."""
+        # Where nobody else is, a device need not be able to hold it: MPS has no float64.
+        return tensor if self.world == 1 else self.sum(tensor.to(self.device)).cpu()
+
+    def minimum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Minimum over processes, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MIN)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process. Waits for the device."""
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The concatenated lists of all processes, on every process. Rare and small: it is not for the step."""
+        if self.world == 1:
+            return items
+        lists: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(lists, items)
+        return [item for part in lists for item in part]
+
+    def broadcast(self, item: Any) -> Any:
+        """The main process's object, on every process."""
+        if self.world == 1:
+            return item
+        box = [item]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def main_does(self, work: Callable[[], None]) -> None:
+        """The main process does ``work`` while the others wait; a user error ends all of them, said once.
+
+        Raises:
+            UserError: on the main process.
+            SystemExit: with its exit code, on the others.
+        """
+        failure: UserError | None = None
+        if self.is_main:
+            try:
+                work()
+            except UserError as error:
+                failure = error
+        code = self.broadcast(failure.exit_code if failure else 0)
+        if failure:
+            raise failure
+        if code:
+            raise SystemExit(code)
+
+    def all_do(self, work: Callable[[], None]) -> None:
+        """Every process does ``work``; a user error on one of them ends all. Who found it says it.
+
+        Raises:
+            UserError: on the process that it happened on.
+            SystemExit: with its exit code, on the others.
+        """
+        failure: UserError | None = None
+        try:
+            work()
+        except UserError as error:
+            failure = error
+        codes = self.gather([failure.exit_code] if failure else [])
+        if failure:
+            raise failure
+        if codes:
+            raise SystemExit(codes[0])
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def leave(self) -> None:
+        """All processes are done: end the group together, before the interpreter takes its threads apart.
+
+        A process that just exits may find the connections of a quicker one cut and be aborted in its last moment.
+        """
+        if self.world > 1 and torch.distributed.is_initialized():
+            self.wait()
+            torch.distributed.destroy_process_group()
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process runs the block before the others, which then find what it downloaded."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+
+def open_store() -> Any:
+    """The key-value store by which the processes found each other; a connection of its own where torch can."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    return store.clone() if hasattr(store, "clone") else store
+
+
+def named(ranks: list[int]) -> str:
+    """``process 3``, or ``processes 3, 4``."""
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"process {shown}" if len(ranks) == 1 else f"processes {shown}"
+
+
+class StopFlag:
+    """Remembers that somebody wants the run to stop: SIGTERM, SIGINT, SIGUSR1, or the STOP file.
+
+    Handlers only set a flag; the loop asks for it between steps. A second SIGINT ends the process at once.
+    """
+
+    def __init__(self, stop_file: Path, watches_file: bool) -> None:
+        self._file, self._watches_file = stop_file, watches_file
+        self.why = ""
+        self._interrupted = False
+
+    def __bool__(self) -> bool:
+        if not self.why and self._watches_file and self._file.exists():
+            self.why = f"the file {self._file.name} was created"
+        return bool(self.why)
+
+    def ask(self, why: str) -> None:
+        """Ask for the stop; the first reason stays."""
+        self.why = self.why or why
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopFlag]:
+        """Answer signals while the block runs."""
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name == "SIGINT" and self._interrupted:
+            raise KeyboardInterrupt("received SIGINT twice")
+        self._interrupted = self._interrupted or name == "SIGINT"
+        self.ask(f"received {name}")
+
+
+@functools.cache
+def _this_process() -> psutil.Process:
+    return psutil.Process()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A tuple of tensors and other things, its tensors on the device. On CUDA it does not wait for the copies."""
+    # On MPS a copy that nobody waits for may read memory that has been given back meanwhile.
+    moved: Batch = send_to_device(batch, device, non_blocking=device.type == "cuda")
+    return moved
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory in use now: allocated on a CUDA or MPS device, else the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return int(_this_process().memory_info().rss)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new measurement of :func:`peak_memory_bytes`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use since the reset: allocated on CUDA, else resident (whole process life without /proc)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def empty_cache(device: torch.device) -> None:
+    """Hand the allocator's free blocks back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

@@ -1,0 +1,223 @@
+"""A trained run as files, ``phase1/trajectory.safetensors`` and ``phase1/model.safetensors``, and as modules.
+
+Both carry what they are in their metadata, checked against this schema before anything is built from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from trajdist.artifacts import fingerprint, load_state, read_document, read_tensors, write_tensors
+from trajdist.config import Config
+from trajdist.errors import ArtifactError, ConfigError
+from trajdist.extraction.backbones import Backbone, build_backbone
+from trajdist.extraction.projection import Projection
+from trajdist.extraction.trajectory import TrajectoryExtractor, trajectory_steps
+from trajdist.models.registry import build_model
+from trajdist.plugins import known_model
+from trajdist.saved.rundir import RunDir
+
+# Sub-cells side by side: their covariance in float64 takes 8 bytes times the square of this, half a GiB.
+MOST_CHANNELS = 2**13
+
+
+class Document(BaseModel):
+    """Base of the metadata documents."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal[1] = 1
+
+
+class TrajectoryDocument(Document):
+    """What trajectories are made of."""
+
+    kind: Literal["trajectory"] = "trajectory"
+    backbone: str
+    weights: str
+    patterns: list[str]
+    seed: int
+    image_size: int = Field(ge=16, le=16384)
+    fit: Literal["squash", "crop"]
+    projection: Literal["pca", "random"]
+    blocks: list[str] = Field(min_length=1, max_length=4096)
+    channels: list[int] = Field(min_length=1, max_length=4096)
+    spatial_resolution: int = Field(gt=0, le=1024)
+    feature_dim: int = Field(gt=0, le=65536)
+    subcells: int = Field(1, gt=0, le=64)
+    backbone_fingerprint: str
+    num_images: int = Field(ge=0)
+
+
+class ModelDocument(Document):
+    """What a sequence model is, and which trajectories it belongs to."""
+
+    kind: Literal["model"] = "model"
+    type: Annotated[str, AfterValidator(known_model)]
+    length: int = Field(gt=0, le=4096)
+    width: int = Field(gt=0, le=65536)
+    hidden_dim: int = Field(gt=0, le=65536)
+    latent_dim: int = Field(gt=0, le=65536)
+    num_layers: int = Field(ge=0, le=256)
+    num_heads: int = Field(gt=0, le=4096)
+    dropout: float = Field(ge=0, lt=1)
+    trajectory_fingerprint: str
+
+
+D = TypeVar("D", bound=Document)
+
+
+def read(path: Path, schema: type[D]) -> D:
+    """The checked metadata of an artifact.
+
+    Raises:
+        ArtifactError: missing, damaged, or not such an artifact.
+    """
+    document = read_document(path)
+    try:
+        return schema.model_validate(document)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(map(str, problem["loc"])) or "metadata"
+        raise ArtifactError(
+            f"{str(path)!r} is not a trajdist {schema.__name__.removesuffix('Document').lower()} "
+            f"({field}: {problem['msg']})."
+        ) from None
+
+
+def trajectory_document(config: Config, extractor: TrajectoryExtractor, num_images: int) -> TrajectoryDocument:
+    return TrajectoryDocument(
+        backbone=config.backbone.name,
+        weights=config.backbone.weights,
+        patterns=config.backbone.blocks,
+        seed=config.seed,
+        image_size=config.data.image_size,
+        fit=config.data.domain.fit,
+        projection=config.trajectory.projection,
+        blocks=[block.name for block in extractor.backbone.blocks],
+        channels=extractor.projection.channels,
+        spatial_resolution=extractor.resolution,
+        feature_dim=extractor.projection.feature_dim,
+        subcells=extractor.subcells,
+        backbone_fingerprint=extractor.backbone.fingerprint,
+        num_images=num_images,
+    )
+
+
+def new_extractor(config: Config) -> TrajectoryExtractor:
+    """Backbone and empty projection as the config says.
+
+    Raises:
+        ConfigError: sub-cells that no block has, or too many of them.
+    """
+    settings = config.backbone
+    size = config.data.image_size
+    backbone = build_backbone(settings.name, settings.weights, settings.blocks, size, config.seed)
+    resolution, subcells = config.model.spatial_resolution, config.trajectory.subcells
+    channels = step_channels(backbone, resolution, subcells)
+    if subcells > 1 and len(channels) == len(backbone.blocks):
+        raise ConfigError(
+            f"trajectory.subcells={subcells}, but no block is {subcells} times as fine as "
+            f"model.spatial_resolution={resolution}: lower one of them."
+        )
+    if subcells > 1 and max(channels) > MOST_CHANNELS:
+        raise ConfigError(
+            f"trajectory.subcells={subcells} puts up to {max(channels):,} channels side by side, whose covariance "
+            f"does not fit: lower it, or raise model.spatial_resolution={resolution}."
+        )
+    return TrajectoryExtractor(backbone, Projection(channels, config.model.feature_dim), resolution, subcells)
+
+
+def step_channels(backbone: Backbone, resolution: int, subcells: int) -> list[int]:
+    return [step.channels for step in trajectory_steps(backbone.blocks, resolution, subcells)]
+
+
+def save_trajectory(path: Path, extractor: TrajectoryExtractor, document: TrajectoryDocument) -> None:
+    write_tensors(path, extractor.projection.state_dict(), document.model_dump())
+
+
+def load_extractor(path: Path, weights: str | None = None) -> TrajectoryExtractor:
+    """Rebuild the extractor of a run; ``weights`` overrides where the backbone's weights are read from.
+
+    Raises:
+        ArtifactError: a damaged file, or a backbone whose weights are not those of the run.
+    """
+    document = read(path, TrajectoryDocument)
+    weights = weights or document.weights
+    backbone = build_backbone(document.backbone, weights, document.patterns, document.image_size, document.seed)
+    return with_projection(path, backbone, weights)
+
+
+def with_projection(path: Path, backbone: Backbone, weights: str) -> TrajectoryExtractor:
+    """The extractor of a run, of its backbone, which is at hand, and its saved projection.
+
+    Raises:
+        ArtifactError: a damaged file, or a backbone whose weights are not those of the run.
+    """
+    document = read(path, TrajectoryDocument)
+    if backbone.fingerprint != document.backbone_fingerprint:
+        raise ArtifactError(
+            f"the backbone {document.backbone!r} with weights {weights!r} is not the one that "
+            f"{str(path)!r} was made with: use the same weights (and the same versions, if they are random)."
+        )
+    resolution, subcells = document.spatial_resolution, document.subcells
+    with torch.device("meta"):
+        projection = Projection(step_channels(backbone, resolution, subcells), document.feature_dim)
+    load_state(projection, read_tensors(path), path)
+    return TrajectoryExtractor(backbone, projection, resolution, subcells)
+
+
+def trajectory_fingerprint(extractor: TrajectoryExtractor) -> str:
+    """Identifies backbone, blocks, grid and projection together."""
+    facts = {"backbone": extractor.backbone.fingerprint, "spatial_resolution": extractor.resolution}
+    if extractor.subcells > 1:  # Older runs know of none.
+        facts["subcells"] = extractor.subcells
+    return fingerprint(extractor.projection.state_dict(), facts)
+
+
+def model_document(config: Config, extractor: TrajectoryExtractor) -> ModelDocument:
+    length, width = extractor.projection.valid_LD.shape
+    settings = config.model.model_dump(exclude={"spatial_resolution", "feature_dim"})
+    return ModelDocument(
+        **settings, length=length, width=width, trajectory_fingerprint=trajectory_fingerprint(extractor)
+    )
+
+
+def new_model(document: ModelDocument) -> nn.Module:
+    settings: dict[str, Any] = document.model_dump(exclude={"format", "kind", "type", "trajectory_fingerprint"})
+    return build_model(document.type, **settings)
+
+
+def save_model(path: Path, model: nn.Module, document: ModelDocument) -> None:
+    write_tensors(path, model.state_dict(), document.model_dump())
+
+
+def load_model(path: Path) -> tuple[nn.Module, ModelDocument]:
+    """Rebuild the sequence model of a run; shapes are checked before any memory is taken."""
+    document = read(path, ModelDocument)
+    with torch.device("meta"):
+        model = new_model(document)
+    load_state(model, read_tensors(path), path)
+    return model, document
+
+
+def check_trajectories(rundir: RunDir, document: ModelDocument, extractor: TrajectoryExtractor) -> None:
+    """Refuse a model that was trained on other trajectories than the ones at hand.
+
+    Raises:
+        ArtifactError: they are not of the same run.
+    """
+    if document.trajectory_fingerprint != trajectory_fingerprint(extractor):
+        raise ArtifactError(
+            f"{str(rundir.model)!r} was trained on other trajectories than {str(rundir.trajectory)!r} describes: "
+            "restore both from the same run."
+        )
+
+
+def base_fingerprint(model: nn.Module, document: ModelDocument) -> str:
+    """Identifies a base model with all that lies under it; adapters carry it."""
+    return fingerprint(model.state_dict(), document.model_dump())

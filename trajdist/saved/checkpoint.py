@@ -1,0 +1,319 @@
+"""Checkpoints: written beside, hashed, renamed; the newest one whose hashes hold is the one to resume from.
+
+``checkpoints/step-NNNNNNNN/`` holds ``model.safetensors`` (the trained weights), ``optimizer.safetensors``,
+``state.json`` (cursor, counters, config) and ``manifest.json`` with the size and SHA-256 of the others.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from trajdist.artifacts import holds, read_tensors
+from trajdist.errors import ArtifactError
+from trajdist.files import read_json, sha256, sync_file, sync_folder, write_bytes
+
+Tensors = dict[str, torch.Tensor]
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+# Only where something is kept beside the weights in training: their average, the best ones.
+KEPT = "kept.safetensors"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is needed to go on: trained weights, optimizer tensors, and the JSON state."""
+
+    model: Tensors
+    optimizer: Tensors
+    state: dict[str, Any]
+    kept: Tensors = field(default_factory=dict)
+
+    def files(self) -> dict[str, Tensors]:
+        """What each safetensors file holds."""
+        files = {"model.safetensors": self.model, "optimizer.safetensors": self.optimizer}
+        return files | ({KEPT: self.kept} if self.kept else {})
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread while training goes on; keeps the newest ``keep``."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, number: int, checkpoint: Checkpoint) -> None:
+        """Take a copy of everything now, write it soon. Waits for the write before this one.
+
+        Raises:
+            ArtifactError: the write before this one failed.
+        """
+        self.finish()
+        # The books in the state go on while it is written.
+        state = copy.deepcopy(checkpoint.state)
+        copied = Checkpoint(_copied(checkpoint.model), _copied(checkpoint.optimizer), state, _copied(checkpoint.kept))
+        self._pending = self._thread.submit(self._write, number, copied)
+
+    def failed(self) -> bool:
+        """Whether a write has failed by now; :meth:`finish` says how."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def finish(self) -> None:
+        """Wait until all is on disk.
+
+        Raises:
+            ArtifactError: it could not be written; the last good checkpoint is still there.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, number: int, checkpoint: Checkpoint) -> None:
+        final = self._folder / f"step-{number:08d}"
+        temporary = self._folder / f".{final.name}.tmp"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            # Straight from the tensors into the file: nothing of their size is held beside them.
+            for name, tensors in checkpoint.files().items():
+                save_file(tensors, temporary / name)
+            (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=2), encoding="utf-8")
+            for name in _files(temporary):
+                # safetensors makes files that nobody else can read, whatever the umask says.
+                shutil.copymode(temporary / "state.json", temporary / name)
+                sync_file(temporary / name)
+            write_bytes(temporary / "manifest.json", json.dumps(_manifest(temporary), indent=2).encode())
+            _check_contents(temporary, checkpoint)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            sync_folder(self._folder)
+        except (OSError, SafetensorError, ArtifactError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise ArtifactError(
+                f"the checkpoint {str(final)!r} could not be written ({reason}): free some space or make the folder "
+                "writable and run the same command again; it continues from the last good checkpoint."
+            ) from None
+        for old in sorted(_numbered(self._folder))[: -self._keep]:
+            shutil.rmtree(old[1], ignore_errors=True)
+
+
+def _copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _files(folder: Path) -> tuple[str, ...]:
+    """The files of a checkpoint that is being written."""
+    return (*FILES, KEPT) if (folder / KEPT).exists() else FILES
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    entries = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in _files(folder)
+    }
+    return {"format": 1, "files": entries}
+
+
+def _check_contents(folder: Path, checkpoint: Checkpoint) -> None:
+    """The hashes are those of the files; here the files are held against the memory they came from, after the hashing.
+
+    A tensor at a time: a second copy of all of them may not fit.
+
+    Raises:
+        ArtifactError: a file that reads back as something else than was written.
+    """
+    same = (folder / "state.json").read_text(encoding="utf-8") == json.dumps(checkpoint.state, indent=2)
+    wrong = [] if same else ["state.json"]
+    wrong += [name for name, tensors in checkpoint.files().items() if not holds(folder / name, tensors)]
+    if wrong:
+        raise ArtifactError(f"{wrong[0]} reads back as something else than was written")
+
+
+def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        match = _NAME.fullmatch(path.name)
+        if match:
+            yield int(match[1]), path
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose manifest holds, and a sentence for each newer one that is damaged.
+
+    Damaged ones are renamed: left where they are, they would count among the newest to keep.
+    """
+    problems: list[str] = []
+    for _, path in sorted(_numbered(folder), reverse=True):
+        problem = verify(path)
+        if problem is None:
+            return path, problems
+        aside = _set_aside(path)
+        problems.append(
+            f"the checkpoint {str(path)!r} is damaged ({problem}): using the one before it; this one is now {aside!r}."
+        )
+    return None, problems
+
+
+def _set_aside(path: Path) -> str:
+    """Rename a damaged checkpoint, if possible; returns its name."""
+    number, aside = 1, path.with_name(f"damaged-{path.name}")
+    while aside.exists():
+        number, aside = number + 1, path.with_name(f"damaged-{path.name}-{number}")
+    try:
+        path.rename(aside)
+    except OSError:
+        return path.name
+    return aside.name
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. File names come from here, never from the manifest."""
+    try:
+        manifest = read_json(path / "manifest.json")
+        for name in (*FILES, KEPT) if KEPT in manifest["files"] else FILES:
+            entry = manifest["files"][name]
+            if (path / name).stat().st_size != entry["bytes"]:
+                return f"{name} has the wrong size"
+            if sha256(path / name) != entry["sha256"]:
+                return f"{name} has the wrong SHA-256"
+    except ArtifactError as error:
+        return str(error)
+    except (KeyError, TypeError):
+        return "manifest.json is not a manifest"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    return None
+
+
+class Totals(BaseModel):
+    """A :class:`trajdist.training.journal.Sums` in a file."""
+
+    model_config = ConfigDict(extra="forbid")
+    images: int
+    loss: int
+    recon: int
+    kl: int
+    digest: int
+    failures: int
+    not_finite: int
+
+
+class Books(BaseModel):
+    """The state of a :class:`trajdist.training.journal.Journal`."""
+
+    model_config = ConfigDict(extra="forbid")
+    line: Totals
+    epoch: Totals
+    total: Totals
+    first_loss: float | None
+    final_loss: float | None
+    epoch_memory: list[float]
+
+
+class Validated(BaseModel):
+    """The state of a :class:`trajdist.training.keeper.Keeper`."""
+
+    model_config = ConfigDict(extra="forbid")
+    epoch: int = Field(ge=0)
+    stale: int = Field(ge=0)
+    best: dict[str, Any] | None
+    last: dict[str, Any] | None
+
+
+class State(BaseModel):
+    """``state.json``."""
+
+    model_config = ConfigDict(extra="forbid")
+    base: str
+    phase: Literal[1, 2]
+    cursor: int = Field(ge=0, lt=2**62)
+    step: int = Field(ge=0, lt=2**62)
+    global_batch: int = Field(gt=0, lt=2**62)
+    num_processes: int = Field(gt=0)
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+    stages: dict[str, float]
+    journal: Books
+    scaler: dict[str, int | float] | None
+    file_sizes: dict[str, Annotated[int, Field(ge=0, lt=2**62)]]
+    validated: Validated | None = None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a verified checkpoint.
+
+    Raises:
+        ArtifactError: its hashes hold, but somebody else than trajdist wrote it.
+    """
+    try:
+        state = State.model_validate(read_json(path / "state.json")).model_dump()
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(map(str, problem["loc"])) or "state"
+        raise ArtifactError(f"{str(path / 'state.json')!r} is damaged ({field}: {problem['msg']}).") from None
+    kept = read_tensors(path / KEPT) if KEPT in read_json(path / "manifest.json")["files"] else {}
+    model, optimizer = (read_tensors(path / name) for name in ("model.safetensors", "optimizer.safetensors"))
+    return Checkpoint(model, optimizer, state, kept)
+
+
+def check_fits(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a checkpoint of another model, before anything of it is used.
+
+    Raises:
+        ArtifactError: the first tensor that is missing, unknown or of another shape.
+    """
+    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
+    moments = {
+        f"{number}.{name}": weight.shape if name != "step" else torch.Size()
+        for number, weight in enumerate(parameters)
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    }
+    # Before its first step the optimizer has no state.
+    pairs = [(checkpoint.model, {name: weight.shape for name, weight in weights.items()})]
+    pairs += [(checkpoint.optimizer, moments)] if checkpoint.optimizer else []
+    for found, expected in pairs:
+        check_shapes(found, expected, "the model")
+
+
+def check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], what: str) -> None:
+    """Refuse tensors of a checkpoint that are not those of ``what``.
+
+    Raises:
+        ArtifactError: the first tensor that is missing, unknown or of another shape.
+    """
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    if wrong:
+        raise ArtifactError(
+            f"the checkpoint has another {wrong[0]!r} than {what}: it belongs to another run; restore the "
+            "checkpoints folder, or start over with --fresh."
+        )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """AdamW's state as flat tensors, ``"{parameter}.{name}"``, numbered as the optimizer numbers its parameters."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": value for number, entry in state.items() for name, value in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Undo :func:`optimizer_tensors`; the learning rate is set by the schedule."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,168 @@
+"""LoRA adapters: PEFT's own, attached, saved, loaded and proven alive (Hu et al. 2022)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from torch import nn
+
+from trajdist.artifacts import fingerprint, read_tensors
+from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
+from trajdist.files import read_json, sync_file, sync_folder
+from trajdist.saved.bundle import load_model
+from trajdist.saved.rundir import RunDir
+
+# The adapter's config names its base by this prefix and the base's fingerprint.
+BASE_PREFIX = "trajdist:"
+
+
+def attach(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: list[str] | str,
+    use_rslora: bool,
+    use_dora: bool,
+    base_fingerprint: str,
+) -> PeftModel:
+    """Wrap ``model`` in a fresh adapter: only ``lora_`` weights train, and the output does not change yet.
+
+    Raises:
+        ConfigError: ``target_modules`` matches no linear layer, or something else.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with floats although it declares an int.
+        lora_dropout=dropout,
+        target_modules=linear if target_modules == "all-linear" else target_modules,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        base_model_name_or_path=BASE_PREFIX + base_fingerprint,
+    )
+    # PEFT takes the name of the base from the model itself.
+    model.name_or_path = BASE_PREFIX + base_fingerprint  # type: ignore[assignment]
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        if "arget module" not in str(error):
+            raise
+        raise ConfigError(
+            f"domain_adaptation.lora.target_modules={target_modules!r} must match linear layers, and only those: "
+            f"there are {', '.join(linear)}."
+        ) from None
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def base_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """The weights of the base model under an adapter, by the names that PEFT gives them."""
+    return {name: value for name, value in adapted.state_dict().items() if "lora_" not in name}
+
+
+def adapter_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's own weights, by the names of its file."""
+    # There are no embeddings; asked to find out by itself, PEFT looks for the base on the hub.
+    return dict(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+
+
+def adapter_fingerprint(adapted: PeftModel, base_fingerprint: str) -> str:
+    """Identifies an adapter with the base model it stands on."""
+    return fingerprint(adapter_state(adapted), {"base": base_fingerprint})
+
+
+def is_alive(adapted: PeftModel) -> bool:
+    """Whether the adapter changes anything: every B begins as zero and must have moved."""
+    up = [value for name, value in adapter_state(adapted).items() if "lora_B" in name]
+    return any(bool(value.any()) for value in up)
+
+
+def save_adapter(adapted: PeftModel, folder: Path) -> None:
+    """Save in PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # A form to be filled in; the run writes a card at its end.
+
+
+def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on its base model.
+
+    Raises:
+        ArtifactError: no adapter there, a damaged one, or one that was trained on another base.
+    """
+    check_base(folder, base_fingerprint)
+    read_tensors(folder / "adapter_model.safetensors")  # Damage is named before PEFT sees it.
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = one_line(error)
+        raise ArtifactError(f"the adapter {str(folder)!r} does not fit the model: {reason}") from None
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def check_base(folder: Path, base_fingerprint: str) -> None:
+    """Refuse an adapter that was trained on another base model, projection or backbone."""
+    document = read_json(folder / "adapter_config.json")
+    base = str(document.get("base_model_name_or_path")) if isinstance(document, dict) else json.dumps(document)
+    if base != BASE_PREFIX + base_fingerprint:
+        raise ArtifactError(
+            f"the adapter {str(folder)!r} was trained on another base ({base[:28]}..., this one is "
+            f"{BASE_PREFIX}{base_fingerprint[:19]}...): use it with the Phase 1 it was trained on."
+        )
+
+
+def merged(adapted: nn.Module) -> nn.Module:
+    """The base model's class with the adapter added to its weights; ``adapted`` stays as it is."""
+    assert isinstance(adapted, PeftModel)
+    model: nn.Module = copy.deepcopy(adapted).merge_and_unload()
+    return model.eval()
+
+
+def save_proven(rundir: RunDir, adapted: nn.Module, base_before: str, base_id: str) -> None:
+    """Save the adapter and prove it: the base did not move, the adapter does something, and it loads to the same.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        TrainingError: one of the three does not hold.
+    """
+    assert isinstance(adapted, PeftModel)
+    adapted.eval()
+    if fingerprint(base_state(adapted)) != base_before:
+        raise TrainingError("the base model moved during Phase 2: this is a defect of trajdist, please report it.")
+    if not is_alive(adapted):
+        raise TrainingError(
+            "the adapter learned nothing (every B is zero): train longer or raise domain_adaptation.lora.learning_rate."
+        )
+    temporary = rundir.adapter.with_name(".adapter.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        rundir.adapter.parent.mkdir(exist_ok=True)
+        save_adapter(adapted, temporary)
+        for path in temporary.iterdir():
+            sync_file(path)
+    except (OSError, SafetensorError) as error:
+        reason = one_line(error)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ArtifactError(
+            f"the adapter {str(rundir.adapter)!r} cannot be written ({reason}): free some space or make the folder "
+            "writable and run the same command again."
+        ) from None
+    base, document = load_model(rundir.model)
+    again = load_adapter(base, temporary, base_id).eval()
+    probe_NLD = torch.randn(64, document.length, document.width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = [model.to("cpu")(probe_NLD).output_NLD for model in (adapted, again)]
+    if not torch.equal(*outputs):
+        raise TrainingError("the saved adapter gives other outputs than the trained one: the file system is not sound.")
+    shutil.rmtree(rundir.adapter, ignore_errors=True)
+    temporary.rename(rundir.adapter)
+    sync_folder(rundir.adapter.parent)

@@ -1,0 +1,1 @@
+"""From residuals to scores, p-values, metrics and the report."""

@@ -1,0 +1,138 @@
+"""``trajdist evaluate``: labelled images in MVTec layout -> the numbers that papers report.
+
+Pixel scores go into histograms as they come; memory does not grow with the images.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from trajdist.data.labelled import GOOD, LabelledFolder
+from trajdist.errors import DataError
+from trajdist.files import write_json
+from trajdist.scoring.files import read_rows
+from trajdist.scoring.histogram import ScoreHistogram
+from trajdist.scoring.job import Scoring
+from trajdist.scoring.metrics import Curve, PixelScores, bootstrap_interval, curve
+from trajdist.scoring.report import Labels, defect_scores, report
+from trajdist.scoring.score import Scored, map_of, score
+
+
+def evaluate(job: Scoring, dataset: LabelledFolder) -> dict[str, Any]:
+    """Score the labelled set of the job and measure; every process calls it.
+
+    Returns:
+        The metrics, also written to ``metrics.json`` (on the main process, elsewhere nothing).
+
+    Raises:
+        DataError: a mask that cannot be read, or no good image that could be scored.
+    """
+    size, fit = job.scorer.size, job.scorer.fit
+    pixels = {kind: PixelScores() for kind in dataset.kinds}
+
+    def count_pixels(image: Scored) -> None:
+        mask_SS = dataset.mask(image.position, size, fit)
+        pixels[dataset.kind(image.position)].update(torch.from_numpy(map_of(job, image))[None], mask_SS[None])
+
+    score(job, visit=count_pixels)
+    for scores in pixels.values():
+        scores.all_reduce(job.processes.sum_from_host)
+    metrics: dict[str, Any] = {}
+    job.processes.main_does(lambda: metrics.update(_conclude(job, dataset, pixels)))
+    return metrics
+
+
+def _conclude(job: Scoring, dataset: LabelledFolder, pixels: dict[str, PixelScores]) -> dict[str, Any]:
+    """Measure and write ``metrics.json`` and the report."""
+    images, alarms, unreadable = count_images(job, dataset)
+    metrics = measure(images, alarms, pixels) | {
+        "num_unreadable": unreadable,
+        "threshold": _finite(job.thresholds[0]),
+        "requested_false_alarm_rate": job.rates[0],
+    }
+    write_json(job.out / "metrics.json", metrics)
+    report(job, Labels(dataset, metrics, images, pixels))
+    return metrics
+
+
+def count_images(job: Scoring, dataset: LabelledFolder) -> tuple[dict[str, ScoreHistogram], dict[str, int], int]:
+    """Scores and alarms by kind, and how many images could not be read, from scores.jsonl."""
+    images = {kind: ScoreHistogram() for kind in dataset.kinds}
+    alarms, unreadable = dict.fromkeys(dataset.kinds, 0), 0
+    for position, row in enumerate(read_rows(job.out)):
+        if row["score"] is None:
+            unreadable += 1
+            continue
+        images[dataset.kind(position)].update(torch.tensor(row["score"]))
+        alarms[dataset.kind(position)] += row["is_anomalous"]
+    return images, alarms, unreadable
+
+
+def measure(
+    images: dict[str, ScoreHistogram], alarms: dict[str, int], pixels: dict[str, PixelScores]
+) -> dict[str, Any]:
+    """All metrics of the contract, over all images and for every kind of defect against the good images.
+
+    Raises:
+        DataError: no good image could be scored.
+    """
+    counts = {kind: int(histogram.counts_K.sum()) for kind, histogram in images.items()}
+    if not counts[GOOD]:
+        raise DataError("none of the good images could be scored: see the errors in scores.jsonl.")
+    defects = [kind for kind in images if kind != GOOD]
+    per_defect = {
+        kind: _measure_kind(curve(images[kind], images[GOOD]), pixels[kind] + pixels[GOOD])
+        | {"num_images": counts[kind], "num_detected": alarms[kind]}
+        for kind in defects
+    }
+    overall = curve(defect_scores(images), images[GOOD])
+    return {
+        **_measure_kind(overall, reduce(add, pixels.values())),
+        "image_auroc_interval": bootstrap_interval(overall, Curve.area, seed=0),
+        "image_ap_interval": bootstrap_interval(overall, Curve.average_precision, seed=0),
+        "num_images": sum(counts.values()),
+        "num_good": counts[GOOD],
+        "false_alarm_rate": alarms[GOOD] / counts[GOOD],
+        "detection_rate": _share(sum(alarms[kind] for kind in defects), sum(counts[kind] for kind in defects)),
+        "defects": per_defect,
+    }
+
+
+def _measure_kind(images: Curve, pixels: PixelScores) -> dict[str, Any]:
+    pixel_curve, image_f1, pixel_f1 = pixels.curve(), images.best_f1(), pixels.curve().best_f1()
+    return {
+        "image_auroc": images.area(),
+        "image_ap": images.average_precision(),
+        "image_f1_max": image_f1 and image_f1[0],
+        "pixel_auroc": pixel_curve.area(),
+        "pixel_ap": pixel_curve.average_precision(),
+        "pixel_f1_max": pixel_f1 and pixel_f1[0],
+        "aupro": pixels.aupro(),
+        "binning_error": max(images.tied_share, pixel_curve.tied_share) / 2,
+    }
+
+
+def metrics_table(metrics: dict[str, Any]) -> Table:
+    """Overall and per kind of defect."""
+    table = Table(title="metrics", title_justify="left")
+    keys = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
+    for column in ("", "images", *(key.replace("_", " ") for key in keys)):
+        table.add_column(column, justify="right")
+    for name, values in {"all": metrics, **metrics.get("defects", {})}.items():
+        cells = ("-" if values.get(key) is None else f"{values[key]:.3f}" for key in keys)
+        table.add_row(name, str(values.get("num_images", "")), *cells)
+    return table
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if value < float("inf") else None

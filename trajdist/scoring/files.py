@@ -1,0 +1,115 @@
+"""The files of a scoring: rows in input order, raw maps, names of pictures.
+
+Shape suffixes: N images, H W grid.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trajdist.artifacts import fingerprint
+from trajdist.files import write_at
+from trajdist.scoring.pictures import Floats
+
+Row = dict[str, Any]
+
+
+def read_rows(out: Path) -> Iterator[Row]:
+    """The lines of scores.jsonl, one after another."""
+    with open(out / "scores.jsonl", encoding="utf-8") as handle:
+        for line in handle:
+            yield json.loads(line)
+
+
+def count_rows(out: Path) -> int:
+    """How many whole lines scores.jsonl has, if it is there."""
+    rows = out / "scores.jsonl"
+    if not rows.exists():
+        return 0
+    with open(rows, "rb") as handle:
+        return sum(line.endswith(b"\n") for line in handle)
+
+
+def keep_rows(out: Path, count: int) -> None:
+    """Cut scores.jsonl, if it is there, after the first ``count`` lines."""
+    rows = out / "scores.jsonl"
+    if rows.exists():
+        with open(rows, "rb") as handle:
+            kept = sum(len(line) for line in islice(handle, count))
+        os.truncate(rows, kept)
+
+
+def most_anomalous(out: Path, count: int) -> list[tuple[int, Row]]:
+    """Position and row of the images with the largest scores, in constant memory."""
+    return heapq.nlargest(count, _scored_rows(out), key=lambda item: item[1]["score"])
+
+
+def least_anomalous(out: Path, count: int) -> list[tuple[int, Row]]:
+    """Position and row of the images with the smallest scores."""
+    return heapq.nsmallest(count, _scored_rows(out), key=lambda item: item[1]["score"])
+
+
+def _scored_rows(out: Path) -> Iterator[tuple[int, Row]]:
+    return ((position, row) for position, row in enumerate(read_rows(out)) if row["score"] is not None)
+
+
+def picture_name(image: str) -> str:
+    """A flat file name that is unique for the image's path: ``a/b.jpg`` -> ``a__b.jpg``."""
+    flat = image.replace("_", "_u").replace("/", "__").replace("\\", "__")
+    # Most file systems allow 255 bytes; the hash keeps shortened names apart.
+    raw = os.fsencode(flat)
+    return flat if len(raw) <= 200 else f"{raw[:150].decode(errors='ignore')}-{hash_of(image)[:16]}"
+
+
+def hash_of(text: str) -> str:
+    return fingerprint({}, {"text": text})
+
+
+class MapsFile:
+    """``maps.safetensors``: one float32 tensor ``maps`` ``[N, H, W]``, filled in place, NaN where an image failed.
+
+    Attributes:
+        is_there: whether the file of an earlier process can go on being filled.
+    """
+
+    def __init__(self, path: Path, count: int, side: int) -> None:
+        self._path, self._shape = path, (count, side, side)
+        entry = {"dtype": "F32", "shape": self._shape, "data_offsets": [0, count * side * side * 4]}
+        header = json.dumps({"maps": entry}).encode()
+        header += b" " * (-len(header) % 8)
+        self._prefix = len(header).to_bytes(8, "little") + header
+        self._size = len(self._prefix) + count * side * side * 4
+        self._descriptor: int | None = None
+
+    @property
+    def is_there(self) -> bool:
+        return self._path.is_file() and self._path.stat().st_size == self._size
+
+    def open(self) -> None:
+        """Make the file where it is missing; one process does."""
+        if not self.is_there:
+            with open(self._path, "wb") as handle:
+                handle.write(self._prefix)
+                handle.truncate(self._size)
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+
+    def write(self, maps: list[tuple[int, Floats | None]]) -> None:
+        """Fill in maps by position; written, not mapped: a full disk is an error then, not the end of the process."""
+        assert self._descriptor is not None
+        failed_HW = np.full(self._shape[1:], np.nan, np.float32)
+        for position, cells_HW in maps:
+            whole_HW = np.ascontiguousarray(failed_HW if cells_HW is None else cells_HW, np.float32)
+            write_at(self._descriptor, whole_HW.data, len(self._prefix) + position * whole_HW.nbytes)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None

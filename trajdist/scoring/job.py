@@ -1,0 +1,136 @@
+"""One invocation of ``score`` or ``evaluate``: who scores what with which run, and where it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from trajdist.data.base import ImageSource
+from trajdist.data.loader import (
+    MOST_READERS,
+    build_loader,
+    processors,
+    resolve_threads,
+    resolve_workers,
+)
+from trajdist.runtime.processes import Processes, start_accelerator
+from trajdist.runtime.progress import make_console
+from trajdist.scoring.scorer import Detector, Scorer, load
+from trajdist.sharding import Plan, in_order
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for on the command line.
+
+    Attributes:
+        adapters: adapter folders instead of the run's own; several are compared.
+        phase: 1 for the unadapted model, None for the latest.
+        false_alarm_rate: share of clean images that may be called anomalous; None for 1 %, or the smallest share that
+            the clean images of the calibration can answer for.
+        explain: write the blocks' errors at the hottest place, and draw them.
+        overlays: ``all``, ``anomalous`` or ``none``.
+    """
+
+    adapters: tuple[str, ...] = ()
+    phase: int | None = None
+    false_alarm_rate: float | None = None
+    batch_size: int = 32
+    explain: bool = False
+    overlays: str = "all"
+    timeout_s: float = 1800.0
+
+
+@dataclass
+class Scoring:
+    """One invocation: who scores what, and where it goes."""
+
+    run_dir: str
+    scorer: Scorer
+    source: ImageSource
+    images_title: str
+    out: Path
+    options: Options
+    processes: Processes
+    loader_of: Callable[[Plan, int], Any]
+    console: Console
+    rates: list[float]
+    thresholds: list[float]
+
+    @property
+    def drawing_threads(self) -> int:
+        return min(MOST_READERS, processors() // self.processes.local_world)
+
+    @property
+    def block_names(self) -> list[str]:
+        return [step.name for step in self.scorer.extractor.steps]
+
+
+def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, options: Options) -> Scoring:
+    """Start the processes and load the run; ``title`` is what the user called the images: their path.
+
+    Raises:
+        ArtifactError: a run that is not finished or damaged.
+        ConfigError: options that do not go together.
+    """
+    accelerator = start_accelerator("no", options.timeout_s, False)
+    processes = Processes(accelerator)
+    console = make_console(processes.is_main)
+    scorer = _load(run_dir, options, processes)
+
+    workers = resolve_workers("auto", processes.local_world, processes.device.type)
+
+    def loader_of(plan: Plan, cursor: int) -> Any:
+        loader = build_loader(
+            source,
+            in_order,
+            plan,
+            cursor=cursor,
+            size=scorer.size,
+            fit=scorer.fit,
+            num_workers=workers,
+            pin_memory=processes.device.type == "cuda",
+            threads=resolve_threads("auto", workers),
+        )
+        return accelerator.prepare_data_loader(loader, device_placement=False)
+
+    rates = [options.false_alarm_rate or supported_rate(detector) for detector in scorer.detectors]
+    thresholds = [detector.images.threshold(rate) for detector, rate in zip(scorer.detectors, rates, strict=True)]
+    job = Scoring(run_dir, scorer, source, title, Path(out), options, processes, loader_of, console, rates, thresholds)
+    _announce(job)
+    return job
+
+
+def _load(run_dir: str, options: Options, processes: Processes) -> Scorer:
+    """The main process first: the others find what it downloaded, and do not wait for it where it cannot go on."""
+    loaded: list[Scorer] = []
+
+    def load_here() -> None:
+        loaded.append(load(run_dir, list(options.adapters) or None, options.phase, str(processes.device)))
+
+    processes.main_does(load_here)
+    if not loaded:
+        load_here()
+    return loaded[0]
+
+
+def supported_rate(detector: Detector) -> float:
+    """The default false-alarm rate: n clean images cannot answer for less than 1 / (n + 1)."""
+    return max(0.01, 1 / (detector.images.count + 1))
+
+
+def _announce(job: Scoring) -> None:
+    for detector, rate, threshold in zip(job.scorer.detectors, job.rates, job.thresholds, strict=True):
+        job.console.print(
+            f"{detector.name}: threshold {threshold:.4g} for a false-alarm rate of {rate:.3g}, "
+            f"from {detector.images.count} clean images"
+        )
+        if threshold == float("inf"):
+            job.console.print(
+                f"{detector.images.count} clean images are too few for this rate: no image can be called anomalous; "
+                f"use --false-alarm-rate {detector.images.least_rate} or more"
+            )

@@ -1,0 +1,225 @@
+"""How well scores tell anomalous from clean, from histograms alone: constant memory, and processes add up.
+
+Within a bin of :mod:`trajdist.scoring.histogram` scores count as tied; between bins nothing is lost. So each confusion
+matrix used here is the exact one of its threshold, and only thresholds inside a bin are left out: the best F1 is
+never overstated, AUROC is off by at most half of :attr:`Curve.tied_share`, AUPRO by at most ``tied_share / limit``.
+
+Shape suffixes: B images, S pixels a side, T thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from trajdist.extraction.projection import Reduce
+from trajdist.scoring.histogram import Doubles, ScoreHistogram, lower_edges
+
+Mask = npt.NDArray[np.bool_]
+Points = list[tuple[float, float]]
+
+AUPRO_LIMIT = 0.3
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What falls at every threshold, from the strictest to the loosest.
+
+    Attributes:
+        thresholds_T: float64, falling; what scores at least this much is called anomalous.
+        anomalous_T: float64, anomalous weight between this threshold and the one before.
+        clean_T: float64, clean weight, likewise.
+    """
+
+    thresholds_T: Doubles
+    anomalous_T: Doubles
+    clean_T: Doubles
+
+    @property
+    def recall_T(self) -> Doubles:
+        """The true positive rate; NaN without anomalous scores."""
+        return _running_share(self.anomalous_T)
+
+    @property
+    def false_positive_rate_T(self) -> Doubles:
+        """The share of clean scores called anomalous; NaN without clean scores."""
+        return _running_share(self.clean_T)
+
+    @property
+    def precision_T(self) -> Doubles:
+        """The share of what is called anomalous that is; 0 where nothing is."""
+        found_T = self.anomalous_T.cumsum()
+        called_T = found_T + self.clean_T.cumsum()
+        return np.divide(found_T, called_T, out=np.zeros_like(found_T), where=called_T > 0)
+
+    @property
+    def tied_share(self) -> float:
+        """The share of the pairs of an anomalous and a clean score that fall into one bin."""
+        pairs = self.anomalous_T.sum() * self.clean_T.sum()
+        return float(self.anomalous_T @ self.clean_T / pairs) if pairs else 0.0
+
+    def area(self, limit: float = 1.0) -> float | None:
+        """Area under recall over the false positive rate from 0 to ``limit``, divided by ``limit``; ties count half.
+
+        None where there are no anomalous or no clean scores.
+        """
+        if not self.anomalous_T.any() or not self.clean_T.any():
+            return None
+        rate_T = np.concatenate([[0.0], self.false_positive_rate_T])
+        recall_T = np.concatenate([[0.0], self.recall_T])
+        kept_T = rate_T <= limit
+        rates = np.append(rate_T[kept_T], limit)
+        recalls = np.append(recall_T[kept_T], np.interp(limit, rate_T, recall_T))
+        return float((np.diff(rates) * (recalls[1:] + recalls[:-1])).sum() / 2 / limit)
+
+    def average_precision(self) -> float | None:
+        """Precision at each threshold, weighted by the recall it adds; None without anomalous scores."""
+        if not self.anomalous_T.any():
+            return None
+        return float(self.precision_T @ self.anomalous_T / self.anomalous_T.sum())
+
+    def best_f1(self) -> tuple[float, float] | None:
+        """The largest F1 and its threshold (the strictest where several reach it); None without anomalous scores."""
+        if not self.anomalous_T.any():
+            return None
+        called_T = (self.anomalous_T + self.clean_T).cumsum()
+        f1_T = 2 * self.anomalous_T.cumsum() / (called_T + self.anomalous_T.sum())
+        best = int(f1_T.argmax())
+        return float(f1_T[best]), float(self.thresholds_T[best])
+
+    def roc_points(self, count: int = 200) -> Points:
+        """At most ``count`` points (false positive rate, recall) from (0, 0) to (1, 1); none without both classes."""
+        if not self.anomalous_T.any() or not self.clean_T.any():
+            return []
+        return [(0.0, 0.0), *_thin(self.false_positive_rate_T, self.recall_T, count - 1)]
+
+    def pr_points(self, count: int = 200) -> Points:
+        """At most ``count`` points (recall, precision) for a plot; none without anomalous scores."""
+        return _thin(self.recall_T, self.precision_T, count) if self.anomalous_T.any() else []
+
+
+def curve(anomalous: ScoreHistogram, clean: ScoreHistogram) -> Curve:
+    """The curve of two histograms."""
+    bins_T = (anomalous + clean).counts_K.nonzero().flatten().flip(0)
+    anomalous_T, clean_T = (histogram.counts_K[bins_T].numpy() for histogram in (anomalous, clean))
+    return Curve(lower_edges(bins_T).double().numpy(), anomalous_T, clean_T)
+
+
+def _running_share(weights_T: Doubles) -> Doubles:
+    running_T = weights_T.cumsum()
+    # Divided by its own last value, not by a sum in another order: it ends at exactly 1.
+    return running_T / running_T[-1] if running_T.any() else np.full_like(running_T, np.nan)
+
+
+def _thin(across_T: Doubles, up_T: Doubles, count: int) -> Points:
+    """Up to ``count`` points of a curve, evenly spread along its length, both ends among them."""
+    steps = np.abs(np.diff(across_T)) + np.abs(np.diff(up_T))
+    length_T = np.concatenate([[0.0], steps.cumsum()])
+    kept = np.unique(np.searchsorted(length_T, np.linspace(0, length_T[-1], count)))
+    return list(zip(across_T[kept].tolist(), up_T[kept].tolist(), strict=True))
+
+
+class PixelScores:
+    """Scores of the pixels of labelled images: clean, anomalous, and anomalous with equal weight for each region."""
+
+    def __init__(self) -> None:
+        self.clean, self.anomalous, self.regions = (ScoreHistogram() for _ in range(3))
+
+    def update(self, maps_BSS: torch.Tensor, masks_BSS: Mask) -> None:
+        """Add anomaly maps, float ``[B, S, S]`` on any device, and their ground truth, bool ``[B, S, S]``."""
+        masks = torch.from_numpy(masks_BSS).to(maps_BSS.device)
+        shares = torch.from_numpy(np.stack([region_shares(mask_SS) for mask_SS in masks_BSS]))
+        self.clean.update(maps_BSS, ~masks)
+        self.anomalous.update(maps_BSS, masks)
+        self.regions.update(maps_BSS, shares)
+
+    def __add__(self, other: PixelScores) -> PixelScores:
+        total = PixelScores()
+        total.clean, total.anomalous = self.clean + other.clean, self.anomalous + other.anomalous
+        total.regions = self.regions + other.regions
+        return total
+
+    def all_reduce(self, sum_over_processes: Reduce) -> None:
+        """Make these the scores of all processes' pixels."""
+        for histogram in (self.clean, self.anomalous, self.regions):
+            histogram.all_reduce(sum_over_processes)
+
+    def curve(self) -> Curve:
+        """Every pixel counts the same."""
+        return curve(self.anomalous, self.clean)
+
+    def aupro(self, limit: float = AUPRO_LIMIT) -> float | None:
+        """Per-region overlap, integrated over false positive rates up to ``limit`` (Bergmann et al. 2019, 2021).
+
+        The overlap of a threshold is the share of a region above it, averaged over all regions: the recall of pixels
+        that weigh 1 / size of their region. So this is a partial area under a ROC curve. None without regions.
+        """
+        return curve(self.regions, self.clean).area(limit)
+
+
+def region_shares(mask_SS: Mask) -> Doubles:
+    """``[S, S]``: 1 / number of pixels of the region that a pixel is in, 0 outside; regions touch at 8 neighbours."""
+    root_M = _region_of_pixels(mask_SS)
+    shares_SS = np.zeros(mask_SS.shape)
+    shares_SS[mask_SS] = 1.0 / np.bincount(root_M)[root_M] if len(root_M) else 0.0
+    return shares_SS
+
+
+def _region_of_pixels(mask_SS: Mask) -> npt.NDArray[np.intp]:
+    """For each of the M pixels of a mask, row by row, the first pixel of its region.
+
+    Every pixel starts as its own root. Roots that touch are hooked, the later to the earlier, and chains are cut
+    short, until no neighbours differ.
+    """
+    number_SS = np.full(np.add(mask_SS.shape, 2), -1)
+    inner_SS = number_SS[1:-1, 1:-1]
+    inner_SS[mask_SS] = np.arange(mask_SS.sum())
+    height, width = mask_SS.shape
+    # Right, below, and the two diagonals below: the other four neighbours see these from the other side.
+    neighbours = [number_SS[1 + dy :, 1 + dx :][:height, :width] for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1))]
+    pairs = [(inner_SS[both], other[both]) for other in neighbours for both in [(inner_SS >= 0) & (other >= 0)]]
+    one, two = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    root_M = np.arange(mask_SS.sum())
+    while (root_M[one] != root_M[two]).any():
+        first, second = root_M[one], root_M[two]
+        np.minimum.at(root_M, np.maximum(first, second), np.minimum(first, second))
+        while (root_M[root_M] != root_M).any():
+            root_M = root_M[root_M]
+    return root_M
+
+
+def bootstrap_interval(
+    curve: Curve, statistic: Callable[[Curve], float | None], seed: int, num_samples: int = 1000
+) -> tuple[float, float] | None:
+    """A 95 % percentile interval of a statistic of *images* (Efron 1979), the number in each class held fixed.
+
+    Drawing images again with replacement is drawing a multinomial over the bins, so the histogram is enough. Pixels
+    of one image are not independent: an interval made from their curve would be too narrow.
+
+    Args:
+        curve: with whole counts in it.
+        statistic: such as ``Curve.area``.
+        seed: the interval is a pure function of it and of the counts.
+
+    Returns:
+        Lower and upper end, or None where the statistic is not defined.
+    """
+    if statistic(curve) is None:
+        return None
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(num_samples):
+        anomalous_T, clean_T = (_resample(generator, counts_T) for counts_T in (curve.anomalous_T, curve.clean_T))
+        drawn.append(statistic(replace(curve, anomalous_T=anomalous_T, clean_T=clean_T)))
+    values = np.array(drawn, np.float64)
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _resample(generator: np.random.Generator, counts_T: Doubles) -> Doubles:
+    total = counts_T.sum()
+    return generator.multinomial(int(total), counts_T / total).astype(np.float64) if total else counts_T

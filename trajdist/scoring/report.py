@@ -1,0 +1,163 @@
+"""From a finished scoring to its ``report.html``: what goes on the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from trajdist.data.decode import to_square
+from trajdist.data.labelled import GOOD, LabelledFolder
+from trajdist.data.loader import ImageBatch
+from trajdist.saved import bundle
+from trajdist.saved.rundir import RunDir
+from trajdist.scoring import pictures
+from trajdist.scoring.files import Row, least_anomalous, most_anomalous, read_rows
+from trajdist.scoring.histogram import ScoreHistogram, plot_bins
+from trajdist.scoring.job import Scoring
+from trajdist.scoring.metrics import PixelScores, curve
+from trajdist.scoring.page import (
+    CurvePair,
+    DefectKind,
+    ImageRow,
+    Metric,
+    Picture,
+    ReportData,
+    ScoreBars,
+    write_report,
+)
+from trajdist.scoring.score import Scored, map_of, map_range, score_batch
+
+TABLE_ROWS, GALLERY = 10_000, 12
+CARDS = {
+    "image_auroc": "Image AUROC",
+    "image_ap": "Image AP",
+    "image_f1_max": "Image F1, best",
+    "pixel_auroc": "Pixel AUROC",
+    "pixel_ap": "Pixel AP",
+    "pixel_f1_max": "Pixel F1, best",
+    "aupro": "AUPRO to 0.3",
+}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known more about a labelled set."""
+
+    dataset: LabelledFolder
+    metrics: dict[str, Any]
+    images: dict[str, ScoreHistogram]
+    pixels: dict[str, PixelScores]
+
+
+def report(job: Scoring, labels: Labels | None = None) -> None:
+    """Write ``report.html`` of a finished scoring; the main process calls it."""
+    top, bottom = most_anomalous(job.out, TABLE_ROWS), least_anomalous(job.out, GALLERY)
+    gallery = top[:GALLERY]
+    scored = _score_again(job, [position for position, _ in (*gallery, *bottom)])
+    data = ReportData(
+        title=f"{RunDir(job.run_dir).path.name}: {job.images_title}",
+        summary=_summary(job),
+        rows=[_image_row(position, row, labels) for position, row in top],
+        num_images=sum(row["score"] is not None for row in read_rows(job.out)),
+        threshold=job.thresholds[0],
+        false_alarm_rate=job.rates[0],
+        score_bars=_bars(job, labels),
+        metrics=_cards(labels.metrics) if labels else (),
+        defects=_defects(labels.metrics) if labels else (),
+        curves=_curves(labels) if labels else (),
+        blocks=job.block_names,
+        most_anomalous=[_picture(job, scored[position], row, labels) for position, row in gallery],
+        least_anomalous=[_picture(job, scored[position], row, labels) for position, row in bottom],
+    )
+    write_report(job.out / "report.html", data)
+
+
+def _summary(job: Scoring) -> dict[str, str | int | float]:
+    detector = job.scorer.detectors[0]
+    document = bundle.read(RunDir(job.run_dir).trajectory, bundle.TrajectoryDocument)
+    clean = f"{detector.images.count} {'held out' if detector.held_out else 'trained on'}"
+    return {
+        "run": str(job.run_dir),
+        "model": detector.name,
+        "backbone": document.backbone,
+        "grid": f"{document.spatial_resolution} x {document.spatial_resolution}",
+        "blocks": len(job.scorer.extractor.backbone.blocks),
+        "clean images": clean,
+    }
+
+
+def _image_row(position: int, row: Row, labels: Labels | None) -> ImageRow:
+    kind = labels.dataset.kind(position) if labels else None
+    return ImageRow(row["image"], row["score"], row["p_value"], row["is_anomalous"], kind)
+
+
+def _picture(job: Scoring, scored: Scored, row: Row, labels: Labels | None) -> Picture:
+    overlay = pictures.overlay(scored.pixels_SS3, map_of(job, scored), *map_range(job))
+    original = Image.fromarray(scored.pixels_SS3)
+    return Picture(
+        _image_row(scored.position, row, labels),
+        pictures.jpeg(original),
+        pictures.jpeg(overlay),
+        np.sqrt(scored.energies_L).round(4).tolist(),  # The roots are what the score averages.
+    )
+
+
+def _score_again(job: Scoring, positions: list[int]) -> dict[int, Scored]:
+    """Read and score a few images again, in one batch: nothing of the pictures was kept."""
+    positions, size, fit = sorted(set(positions)), job.scorer.size, job.scorer.fit
+    if not positions:
+        return {}
+    pixels_BSS3 = np.stack([to_square(job.source.load(position, size), size, fit) for position in positions])
+    images = torch.from_numpy(pixels_BSS3).permute(0, 3, 1, 2)
+    batch = ImageBatch(images, torch.ones(len(positions)), torch.zeros((), dtype=torch.int64), [])
+    return {scored.position: scored for scored in score_batch(job, batch, positions)}
+
+
+def _bars(job: Scoring, labels: Labels | None) -> ScoreBars:
+    histograms = {"calibration": job.scorer.detectors[0].images.histogram}
+    if labels:
+        histograms["good"] = labels.images[GOOD]
+        histograms["defects"] = defect_scores(labels.images)
+    else:
+        histograms["images"] = ScoreHistogram()
+        for row in read_rows(job.out):
+            if row["score"] is not None:
+                histograms["images"].update(torch.tensor(row["score"]))
+    return ScoreBars(*plot_bins(histograms))
+
+
+def defect_scores(images: dict[str, ScoreHistogram]) -> ScoreHistogram:
+    """Scores of all images that are not good."""
+    return reduce(add, (histogram for kind, histogram in images.items() if kind != GOOD), ScoreHistogram())
+
+
+def _cards(metrics: dict[str, Any]) -> list[Metric]:
+    cards = []
+    for key, title in CARDS.items():
+        low, high = metrics.get(f"{key}_interval") or (None, None)
+        cards.append(Metric(title, metrics[key], low, high))
+    return cards
+
+
+def _defects(metrics: dict[str, Any]) -> list[DefectKind]:
+    return [
+        DefectKind(kind, values["num_images"], {title: values[key] for key, title in CARDS.items()})
+        for kind, values in metrics["defects"].items()
+    ]
+
+
+def _curves(labels: Labels) -> list[CurvePair]:
+    images, pixels = (
+        curve(defect_scores(labels.images), labels.images[GOOD]),
+        reduce(add, labels.pixels.values()).curve(),
+    )
+    return [
+        CurvePair("Images", images.roc_points(), images.pr_points()),
+        CurvePair("Pixels", pixels.roc_points(), pixels.pr_points()),
+    ]

@@ -1,0 +1,296 @@
+"""``trajdist score``: unlabelled images -> scores.jsonl, anomaly maps, pictures; streamed, sharded, resumable.
+
+Shape suffixes: B images, H W grid, L blocks, S pixels per side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from trajdist.artifacts import fingerprint
+from trajdist.data.loader import (
+    ImageBatch,
+    in_threads,
+)
+from trajdist.errors import ArtifactError, ConfigError
+from trajdist.files import read_json, write_json
+from trajdist.runtime.processes import Processes, to_device
+from trajdist.runtime.progress import Progress
+from trajdist.scoring import pictures, residuals
+from trajdist.scoring.files import (
+    MapsFile,
+    Row,
+    count_rows,
+    keep_rows,
+    most_anomalous,
+    picture_name,
+    read_rows,
+)
+from trajdist.scoring.job import Scoring
+from trajdist.scoring.scorer import CellScores
+from trajdist.sharding import Plan
+
+Visit = Callable[["Scored"], None]
+# Position in the input order, row, and raw map unless the image failed.
+Numbered = tuple[int, Row, pictures.Floats | None]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One scored image, on the process that scored it.
+
+    Attributes:
+        position: its place in the input order.
+        pixels_SS3: uint8, as the backbone saw it.
+        cells_HW: float32 scores of the first detector, standardised.
+        energies_L: the blocks' energies at the hottest place.
+    """
+
+    position: int
+    row: Row
+    pixels_SS3: pictures.Pixels
+    cells_HW: pictures.Floats
+    energies_L: pictures.Floats
+
+
+def score(job: Scoring, visit: Visit | None = None) -> None:
+    """Score all images of the source; every process of the job calls it.
+
+    Args:
+        visit: called with each image on the process that scored it; the scoring then starts over instead of going on.
+
+    Raises:
+        ArtifactError: the output folder cannot be written.
+        ConfigError: the output folder holds the scores of something else.
+    """
+    num_images, world = len(job.source), job.processes.world
+    # A few images do not fill a batch: no time goes into empty slots.
+    batch_size = min(job.options.batch_size, -(-num_images // world))
+    plan = Plan(num_images, 1, world * batch_size, world, batch_size)
+    maps = MapsFile(job.out / "maps.safetensors", num_images, job.scorer.extractor.resolution)
+    done = 0
+
+    def prepare() -> None:
+        nonlocal done
+        done = _prepare_out(job, plan, maps, resumable=visit is None)
+
+    job.processes.main_does(prepare)
+    done = job.processes.broadcast(done)
+    if done < num_images:
+        _walk(job, plan, done, maps, visit)
+    maps.close()
+    job.processes.wait()
+
+
+def _walk(job: Scoring, plan: Plan, cursor: int, maps: MapsFile, visit: Visit | None) -> None:
+    """Score batch after batch; rows are written in input order by the main process."""
+    with Progress(job.console, "scoring", plan.num_images, cursor) as progress:
+        for step, batch in zip(plan.steps(cursor), job.loader_of(plan, cursor), strict=True):
+            slots = plan.micro_batch(step, 0, job.processes.rank)
+            scored = list(score_batch(job, batch, range(slots.start, slots.stop)))
+            _draw_all(job, scored)
+            if visit is not None:
+                _visit_all(job.processes, visit, scored)
+            rows = job.processes.gather(_rows(job, scored, batch, slots.start))
+            _write(job, maps, sorted(rows, key=lambda row: row[0]))
+            progress.advance(step.stop)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"--out {str(out)!r} cannot be written ({error.strerror}): free some space and run the same command again."
+        ) from None
+
+
+def _draw_all(job: Scoring, scored: list[Scored]) -> None:
+    def draw_each() -> None:
+        with _writing(job.out):
+            in_threads(lambda image: _draw(job, image), scored, job.drawing_threads)
+
+    job.processes.all_do(draw_each)
+
+
+def _visit_all(processes: Processes, visit: Visit, scored: list[Scored]) -> None:
+    def visit_each() -> None:
+        for image in scored:
+            visit(image)
+
+    processes.all_do(visit_each)
+
+
+def score_batch(job: Scoring, batch: ImageBatch, positions: Sequence[int]) -> Iterator[Scored]:
+    """The scored images of a batch that holds those at ``positions``; unreadable ones are left out."""
+    results = job.scorer.score_batch(to_device((batch.images,), job.processes.device)[0])
+    on_cpu = [CellScores(*(part.cpu() for part in vars(result).values())) for result in results]
+    p_values = [d.images.p_values(r.images_B) for d, r in zip(job.scorer.detectors, on_cpu, strict=True)]
+    for slot, position in enumerate(positions):
+        if not batch.weights[slot]:
+            continue
+        first = on_cpu[0]
+        hottest = int(first.cells_BHW[slot].argmax())
+        energies_L = first.energies_BHWL[slot].flatten(0, 1)[hottest].numpy()
+        yield Scored(
+            position,
+            _row(job, position, [r.images_B[slot].item() for r in on_cpu], [p[slot].item() for p in p_values])
+            | (_explanation(job, energies_L, hottest) if job.options.explain else {}),
+            batch.images[slot].permute(1, 2, 0).numpy(),
+            first.cells_BHW[slot].numpy(),
+            energies_L,
+        )
+
+
+def _row(job: Scoring, position: int, scores: list[float], p_values: list[float]) -> Row:
+    """A line of scores.jsonl. With several adapters the best-fitting domain is the one that finds it least odd."""
+    row: Row = {
+        "image": job.source.name(position),
+        "score": scores[0],
+        "p_value": p_values[0],
+        "is_anomalous": scores[0] >= job.thresholds[0],
+    }
+    if len(scores) > 1:
+        names = [detector.name for detector in job.scorer.detectors]
+        row["adapters"] = {
+            name: {"score": score, "p_value": p_value}
+            for name, score, p_value in zip(names, scores, p_values, strict=True)
+        }
+        row["best_adapter"] = min(zip(p_values, scores, names, strict=True), key=lambda item: (-item[0], item[1]))[2]
+    return row
+
+
+def _explanation(job: Scoring, energies_L: pictures.Floats, hottest: int) -> Row:
+    side = job.scorer.extractor.resolution
+    blocks = dict(zip(job.block_names, np.round(energies_L.astype(float), 5).tolist(), strict=True))
+    return {"hottest": [hottest // side, hottest % side], "blocks": blocks}
+
+
+def map_of(job: Scoring, image: Scored) -> pictures.Floats:
+    """The smoothed map at the size of the image, ``[S, S]``."""
+    return residuals.upsample(torch.from_numpy(image.cells_HW)[None], job.scorer.size)[0].numpy()
+
+
+def map_range(job: Scoring) -> tuple[float, float]:
+    """What overlays show as dark and as bright: dark up to what one clean place in ten exceeds, half-way at one in a
+    thousand."""
+    cells = job.scorer.detectors[0].cells
+    low, middle = (cells.threshold(max(rate, 1 / (cells.count + 1))) for rate in (0.1, 0.001))
+    return low, 2 * middle - low
+
+
+def _draw(job: Scoring, image: Scored) -> None:
+    """Overlay and, where asked for, depth profile as PNG, named after the image."""
+    wanted = job.options.overlays
+    if wanted == "none" or (wanted == "anomalous" and not image.row["is_anomalous"]):
+        return
+    stem = picture_name(image.row["image"])
+    panel = pictures.panel(image.pixels_SS3, map_of(job, image), *map_range(job))
+    (job.out / "maps" / f"{stem}.png").write_bytes(pictures.png(panel))
+    if job.options.explain:
+        profile = pictures.profile(image.energies_L, job.block_names)
+        (job.out / "maps" / f"{stem}.depth.png").write_bytes(pictures.png(profile))
+
+
+def _rows(job: Scoring, scored: list[Scored], batch: ImageBatch, start: int) -> list[Numbered]:
+    """The rows and maps of this process's batch, whose first slot is image ``start``."""
+    found: list[Numbered] = [(image.position, image.row, image.cells_HW) for image in scored]
+    slots = [slot for slot, weight in enumerate(batch.weights.tolist()) if not weight]
+    reasons = dict(batch.failures)
+    for slot in slots:
+        if start + slot in reasons:
+            found.append((start + slot, _failed_row(job, start + slot, reasons[start + slot]), None))
+    return found
+
+
+def _write(job: Scoring, maps: MapsFile, rows: list[Numbered]) -> None:
+    """Append a step's rows, which are in input order, and fill in their maps."""
+
+    def append() -> None:
+        with _writing(job.out), open(job.out / "scores.jsonl", "a", encoding="utf-8") as handle:
+            maps.write([(position, cells_HW) for position, _, cells_HW in rows])
+            handle.writelines(json.dumps(row) + "\n" for _, row, _ in rows)
+
+    job.processes.main_does(append)
+
+
+def _failed_row(job: Scoring, position: int, reason: str) -> Row:
+    return {
+        "image": job.source.name(position),
+        "score": None,
+        "p_value": None,
+        "is_anomalous": None,
+        "error": reason,
+    }
+
+
+def _identity(job: Scoring) -> dict[str, Any]:
+    """What must be the same for an interrupted scoring to go on."""
+    return {
+        "images": job.source.fingerprint,
+        "files": job.source.stamp(),
+        "num_images": len(job.source),
+        "detectors": [fingerprint(d.residual.state_dict(), {"name": d.name}) for d in job.scorer.detectors],
+        "false_alarm_rates": job.rates,
+        "thresholds": [str(threshold) for threshold in job.thresholds],
+        "explain": job.options.explain,
+        "overlays": job.options.overlays,
+    }
+
+
+def _prepare_out(job: Scoring, plan: Plan, maps: MapsFile, resumable: bool) -> int:
+    """Bring the output folder to the state after whole steps; returns the number of images done by then."""
+    _claim_out(job)
+    done = 0
+    if resumable and maps.is_there:
+        rows = count_rows(job.out)
+        done = plan.num_images if rows >= plan.num_images else rows - rows % plan.global_batch
+    keep_rows(job.out, done)
+    maps.open()
+    if done:
+        job.console.print(f"{done} images are scored already: going on")
+    return done
+
+
+def _claim_out(job: Scoring) -> None:
+    """Make the output folder and note what it is for.
+
+    Raises:
+        ArtifactError: it cannot be made or written.
+        ConfigError: it holds the scores of something else.
+    """
+    marker, identity = job.out / "scoring.json", _identity(job)
+    try:
+        (job.out / "maps").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"--out {str(job.out)!r} cannot be made ({error.strerror}).") from None
+    if marker.exists() and read_json(marker) != identity:
+        raise ConfigError(
+            f"--out {str(job.out)!r} holds the scores of other images, of another run or with other options: "
+            "name another."
+        )
+    write_json(marker, identity)
+
+
+def score_table(job: Scoring) -> Table:
+    """What the main process prints at the end."""
+    alarms = sum(bool(row["is_anomalous"]) for row in read_rows(job.out))
+    failed = sum(row["score"] is None for row in read_rows(job.out))
+    title = f"{len(job.source)} images, {alarms} anomalous, {failed} unreadable"
+    table = Table(title=title, title_justify="left")
+    for column in ("most anomalous", "score", "p-value", ""):
+        table.add_column(column, overflow="fold")
+    for _, row in most_anomalous(job.out, 10):
+        alarm = "anomalous" if row["is_anomalous"] else ""
+        table.add_row(row["image"], f"{row['score']:.3f}", f"{row['p_value']:.4f}", alarm)
+    return table

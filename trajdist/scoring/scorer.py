@@ -1,0 +1,359 @@
+"""A trained run as a function: images in, anomaly maps, scores and p-values out.
+
+Shape suffixes: B images, H W grid, L blocks, D channels, S pixels per side.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+
+from trajdist.artifacts import load_state, read_document, read_tensors, write_tensors
+from trajdist.data.decode import to_rgb, to_square
+from trajdist.errors import ArtifactError, ConfigError, DataError, one_line
+from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.saved import bundle
+from trajdist.saved.rundir import RunDir
+from trajdist.scoring import residuals
+from trajdist.scoring.calibration import QuantileSketch
+from trajdist.scoring.histogram import ScoreHistogram
+
+
+@dataclass(frozen=True)
+class CellScores:
+    """Scores of a batch on the grid: ``cells_BHW``, the blocks' part in it ``energies_BHWL``, ``images_B``."""
+
+    cells_BHW: torch.Tensor
+    energies_BHWL: torch.Tensor
+    images_B: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the Python API returns, on the CPU.
+
+    Attributes:
+        maps: float32 ``[B, S, S]``, anomaly maps at the resolution the backbone sees.
+        scores: float32 ``[B]``, one per image.
+        p_values: float64 ``[B]``, conformal: the share of clean images that score at least as much.
+
+    >>> Scores(np.zeros((1, 64, 64), np.float32), np.zeros(1, np.float32), np.ones(1)).maps.shape
+    (1, 64, 64)
+    """
+
+    maps: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    p_values: npt.NDArray[np.float64]
+
+
+class Detector:
+    """One model (the base, or the base with one adapter) and what its residuals are like on clean images.
+
+    Attributes:
+        residual: not fitted until :meth:`load`, or a calibration, has done it.
+        cells, images: scores of clean cells and images that were not trained on.
+        held_out: False if there were none to spare and training images had to serve.
+    """
+
+    def __init__(self, name: str, model: nn.Module, valid_LD: torch.Tensor, resolution: int) -> None:
+        """``valid_LD`` says which entries of a trajectory are no padding, ``resolution`` the places per side."""
+        self.name, self.model, self.valid_LD = name, model.eval(), valid_LD
+        self.residual = residuals.ResidualModel(valid_LD.sum(1).tolist(), resolution)
+        self.cells, self.images = QuantileSketch(ScoreHistogram()), QuantileSketch(ScoreHistogram())
+        self.held_out = True
+
+    def to(self, device: torch.device) -> Detector:
+        self.model.to(device)
+        self.residual.to(device)
+        self.valid_LD = self.valid_LD.to(device)
+        return self
+
+    def with_model(self, name: str, model: nn.Module) -> Detector:
+        """The same calibration, for the same function in another form."""
+        other = copy.copy(self)
+        other.name, other.model = name, model.eval()
+        return other
+
+    def residuals(self, trajectories_BHWLD: torch.Tensor) -> torch.Tensor:
+        """Valid entries of trajectory minus reconstruction, ``[N, F]``."""
+        target_NLD = trajectories_BHWLD.flatten(0, 2)
+        error_NLD = target_NLD - self.model(target_NLD).output_NLD.float()
+        # Where no block is padded there is nothing to leave out, and nothing to copy.
+        padded = sum(self.residual.widths) < self.valid_LD.numel()
+        return error_NLD[:, self.valid_LD] if padded else error_NLD.flatten(1)
+
+    @torch.no_grad()
+    def energies(self, trajectories_BHWLD: torch.Tensor) -> torch.Tensor:
+        """Blocks' energies, ``[B, P, L]``, in float32."""
+        return self.residual.energies(self.residuals(trajectories_BHWLD))
+
+    @torch.no_grad()
+    def score(self, trajectories_BHWLD: torch.Tensor) -> CellScores:
+        """Score a batch of trajectories."""
+        grid = trajectories_BHWLD.shape[1:3]
+        energies_BPL = self.energies(trajectories_BHWLD)
+        cells_BP = self.residual.cells(energies_BPL)
+        image_scores_B = residuals.image_scores(cells_BP)
+        return CellScores(cells_BP.unflatten(1, grid), energies_BPL.unflatten(1, grid), image_scores_B)
+
+    def save(self, path: Path, base: str) -> None:
+        """Write the calibration."""
+        tensors = {f"residual.{name}": tensor for name, tensor in self.residual.state_dict().items()}
+        tensors |= self.cells.histogram.to_tensors("cells") | self.images.histogram.to_tensors("images")
+        write_tensors(path, tensors, {"format": 1, "kind": "calibration", "base": base, "held_out": self.held_out})
+
+    def load(self, path: Path, base: str) -> None:
+        """Read what :meth:`save` wrote; the detector stays on its device.
+
+        Raises:
+            ArtifactError: missing, damaged, or made for another model.
+        """
+        document = read_document(path)
+        if not isinstance(document, dict) or document.get("kind") != "calibration":
+            raise ArtifactError(f"{str(path)!r} is not a trajdist calibration: finish the phase to make one.")
+        if document.get("base") != base:
+            raise ArtifactError(f"{str(path)!r} was made for another model: use the one of the same run.")
+        tensors = read_tensors(path)
+        own = {name.removeprefix("residual."): t for name, t in tensors.items() if name.startswith("residual.")}
+        device = self.residual.centre.device
+        load_state(self.residual, own, path)
+        self.residual.to(device)
+        self.residual.lay_out()
+        for name, tensor in own.items():
+            if not bool(tensor.isfinite().all()):
+                raise ArtifactError(f"{str(path)!r} holds {name!r} that is not finite: make the calibration again.")
+        self.cells = QuantileSketch(ScoreHistogram.from_tensors(tensors, "cells", path))
+        self.images = QuantileSketch(ScoreHistogram.from_tensors(tensors, "images", path))
+        self.held_out = bool(document.get("held_out", False))
+
+
+class Scorer:
+    """Scores images with one or several detectors; the backbone runs once. Threads may share it.
+
+    >>> scorer = load(run_dir, device="cpu")
+    >>> scorer([image, np.zeros((80, 60, 3), np.uint8)]).scores.shape
+    (2,)
+    """
+
+    def __init__(self, extractor: TrajectoryExtractor, detectors: Sequence[Detector], size: int, fit: Any) -> None:
+        self.extractor, self.detectors = extractor, list(detectors)
+        self.size, self.fit = size, fit
+        self.device = torch.device("cpu")
+        # A backbone hands out its activations to whoever has called it last: one batch at a time.
+        self._extracting = Lock()
+
+    def to(self, device: torch.device | str) -> Scorer:
+        """Move to a device."""
+        self.device = torch.device(device)
+        self.extractor.to(self.device)
+        for detector in self.detectors:
+            detector.to(self.device)
+        return self
+
+    @torch.no_grad()
+    def score_batch(self, images_BCSS: torch.Tensor) -> list[CellScores]:
+        """uint8 ``[B, 3, S, S]`` on the device -> one :class:`CellScores` per detector."""
+        with self._extracting:
+            trajectories = self.extractor(images_BCSS)
+        return [detector.score(trajectories) for detector in self.detectors]
+
+    def __call__(self, images: Any, batch_size: int = 32) -> Scores:
+        """Score PIL images, arrays or tensors with the first detector.
+
+        Args:
+            images: any number of PIL images, arrays ``[H, W, 3]`` or ``[H, W]``, or tensors ``[3, H, W]`` or
+                ``[H, W]``, of any sizes: integers in 0..255, 16-bit integers, or floats in 0..1. A tensor or an array
+                with a leading batch dimension is such a sequence; one picture is a batch of one.
+            batch_size: how many go through the backbone at once.
+
+        Raises:
+            ConfigError: a batch size below 1.
+            DataError: what cannot be a picture.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} is no batch: name a positive number.")
+        waiting, parts = iter([images] if _is_one(images) else images), [self._empty()]
+        while batch := list(islice(waiting, batch_size)):
+            parts.append(self._score(batch))
+        return Scores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def _score(self, images: list[Any]) -> tuple[npt.NDArray[Any], ...]:
+        """The arrays of :class:`Scores`."""
+        squares = np.stack([to_square(_to_pil(image), self.size, self.fit) for image in images])
+        result = self.score_batch(torch.from_numpy(squares).permute(0, 3, 1, 2).to(self.device))[0]
+        maps = residuals.upsample(result.cells_BHW, self.size)
+        p_values = self.detectors[0].images.p_values(result.images_B)
+        return maps.cpu().numpy(), result.images_B.cpu().numpy(), p_values.numpy()
+
+    def _empty(self) -> tuple[npt.NDArray[Any], ...]:
+        return np.zeros((0, self.size, self.size), np.float32), np.zeros(0, np.float32), np.zeros(0, np.float64)
+
+
+def _is_one(images: Any) -> bool:
+    return isinstance(images, Image.Image) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim in (2, 3))
+
+
+def _to_pil(image: Any) -> Image.Image:
+    """Upright RGB, as :func:`trajdist.data.decode.decode` makes it of a file."""
+    if isinstance(image, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(image))
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = image.float() if image.is_floating_point() else image  # NumPy has no bfloat16.
+        pixels = (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy()
+    else:
+        pixels = np.asarray(image)
+    if pixels.ndim not in (2, 3) or not pixels.size or (pixels.ndim == 3 and pixels.shape[2] > 4):
+        kind = "tensors [3, H, W]" if isinstance(image, torch.Tensor) else "arrays [H, W, 3]"
+        raise DataError(f"a picture of shape {list(np.shape(image))} is none: pictures are {kind} or [H, W].")
+    eight_bits = _to_eight_bits(pixels)
+    return to_rgb(Image.fromarray(eight_bits[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else eight_bits))
+
+
+def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Floats are in 0..1, 16-bit integers use their range; numbers that are neither are refused, not wrapped."""
+    if pixels.dtype.kind in "fb":
+        pixels = pixels.astype(np.float32)
+        low, high = pixels.min(), pixels.max()
+        # Resampling overshoots a little; what was normalised, or is in 0..255, or NaN, is something else.
+        if not (low >= -0.5 and high <= 1.5):
+            raise DataError(f"a picture of floats holds {low:.3g} to {high:.3g}: its values are to be from 0 to 1.")
+        return np.rint(pixels.clip(0, 1) * 255.0).astype(np.uint8)
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
+        return np.rint(pixels / 257.0).astype(np.uint8)
+    if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 255:
+        raise DataError(f"a picture of type {pixels.dtype} is to hold integers from 0 to 255, or be uint16 or float.")
+    return pixels.astype(np.uint8)
+
+
+def load(
+    run_dir: str | Path,
+    adapter: str | Path | Sequence[str | Path] | None = None,
+    phase: int | None = None,
+    device: str = "auto",
+) -> Scorer:
+    """Load a run for scoring.
+
+    Args:
+        run_dir: a run directory.
+        adapter: one or several adapter folders to use instead of the run's own.
+        phase: 1 for the unadapted model, 2 for the adapted one; None for the latest phase there is.
+        device: a torch device; ``auto`` takes an accelerator where there is one.
+
+    Raises:
+        ArtifactError: something is missing, damaged, or belongs to another run.
+        ConfigError: phase 1 together with an adapter, the same adapter twice, or a phase or device that is none.
+
+    >>> load(run_dir, phase=1, device="cpu").detectors[0].name
+    'phase1'
+    """
+    if phase not in (None, 1, 2):
+        raise ConfigError(f"phase={phase!r} is none: name 1, 2, or None for the latest.")
+    if adapter and phase == 1:
+        raise ConfigError("phase 1 is the model without an adapter: name either phase 1 or an adapter.")
+    rundir = RunDir(run_dir)
+    if not rundir.trajectory.is_file():
+        raise ArtifactError(f"{str(run_dir)!r} has no phase1/trajectory.safetensors: name a run whose Phase 1 is done.")
+    extractor = bundle.load_extractor(rundir.trajectory)
+    document = bundle.read(rundir.trajectory, bundle.TrajectoryDocument)
+    adapters = [Path(adapter)] if isinstance(adapter, (str, Path)) else [Path(each) for each in adapter or ()]
+    if not adapters and phase != 1:
+        adapters = _own_adapters(rundir)
+    if phase == 2 and not adapters:
+        raise ArtifactError(f"{str(run_dir)!r} has no phase2/adapter: run Phase 2 first, or use --phase 1.")
+    detectors = [_load_adapted(rundir, extractor, *named) for named in _names(adapters).items()]
+    detectors = detectors or [_load_detector(rundir, extractor)]
+    scorer = Scorer(extractor, detectors, document.image_size, document.fit)
+    return scorer.to(_device(device))
+
+
+def _own_adapters(rundir: RunDir) -> list[Path]:
+    """The run's own adapter, or none.
+
+    Raises:
+        ArtifactError: it has one for each of several domains.
+    """
+    if rundir.adapter.is_dir():
+        return [rundir.adapter]
+    if domains := rundir.domains():
+        raise ArtifactError(
+            f"{str(rundir.path)!r} has an adapter for each of its domains {', '.join(each.name for each in domains)}: "
+            f"name the run of one ({domains[0]!s}), or adapters ({domains[0] / 'phase2' / 'adapter'!s}), or phase 1."
+        )
+    return []
+
+
+def _load_base(rundir: RunDir, extractor: TrajectoryExtractor) -> tuple[nn.Module, str]:
+    """The sequence model without adapters, and its fingerprint."""
+    model, document = bundle.load_model(rundir.model)
+    bundle.check_trajectories(rundir, document, extractor)
+    return model, bundle.base_fingerprint(model, document)
+
+
+def _load_detector(rundir: RunDir, extractor: TrajectoryExtractor) -> Detector:
+    model, base = _load_base(rundir, extractor)
+    detector = Detector("phase1", model, extractor.projection.valid_LD, extractor.resolution)
+    detector.load(rundir.calibration(1), base)
+    return detector
+
+
+def _load_adapted(rundir: RunDir, extractor: TrajectoryExtractor, name: str, adapter: Path) -> Detector:
+    # PEFT takes longer to import than torch; the base model does without.
+    from trajdist.saved import lora
+
+    model, base = _load_base(rundir, extractor)
+    adapted = lora.load_adapter(model, adapter, base)
+    detector = Detector(name, adapted, extractor.projection.valid_LD, extractor.resolution)
+    detector.load(adapter.parent / "calibration.safetensors", lora.adapter_fingerprint(adapted, base))
+    return detector
+
+
+def _names(adapters: list[Path]) -> dict[str, Path]:
+    """``runs/gravel/phase2/adapter`` is called ``gravel``, with as much before it as keeps it apart from the others.
+
+    Raises:
+        ConfigError: the same adapter twice.
+    """
+    paths = {folder: _without(folder.resolve(), "adapter", "phase2") for folder in adapters}
+    if len({folder.resolve() for folder in adapters}) < len(adapters):
+        raise ConfigError(f"an adapter is named twice among {[str(folder) for folder in adapters]}: drop one.")
+    return {_shortest(path, list(paths.values())) or str(folder.resolve()): folder for folder, path in paths.items()}
+
+
+def _without(path: Path, *endings: str) -> Path:
+    for ending in endings:
+        path = path.parent if path.name == ending else path
+    return path
+
+
+def _shortest(path: Path, others: list[Path]) -> str | None:
+    """The shortest end of ``path`` that only one of ``others``, itself, has."""
+    for count in range(1, len(path.parts) + 1):
+        end = path.parts[-count:]
+        if sum(other.parts[-count:] == end for other in others) == 1:
+            return str(Path(*end))
+    return None
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        try:
+            # A device that torch knows may still not be here.
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            reason = one_line(error, 160)
+            raise ConfigError(f"device={name!r} cannot be used ({reason}): name cpu, cuda, mps or auto.") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

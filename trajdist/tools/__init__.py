@@ -1,0 +1,1 @@
+"""Commands about finished things: pack, export, merge, inspect, audit."""

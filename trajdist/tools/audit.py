@@ -1,0 +1,237 @@
+"""Proof from the files of a run that each epoch saw each of its images once, whatever stopped the run in between.
+
+``ledger.jsonl`` says which positions of an epoch were trained on, with a digest of the images that were really read.
+What those images must have been follows from the seed alone, so nothing here trusts the training. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trajdist.config import SETS, Config
+from trajdist.config_files import read_yaml
+from trajdist.config_parsing import parse_config
+from trajdist.errors import ArtifactError
+from trajdist.saved.rundir import RunDir
+from trajdist.sharding import Selection, digest
+from trajdist.training.selection import recall
+
+CHUNK = 2**16
+LARGEST_LINE = 2**24
+SHOWN = 20
+
+
+class Stretch(BaseModel):
+    """A line of the ledger: positions ``[start, stop)`` of an epoch were consumed."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    phase: int
+    epoch: int = Field(ge=0, lt=2**31)
+    start: int = Field(ge=0, lt=2**40)
+    stop: int = Field(ge=0, lt=2**40)
+    images: int
+    digest: int
+    missing: list[int]
+    num_processes: int
+
+
+@dataclass
+class PhaseAudit:
+    """One phase, line by line: how far the ledger goes without a gap or a repetition, and what is wrong with it."""
+
+    phase: int
+    selection: Selection
+    cursor: int = 0
+    worlds: list[int] = field(default_factory=list)
+    missing: dict[int, list[int]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, number: int, stretch: Stretch) -> None:
+        """Check line ``number`` of the ledger."""
+        size = self.selection.num_train
+        where = f"ledger line {number}: phase {self.phase}, epoch {stretch.epoch + 1}"
+        if not stretch.start < stretch.stop <= size:
+            self.problems.append(f"{where} has only positions 0 to {size}, not {stretch.start} to {stretch.stop}")
+            return
+        begin = stretch.epoch * size + stretch.start
+        if begin > self.cursor:
+            self.problems.append(f"{where} leaves a gap: {self._range(self.cursor, begin)} are in no line")
+        elif begin < self.cursor:
+            end = min(self.cursor, stretch.epoch * size + stretch.stop)
+            self.problems.append(f"{where} repeats images: {self._range(begin, end)} are there already")
+        if not self._digest_holds(stretch):
+            self.problems.append(
+                f"{where} did not train on the images that positions {stretch.start} to {stretch.stop} stand for"
+            )
+        self.cursor = max(self.cursor, stretch.epoch * size + stretch.stop)
+        self.missing.setdefault(stretch.epoch, []).extend(stretch.missing)
+        if self.worlds[-1:] != [stretch.num_processes]:
+            self.worlds.append(stretch.num_processes)
+
+    def close(self, epochs: int | None) -> None:
+        """The ledger has ended; ``epochs`` is how many the summary says are done, None while the phase is under way."""
+        wanted = (epochs or 0) * self.selection.num_train
+        if self.cursor < wanted:
+            self.problems.append(
+                f"phase {self.phase} is incomplete: {self._range(self.cursor, wanted)} are in no line of the ledger"
+            )
+
+    def _range(self, begin: int, end: int) -> str:
+        size = self.selection.num_train
+        parts = [f"epoch {at // size + 1} position {at % size}" for at in (begin, end - 1)]
+        return f"{end - begin:,} images ({parts[0]} to {parts[1]})"
+
+    def _digest_holds(self, stretch: Stretch) -> bool:
+        """Whether the images that were read, and those that were not, are those of these positions."""
+        absent = np.array(stretch.missing, np.int64) if _fits(stretch.missing) else None
+        if absent is None or len(set(stretch.missing)) != len(absent):
+            return False
+        expected, found = 0, 0
+        for start in range(stretch.start, stretch.stop, CHUNK):
+            positions = np.arange(start, min(start + CHUNK, stretch.stop))
+            images = self.selection.train(stretch.epoch, positions)
+            expected += digest(images)
+            found += int(np.isin(absent, images).sum())
+        read = stretch.stop - stretch.start - len(absent)
+        return found == len(absent) and stretch.images == read and stretch.digest == expected - digest(absent)
+
+    def describe(self, epochs: int | None) -> str:
+        """One line about what was seen."""
+        done, position = divmod(self.cursor, self.selection.num_train)
+        worlds = ", then ".join(map(str, self.worlds)) or "no"
+        text = f"phase {self.phase}: {done} epochs of {self.selection.num_train:,} images, {worlds} processes"
+        unfinished = f"; not finished: {position:,} images of epoch {done + 1} so far" if epochs is None else ""
+        count = sum(map(len, self.missing.values()))
+        return text + unfinished + (f"; {count} times an image could not be used" if count else "")
+
+
+def _fits(numbers: list[int]) -> bool:
+    return all(0 <= number < 2**62 for number in numbers)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What :func:`audit` found."""
+
+    status: str
+    facts: list[str]
+    replaced: list[str]
+    problems: list[str]
+
+
+def audit(run_dir: str | Path) -> Audit:
+    """Check the ledger of a run, and those of its domains, against what seed and configuration say.
+
+    Raises:
+        ArtifactError: no run there, or files that are not what a run writes.
+    """
+    rundir = RunDir(run_dir)
+    parts = {"": _audit_one(rundir)} if rundir.ledger.is_file() or not rundir.domains() else {}
+    # A domain whose training has not begun has no ledger yet.
+    parts |= {f"{path.name}: ": _audit_one(RunDir(path)) for path in rundir.domains() if RunDir(path).ledger.is_file()}
+    facts, replaced, problems = (
+        [f"{name}{line}" for name, part in parts.items() for line in getattr(part, kind)]
+        for kind in ("facts", "replaced", "problems")
+    )
+    gone = set(_domains_done(rundir)) - {path.name for path in rundir.domains()}
+    problems += [f"{name}: its folder {str(rundir.path / 'domains' / name)!r} is gone" for name in sorted(gone)]
+    return Audit(rundir.read_status(), facts, replaced, problems)
+
+
+def _domains_done(rundir: RunDir) -> list[str]:
+    done = rundir.read_summary().get("phase2")
+    domains = done.get("domains") if isinstance(done, dict) else None
+    return list(domains) if isinstance(domains, dict) else []
+
+
+def _audit_one(rundir: RunDir) -> Audit:
+    """A run without the domains below it."""
+    if not rundir.config.is_file() or not rundir.ledger.is_file():
+        raise ArtifactError(
+            f"{str(rundir.path)!r} has no config.yaml and ledger.jsonl: name a run that has begun to train."
+        )
+    config = parse_config(read_yaml(rundir.config))
+    summary, status = rundir.read_summary(), rundir.read_status()
+    phases = dict(_phases(rundir, config))
+    epochs = {phase: _epochs_done(summary, phase) for phase in phases}
+    problems = []
+    for number, line in enumerate(_lines(rundir.ledger), start=1):
+        stretch = _parse(line)
+        if stretch is not None and stretch.phase in phases:
+            phases[stretch.phase].add(number, stretch)
+        elif line.endswith(b"\n") or status == "done":
+            problems.append(f"ledger line {number} is not a record of this run")
+    for phase, found in phases.items():
+        found.close(epochs[phase])
+        problems += found.problems
+    facts = [found.describe(epochs[phase]) for phase, found in phases.items() if found.cursor or epochs[phase]]
+    return Audit(status, facts, list(_replaced(rundir, phases)), problems)
+
+
+def _phases(rundir: RunDir, config: Config) -> Iterator[tuple[int, PhaseAudit]]:
+    """The phases that have begun."""
+    for phase in SETS:
+        selection = recall(rundir, config, phase)
+        if selection is not None and selection.num_train:
+            yield phase, PhaseAudit(phase, selection)
+
+
+def _epochs_done(summary: dict[str, Any], phase: int) -> int | None:
+    done = summary.get(f"phase{phase}")
+    epochs = done.get("epochs") if isinstance(done, dict) else None
+    return epochs if isinstance(epochs, int) else None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as handle:
+        while line := handle.readline(LARGEST_LINE):
+            yield line
+
+
+def _parse(line: bytes) -> Stretch | None:
+    try:
+        return Stretch.model_validate_json(line)
+    except ValidationError:
+        return None
+
+
+def _replaced(rundir: RunDir, phases: dict[int, PhaseAudit]) -> Iterator[str]:
+    """A sentence for each image that an epoch had to do without."""
+    known = _bad_images(rundir.bad_images)
+    for phase, found in phases.items():
+        for epoch, images in sorted(found.missing.items()):
+            for image in images:
+                what = known.get((SETS[phase], image), f"image number {image}")
+                yield f"phase {phase}, epoch {epoch + 1} did without {what}"
+
+
+def _bad_images(path: Path) -> dict[tuple[str, int], str]:
+    """Name and reason by set and number."""
+    found: dict[tuple[str, int], str] = {}
+    for line in _lines(path) if path.exists() else ():
+        try:
+            record = json.loads(line)
+            found[record["set"], record["index"]] = f"{record['image']} ({record['reason']})"
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue  # A line that a crash cut short.
+    return found
+
+
+def report(found: Audit) -> Iterator[str]:
+    """The lines to show."""
+    yield f"status: {found.status}"
+    yield from found.facts
+    yield from found.replaced[:SHOWN]
+    if len(found.replaced) > SHOWN:
+        yield f"and {len(found.replaced) - SHOWN} more such images, all in bad_images.jsonl"
+    yield from found.problems[:SHOWN]
+    if len(found.problems) > SHOWN:
+        yield f"and {len(found.problems) - SHOWN} more such problems"
+    yield "clean: every image once per epoch" if not found.problems else f"{len(found.problems)} problems"

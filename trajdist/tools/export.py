@@ -1,0 +1,197 @@
+"""A trained run as one file that needs no trajdist: uint8 images in, maps, scores and p-values out.
+
+Everything is inside: normalisation, backbone, pooling, projection, sequence model with its adapter merged, statistics
+of clean residuals, smoothing, calibration. Only decoding and resizing stay outside; the file's metadata say to what.
+
+Shape suffixes: B images, S pixels per side, K occupied bins of the calibration.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from trajdist import __version__
+from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
+from trajdist.files import write_bytes
+from trajdist.scoring import residuals
+from trajdist.scoring.calibration import QuantileSketch
+from trajdist.scoring.histogram import bins_of, lower_edges
+from trajdist.scoring.scorer import Detector, Scorer
+
+Arrays = tuple[np.ndarray[Any, Any], ...]
+INPUT, OUTPUTS = "images", ("maps", "scores", "p_values")
+METADATA = "trajdist"
+# Scores are in standard deviations of clean cells. Other kernels round differently; more than this is another function.
+TOLERANCE = 0.01
+TRIALS = (1, 3)
+
+
+class Exported(nn.Module):
+    """The scorer with one detector as a plain module."""
+
+    upper_K: torch.Tensor
+    counts_K: torch.Tensor
+
+    def __init__(self, scorer: Scorer, detector: Detector) -> None:
+        super().__init__()
+        self.backbone, self.projection = scorer.extractor.backbone, scorer.extractor.projection
+        self.model, self.residual = _plain(detector.model), detector.residual
+        self._detector = detector.with_model(detector.name, self.model)
+        self._extractor, self._size = scorer.extractor, scorer.size
+        upper_K, counts_K, total = _table(detector.images)
+        self.register_buffer("upper_K", upper_K)
+        self.register_buffer("counts_K", counts_K)
+        self._total = total
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """uint8 ``[B, 3, S, S]`` -> float32 ``[B, S, S]``, float32 ``[B]``, float64 ``[B]``."""
+        trajectories_BHWLD = self._extractor(images)
+        result = self._detector.score(trajectories_BHWLD)
+        maps_BSS = residuals.upsample(result.cells_BHW, self._size)
+        # A clean score counts as at least as large where its bin ends above: of the same bin are all, as in the sketch.
+        at_least_B = ((result.images_B[:, None] < self.upper_K) * self.counts_K).sum(1)
+        return maps_BSS, result.images_B, (1 + at_least_B) / (self._total + 1)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """Without PEFT's layers; PEFT is not imported for a model that has none."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    from trajdist.saved.lora import merged
+
+    return merged(model)
+
+
+def _table(sketch: QuantileSketch) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Upper edges (float32) and counts (float64) of the occupied bins, and the number of clean images."""
+    edges_K, counts_K = sketch.histogram.occupied()
+    return lower_edges(bins_of(edges_K) + 1), counts_K, sketch.count
+
+
+class Export(NamedTuple):
+    """What :func:`export` did: the largest differences to the scorer over its trial images."""
+
+    path: Path
+    map_difference: float
+    score_difference: float
+
+
+def export(scorer: Scorer, kind: str, path: Path) -> Export:
+    """Write the scorer's first detector as one file and hold it against the scorer.
+
+    Args:
+        scorer: a loaded run; it is moved to the CPU.
+        kind: ``onnx``, or ``torch`` for a program of ``torch.export``.
+        path: of the file, which appears whole or not at all.
+
+    Raises:
+        ConfigError: a package is missing.
+        ArtifactError: the file cannot be written.
+        TrainingError: the network cannot be exported, or the file computes something else.
+    """
+    scorer.to("cpu")
+    detector = scorer.detectors[0]
+    module = Exported(scorer, detector).eval()
+    document = {"version": __version__, "size": scorer.size, "fit": scorer.fit, "input": "uint8 [B, 3, S, S], RGB"}
+    document |= {"outputs": list(OUTPUTS), "detector": detector.name, "clean_images": detector.images.count}
+    writers = {"onnx": _write_onnx, "torch": _write_torch}
+    try:
+        run = writers[kind](module, trial_images(scorer.size, 2), path, json.dumps(document))
+    except (OSError, ArtifactError) as error:
+        raise ArtifactError(f"{str(path)!r} cannot be written ({error}): free some space or name another.") from None
+    differences = [_compare(scorer, run, trial_images(scorer.size, count)) for count in TRIALS]
+    found = Export(path, *(max(values) for values in zip(*differences, strict=True)))
+    if not max(found.map_difference, found.score_difference) <= TOLERANCE:
+        path.unlink()
+        raise TrainingError(
+            f"the exported file gives other scores (by {found.score_difference:.2g}, maps {found.map_difference:.2g} "
+            "standard deviations): it was removed; try --format torch, or another version of the exporter."
+        )
+    return found
+
+
+def trial_images(size: int, count: int) -> torch.Tensor:
+    """Blotchy pictures with noise, uint8 ``[B, 3, S, S]``."""
+    generator = torch.Generator().manual_seed(count)
+    coarse = torch.rand(count, 3, 7, 7, generator=generator)
+    smooth = nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
+    return (255 * (0.8 * smooth + 0.2 * torch.rand(smooth.shape, generator=generator))).to(torch.uint8)
+
+
+def _compare(scorer: Scorer, run: Callable[[torch.Tensor], Arrays], images: torch.Tensor) -> tuple[float, float]:
+    maps, scores, p_values = run(images)
+    result = scorer.score_batch(images)[0]
+    expected_maps = residuals.upsample(result.cells_BHW, scorer.size).numpy()
+    own = scorer.detectors[0].images.p_values(torch.from_numpy(np.array(scores))).numpy()
+    if not np.allclose(own, p_values, rtol=1e-9):
+        raise TrainingError("the exported file gives other p-values for the same scores: please report it.")
+    return float(np.abs(maps - expected_maps).max()), float(np.abs(scores - result.images_B.numpy()).max())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters warn and log of what they do inside; what counts is the comparison at the end."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _program(module: Exported, images: torch.Tensor) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1, max=65536)
+    try:
+        with _quiet(), torch.no_grad():
+            return torch.export.export(module, (images,), dynamic_shapes={"images": {0: batch}}, strict=False)
+    except Exception as error:  # The tracer raises errors of many kinds for what it cannot follow.
+        reason = one_line(error)
+        raise TrainingError(f"this backbone or model cannot be exported ({reason}).") from None
+
+
+def _write_torch(module: Exported, images: torch.Tensor, path: Path, document: str) -> Callable[[torch.Tensor], Arrays]:
+    content = io.BytesIO()
+    program = _program(module, images)
+    with _quiet():
+        torch.export.save(program, content, extra_files={METADATA: document})
+        write_bytes(path, content.getvalue())
+        again = torch.export.load(io.BytesIO(path.read_bytes())).module()
+
+    def run(batch: torch.Tensor) -> Arrays:
+        with torch.no_grad():
+            return tuple(output.numpy() for output in again(batch))
+
+    return run
+
+
+def _write_onnx(module: Exported, images: torch.Tensor, path: Path, document: str) -> Callable[[torch.Tensor], Arrays]:
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"--format onnx needs the package {error.name}: pip install 'trajdist[onnx]'.") from None
+    program = _program(module, images)
+    with _quiet():
+        names: dict[str, Sequence[str]] = {"input_names": [INPUT], "output_names": OUTPUTS}
+        converted = torch.onnx.export(program, (images,), dynamo=True, verbose=False, **names)  # type: ignore[arg-type]
+    assert converted is not None
+    model = converted.model_proto
+    onnx.helper.set_model_props(model, {METADATA: document})
+    write_bytes(path, model.SerializeToString())
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda batch: tuple(session.run(None, {INPUT: batch.numpy()}))

@@ -1,0 +1,159 @@
+"""What is in a run directory, an adapter, a checkpoint or a safetensors file, as rich renderables."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from trajdist.artifacts import METADATA_KEY
+from trajdist.errors import ArtifactError
+from trajdist.files import read_json
+from trajdist.saved.rundir import RunDir
+
+# The safetensors format itself allows no longer header.
+LARGEST_HEADER = 100_000_000
+
+
+def inspect(path: Path) -> Iterator[RenderableType]:
+    """Tables about ``path``; contents are read, tensors are not.
+
+    Raises:
+        ArtifactError: nothing there, nothing of trajdist's, or a damaged file.
+    """
+    if not path.exists():
+        raise ArtifactError(f"{str(path)!r} does not exist.")
+    if path.is_file():
+        yield from _inspect_safetensors(path)
+    elif (path / "manifest.json").exists():
+        yield from _inspect_checkpoint(path)
+    elif (path / "adapter_config.json").exists():
+        yield from _inspect_adapter(path)
+    elif (path / "config.yaml").exists():
+        yield from _inspect_run(path)
+    elif any(path.glob("*.safetensors")):
+        for file in sorted(path.glob("*.safetensors")):
+            yield from _inspect_safetensors(file)
+    else:
+        raise ArtifactError(
+            f"{str(path)!r} is no run, adapter or checkpoint: there is no config.yaml or manifest in it."
+        )
+
+
+def _inspect_run(path: Path) -> Iterator[RenderableType]:
+    status = _object(path / "status.json") if (path / "status.json").exists() else {"status": "never started"}
+    yield _facts(f"run {path}", {**status, "files": _listing(path)})
+    if (path / "summary.json").exists():
+        from trajdist.runtime.progress import summary_table
+
+        yield summary_table(read_json(path / "summary.json"))
+    for file in sorted(path.glob("phase*/*.safetensors")):
+        yield from _inspect_safetensors(file)
+    for adapter in sorted(path.glob("phase2/adapter*")):
+        yield from _inspect_adapter(adapter)
+    for checkpoint in sorted(path.glob("checkpoints/step-*")):
+        yield from _inspect_checkpoint(checkpoint)
+    for domain in RunDir(path).domains():
+        yield from _inspect_run(domain)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{str(path)!r} is damaged: it is not a JSON object.")
+    return document
+
+
+def _listing(path: Path) -> str:
+    """All files of a run but those of its domains, which are runs themselves."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    relative = [(file, file.relative_to(path)) for file in files]
+    return "\n".join(f"{name}  {file.stat().st_size:,} bytes" for file, name in relative if name.parts[0] != "domains")
+
+
+def _inspect_adapter(path: Path) -> Iterator[RenderableType]:
+    document = _object(path / "adapter_config.json")
+    shown = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
+    facts = {key: document.get(key) for key in (*shown, "base_model_name_or_path")}
+    yield _facts(f"adapter {path}", facts)
+    yield from _inspect_safetensors(path / "adapter_model.safetensors")
+
+
+def _inspect_checkpoint(path: Path) -> Iterator[RenderableType]:
+    from trajdist.saved.checkpoint import verify
+
+    problem = verify(path)
+    facts: dict[str, Any] = {"hashes": "hold" if problem is None else problem}
+    if problem is None:
+        shown = ("phase", "step", "cursor", "global_batch", "num_processes", "seconds")
+        facts |= {key: _object(path / "state.json").get(key) for key in shown}
+    yield _facts(f"checkpoint {path}", facts)
+
+
+def _inspect_safetensors(path: Path) -> Iterator[RenderableType]:
+    header = read_header(path)
+    document = header.pop("__metadata__", {}).get(METADATA_KEY)
+    if document is not None:
+        yield _facts(str(path), _document(path, document))
+    table = Table(title=_plain(f"tensors of {path}", "table.title"), title_justify="left")
+    for column in ("name", "type", "shape"):
+        table.add_column(column)
+    for name, entry in sorted(header.items()):
+        table.add_row(_plain(name), _plain(str(entry["dtype"])), " x ".join(map(str, entry["shape"])) or "scalar")
+    yield table
+
+
+def _document(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        raise ArtifactError(f"{str(path)!r} is damaged: its metadata is not a JSON object.") from None
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: names, types, shapes and metadata, in bounded memory.
+
+    Raises:
+        ArtifactError: not such a file.
+    """
+    try:
+        with open(path, "rb") as handle:
+            (size,) = struct.unpack("<Q", handle.read(8))
+            if size > min(LARGEST_HEADER, path.stat().st_size - 8):
+                raise ValueError("the header is longer than the file")
+            header = json.loads(handle.read(size))
+        if not all(_is_entry(name, entry) for name, entry in header.items()):
+            raise ValueError("the header does not list tensors")
+    except OSError as error:
+        raise ArtifactError(f"{str(path)!r} cannot be read ({error.strerror}).") from None
+    except (struct.error, ValueError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{str(path)!r} is not a sound safetensors file ({error}).") from None
+    return dict(header)
+
+
+def _is_entry(name: str, entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    if name == "__metadata__":
+        return all(isinstance(value, str) for value in entry.values())
+    return isinstance(entry.get("dtype"), str) and isinstance(entry.get("shape"), list)
+
+
+def _facts(title: str, facts: Mapping[str, Any]) -> Table:
+    table = Table(title=_plain(title, "table.title"), title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        table.add_row(_plain(key), _plain(str(value)))
+    return table
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Shown as it is, although names may look like rich's markup or be no Unicode."""
+    return Text(text.encode(errors="replace").decode(), style)

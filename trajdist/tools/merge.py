@@ -1,0 +1,69 @@
+"""``trajdist merge``: an adapter added to the weights of its base, as a Phase 1 of its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from trajdist.errors import ArtifactError, ConfigError, TrainingError
+from trajdist.saved import bundle, lora
+from trajdist.saved.rundir import RunDir
+from trajdist.scoring.scorer import Detector, Scorer, load
+from trajdist.tools.export import TRIALS, trial_images
+
+# Scores are in standard deviations of clean cells; what is left is the rounding of W + B A.
+TOLERANCE = 1e-3
+
+
+def merge(run_dir: str | Path, adapter: str | Path, out: Path) -> float:
+    """Write ``out/phase1`` with the merged model; it scores as the adapter did, and adapts as any Phase 1.
+
+    Args:
+        run_dir: the run whose Phase 1 the adapter was trained on.
+        adapter: the adapter's folder.
+        out: a folder that does not exist yet; it appears whole or not at all.
+
+    Returns:
+        The largest difference between scores of merged and unmerged, over trial images.
+
+    Raises:
+        ConfigError: ``out`` exists.
+        ArtifactError: something is missing, damaged, or belongs to another run; or ``out`` cannot be written.
+        TrainingError: the merged model gives other scores.
+    """
+    if out.exists():
+        raise ConfigError(f"--out {str(out)!r} exists: name a folder that does not.")
+    scorer = load(run_dir, adapter, device="cpu")
+    target = RunDir(out.with_name(f".{out.name}.tmp"))
+    shutil.rmtree(target.path, ignore_errors=True)
+    try:
+        _write(scorer.detectors[0], RunDir(run_dir), target)
+        difference = _difference(scorer, load(target.path, phase=1, device="cpu"))
+        target.path.rename(out)
+    except OSError as error:
+        raise ArtifactError(
+            f"--out {str(out)!r} cannot be written ({error.strerror}): free some space or name another."
+        ) from None
+    finally:
+        shutil.rmtree(target.path, ignore_errors=True)
+    return difference
+
+
+def _write(adapted: Detector, source: RunDir, target: RunDir) -> None:
+    document = bundle.read(source.model, bundle.ModelDocument)
+    merged = adapted.with_model("phase1", lora.merged(adapted.model))
+    target.create()
+    shutil.copyfile(source.config, target.config)
+    shutil.copyfile(source.trajectory, target.trajectory)
+    bundle.save_model(target.model, merged.model, document)
+    merged.save(target.calibration(1), bundle.base_fingerprint(merged.model, document))
+
+
+def _difference(scorer: Scorer, again: Scorer) -> float:
+    """The largest one between cells' scores, over trial images."""
+    trials = [trial_images(scorer.size, count) for count in TRIALS]
+    pairs = [(scorer.score_batch(images)[0], again.score_batch(images)[0]) for images in trials]
+    difference = max(float((one.cells_BHW - other.cells_BHW).abs().max()) for one, other in pairs)
+    if not difference <= TOLERANCE:
+        raise TrainingError(f"the merged model gives other scores (by {difference:.2g}): please report it.")
+    return difference

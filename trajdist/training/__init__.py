@@ -1,0 +1,1 @@
+"""Both phases: batches, loop, objectives, validation, calibration."""

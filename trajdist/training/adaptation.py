@@ -1,0 +1,194 @@
+"""Phase 2: load Phase 1, attach LoRA, loop, prove, calibrate, save; for one domain, or for several at once."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trajdist.artifacts import fingerprint
+from trajdist.config import Config
+from trajdist.data.drawing import DefectDraw
+from trajdist.errors import ArtifactError, ConfigError
+from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.files import sync_file, write_bytes
+from trajdist.saved import bundle
+from trajdist.saved.card import adapter_card
+from trajdist.scoring.residuals import ResidualModel
+from trajdist.sharding import Selection, key64
+from trajdist.training.job import Job, Position
+from trajdist.training.loop import trained_model
+from trajdist.training.objectives import ContrastModel, DefectContrast
+from trajdist.training.passes import calibrate, contrast_residuals, load_extractor
+from trajdist.training.session import Session
+from trajdist.training.summary import combine, finish, is_done, summarise
+from trajdist.training.train import Task, Training, reconstruction, train
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """An adapter that is ready to be trained.
+
+    Attributes:
+        base_before: fingerprint of the weights under the adapter, which must not move.
+        base_id: identifies the Phase 1 that the adapter stands on.
+    """
+
+    training: Training
+    extractor: TrajectoryExtractor
+    base_before: str
+    base_id: str
+
+
+def phase2(session: Session, at: Position) -> None:
+    """Adapt a trained Phase 1 to the domain set with LoRA, or to each of ``data.domains``."""
+    at.phase = 2
+    if session.config.data.domains:
+        _adapt_to_all(session, at)
+    elif not is_done(session, 2):
+        adaptation = _prepare(session, at)
+        (job,) = train(adaptation.extractor, [adaptation.training])
+        _conclude(adaptation, job, summarise(session, job))
+
+
+def _adapt_to_all(session: Session, at: Position) -> None:
+    """Each domain has a run directory of its own below this one's, and comes out of it as if it were alone."""
+    session.processes.main_does(lambda: adopt_phase1(session))
+    extractor = load_extractor(session)
+    session.record(at)
+    places = {name: Position(phase=2) for name in session.config.data.domains}
+    domains = {name: session.of_domain(name) for name in places}
+    under_way = dict(domains)
+    try:
+        under_way = {name: domain for name, domain in domains.items() if not is_done(domain, 2)}
+        adaptations = [_prepare(domain, places[name]) for name, domain in under_way.items()]
+        jobs = train(extractor, [adaptation.training for adaptation in adaptations]) if adaptations else []
+        summaries = [summarise(domain, job) for domain, job in zip(under_way.values(), jobs, strict=True)]
+        for name, adaptation, job, summary in zip(tuple(under_way), adaptations, jobs, summaries, strict=True):
+            _conclude(adaptation, job, summary)
+            under_way.pop(name).record(places[name], ended=True)
+        finish(session, 2, combine({name: domain.rundir.read_summary()["phase2"] for name, domain in domains.items()}))
+    except BaseException as error:
+        for name, domain in under_way.items():
+            domain.record(places[name], error)
+        raise
+    finally:
+        at.step = max(place.step for place in places.values())
+        for domain in domains.values():
+            domain.rundir.unlock()
+
+
+def _prepare(session: Session, at: Position) -> Adaptation:
+    """Attach an adapter to the run's Phase 1 and choose what it minimises."""
+    # PEFT takes longer to import than torch; Phase 1 does without.
+    from trajdist.saved import lora
+
+    with session.naming():
+        session.processes.main_does(lambda: adopt_phase1(session))
+        selection = session.selection("domain", 2)
+    extractor = load_extractor(session)
+    base, document = bundle.load_model(session.rundir.model)
+    bundle.check_trajectories(session.rundir, document, extractor)
+    base_id = bundle.base_fingerprint(base, document)
+    settings = session.config.domain_adaptation.lora
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key64(session.config.seed, 2) >> 1)
+        adapted = lora.attach(
+            base, **settings.model_dump(exclude={"learning_rate", "weight_decay"}), base_fingerprint=base_id
+        )
+    before = fingerprint(lora.base_state(adapted))
+    objective = reconstruction(session.config, extractor)
+    task = Task(adapted, objective, settings.learning_rate, settings.weight_decay, base_id)
+    if session.config.domain_adaptation.objective == "contrast":
+        with session.naming():
+            whitened = contrast_residuals(session, selection, extractor, adapted, base_id)
+        task = _contrasting(task, session, extractor, whitened)
+    return Adaptation(Training(session, at, selection, task), extractor, before, base_id)
+
+
+def _conclude(adaptation: Adaptation, job: Job, summary: dict[str, Any]) -> None:
+    """Prove and save the adapter, calibrate it, write its card and its figures."""
+    from trajdist.saved import lora
+
+    session, selection, base_id = adaptation.training.session, adaptation.training.selection, adaptation.base_id
+    trained, whitened = trained_model(job), adaptation.training.task.whitened
+    trained = trained.model if whitened is not None else trained
+    session.processes.main_does(lambda: lora.save_proven(session.rundir, trained, adaptation.base_before, base_id))
+    adapter_id = lora.adapter_fingerprint(trained, base_id)
+    path = session.rundir.calibration(2)
+    with session.naming():
+        calibrate(session, "domain", selection, adaptation.extractor, trained, path, adapter_id, whitened)
+    session.processes.main_does(lambda: _write_card(session, selection, base_id, summary))
+    finish(session, 2, summary)
+
+
+def _write_card(session: Session, selection: Selection, base_id: str, summary: dict[str, Any]) -> None:
+    data = {
+        "trained_on": selection.num_train,
+        "held_out": selection.num_holdout,
+        "fingerprint": session.sources["domain"].fingerprint,
+        "num_processes": session.reference_world,
+    }
+    card = adapter_card(session.config, base_id, data, summary)
+    write_bytes(session.rundir.adapter / "README.md", card.encode())
+
+
+def _contrasting(task: Task, session: Session, extractor: TrajectoryExtractor, whitened: ResidualModel) -> Task:
+    """The same adapter, trained to tell drawn defects from clean places."""
+    valid_LD = extractor.projection.valid_LD
+    model = ContrastModel(task.model, whitened, valid_LD.flatten().nonzero().squeeze(1))
+    defects = DefectDraw(extractor.resolution, session.config.seed, phase=2)
+    return replace(task, model=model, objective=DefectContrast(valid_LD), defects=defects, whitened=whitened)
+
+
+def adopt_phase1(session: Session) -> None:
+    """With ``phase1=DIR``, copy that run's Phase 1 into this run directory, so that it stands alone.
+
+    Raises:
+        ArtifactError: there is no finished Phase 1.
+        ConfigError: this config describes another model than that Phase 1 is.
+    """
+    rundir, chosen = session.rundir, session.config.phase1
+    if chosen is not None and not rundir.model.exists():
+        folder = Path(chosen).expanduser()
+        folder = folder / "phase1" if (folder / "phase1").is_dir() else folder
+        targets = rundir.trajectory, rundir.calibration(1), rundir.model
+        for target in targets:
+            if not (folder / target.name).is_file():
+                raise ArtifactError(f"phase1={chosen!r} has no {target.name}: name a run whose Phase 1 is done.")
+        # Before anything is copied: a config that does not fit can be mended, and the command given again.
+        _check_same_model(session.config, folder / rundir.trajectory.name, folder / rundir.model.name)
+        for target in targets:
+            copied = target.with_suffix(".tmp")
+            shutil.copyfile(folder / target.name, copied)
+            sync_file(copied)
+            copied.rename(target)
+    if not rundir.model.exists():
+        raise ArtifactError(
+            f"there is no Phase 1 in {str(rundir.path)!r}: train it first, or name an older run with phase1=DIR."
+        )
+    _check_same_model(session.config, rundir.trajectory, rundir.model)
+
+
+def _check_same_model(config: Config, trajectory: Path, model: Path) -> None:
+    """The config of Phase 2 must describe the Phase 1 it adapts."""
+    made = bundle.read(trajectory, bundle.TrajectoryDocument)
+    learned = bundle.read(model, bundle.ModelDocument)
+    pairs = {
+        "backbone.name": (config.backbone.name, made.backbone),
+        "data.image_size": (config.data.image_size, made.image_size),
+        "data.domain.fit": (config.data.domain.fit, made.fit),
+        "model.spatial_resolution": (config.model.spatial_resolution, made.spatial_resolution),
+        "model.feature_dim": (config.model.feature_dim, made.feature_dim),
+        "trajectory.subcells": (config.trajectory.subcells, made.subcells),
+        "model.type": (config.model.type, learned.type),
+        "model.hidden_dim": (config.model.hidden_dim, learned.hidden_dim),
+        "model.latent_dim": (config.model.latent_dim, learned.latent_dim),
+        "model.num_layers": (config.model.num_layers, learned.num_layers),
+    }
+    for key, (mine, theirs) in pairs.items():
+        if mine != theirs:
+            raise ConfigError(f"{key}={mine!r}, but the Phase 1 in {str(model.parent)!r} has {theirs!r}: use that.")

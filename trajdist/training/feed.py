@@ -1,0 +1,176 @@
+"""Batches with their trajectories: from the cache where it has them, else from the backbone.
+
+Shape suffixes: B images, P places, K chosen places, L blocks, D channels of a trajectory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from trajdist.config import Config
+from trajdist.data.cache import CacheWriter
+from trajdist.data.loader import ImageBatch
+from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.runtime.clock import Clock
+from trajdist.runtime.processes import to_device
+
+Pair = tuple[ImageBatch, torch.Tensor]
+Pairs = Generator[Pair, None, None]
+# A batch of each stream, by the stream's number.
+Round = dict[int, ImageBatch]
+
+
+def num_places(config: Config, extractor: TrajectoryExtractor) -> int:
+    """Places of an image that a step trains on."""
+    return max(1, round(config.train.cell_fraction * extractor.resolution**2))
+
+
+def move(batch: ImageBatch, device: torch.device, clock: Clock) -> ImageBatch:
+    """A batch on the device, where it becomes float: a quarter of the bytes travel."""
+    with clock("transfer"):
+        return to_device(batch, device)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Batches of one image set.
+
+    Attributes:
+        loader: ends where the training on the set does.
+        writer: keeps new trajectories for later epochs; None without a cache.
+    """
+
+    loader: Iterable[ImageBatch]
+    writer: CacheWriter | None = None
+
+
+class Feed:
+    """Batches of one or several streams with their trajectories: ``[B, H, W, L, D]``, or of chosen places
+    ``[B, K, L, D]``. One pass of the backbone serves a batch of every stream.
+
+    On CUDA the next batches are moved and run through the backbone on a stream of the device's own while the present
+    ones train.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        extractor: TrajectoryExtractor,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[None]],
+        clock: Clock,
+    ) -> None:
+        self._streams, self._extractor = list(streams), extractor
+        self._device, self._autocast, self._clock = device, autocast, clock
+        self._waiting: list[deque[Pair]] = [deque() for _ in streams]
+        self._left: set[int] = set()
+        self._rounds = self._read()
+        self._passes = self._ahead() if device.type == "cuda" else (self._run(batches) for batches in self._rounds)
+
+    def of(self, number: int) -> Pairs:
+        """What stream ``number`` gives. Who takes from several takes in turn, or batches pile up.
+
+        Nothing more is read of a stream whose generator is closed.
+        """
+        waiting = self._waiting[number]
+        try:
+            while waiting or self._advance(number):
+                yield waiting.popleft()
+        finally:
+            self._left.add(number)
+            waiting.clear()
+
+    def _advance(self, number: int) -> bool:
+        """One more pass for all streams; whether it had anything for this one."""
+        for stream, pair in next(self._passes, {}).items():
+            if stream not in self._left:
+                self._waiting[stream].append(pair)
+        return bool(self._waiting[number])
+
+    def close(self) -> None:
+        """End the loaders and their workers, wherever they are."""
+        self._passes.close()
+        self._rounds.close()
+
+    def _read(self) -> Generator[Round, None, None]:
+        """The next batch of every stream that has one and is still wanted."""
+        open_streams = {number: iter(stream.loader) for number, stream in enumerate(self._streams)}
+        while open_streams:
+            found: Round = {}
+            for number in sorted(set(open_streams) - self._left):
+                with self._clock("data"):
+                    batch = next(open_streams[number], None)
+                if batch is not None:
+                    found[number] = batch
+            open_streams = {number: open_streams[number] for number in found}
+            if found:
+                yield found
+
+    def _ahead(self) -> Generator[dict[int, Pair], None, None]:
+        stream = torch.cuda.Stream(self._device)
+        # The weights were put on the device by the stream that trains.
+        stream.wait_stream(torch.cuda.current_stream())
+        waiting: tuple[dict[int, Pair], torch.cuda.Event] | None = None
+        for batches in self._rounds:
+            with torch.cuda.stream(stream):
+                following = self._run(batches), stream.record_event()
+            if waiting:
+                yield _hand_over(*waiting)
+            waiting = following
+        if waiting:
+            yield _hand_over(*waiting)
+
+    def _run(self, batches: Round) -> dict[int, Pair]:
+        moved = {number: move(batch, self._device, self._clock) for number, batch in batches.items()}
+        with self._clock("backbone"), self._autocast():
+            seen = dict(zip(moved, self._extract(list(moved.values())), strict=True))
+            return {
+                number: (moved[number], self._complete(self._streams[number], batch, moved[number], seen[number]))
+                for number, batch in batches.items()
+            }
+
+    def _extract(self, batches: list[ImageBatch]) -> Sequence[torch.Tensor]:
+        """Trajectories of the images of each batch, from one pass. A cache wants those of all places."""
+        counts = [len(batch.images) for batch in batches]
+        images = batches[0].images if len(batches) == 1 else torch.cat([batch.images for batch in batches])
+        places = [batch.places for batch in batches if batch.places is not None and batch.cached is None]
+        if len(images) and places:
+            return self._extractor.at(images, torch.cat(places)).split(counts)
+        if len(images):
+            return self._extractor(images).split(counts)
+        return [images] * len(batches)
+
+    @torch.no_grad()
+    def _complete(self, stream: Stream, batch: ImageBatch, on_device: ImageBatch, seen: torch.Tensor) -> torch.Tensor:
+        """With a cache, what it has and what was ``seen`` just now, all rounded alike: ``[B, K, L, D]``."""
+        if batch.cached is None:
+            return seen
+        assert on_device.cached is not None
+        known, places = on_device.cached, on_device.places
+        out_BKLD = torch.zeros(len(batch.weights), *known.trajectories.shape[1:], device=on_device.weights.device)
+        out_BKLD[known.hits] = known.trajectories.float()
+        missing = len(batch.cached.misses)
+        if missing == 0:
+            return out_BKLD
+        new_mPLD = seen[:missing].flatten(1, 2).bfloat16()
+        if stream.writer is not None:
+            # The numbers are those on the host: nothing here waits for the device.
+            stream.writer.add(batch.cached.numbers, new_mPLD)
+        chosen = new_mPLD if places is None else new_mPLD.take_along_dim(places[known.misses][..., None, None], 1)
+        out_BKLD[known.misses] = chosen.float()
+        return out_BKLD
+
+
+def _hand_over(pairs: dict[int, Pair], ready: torch.cuda.Event) -> dict[int, Pair]:
+    """Make the stream that trains wait for what the other one made, and keep its memory until that is used."""
+    current = torch.cuda.current_stream()
+    current.wait_event(ready)
+    for batch, trajectories in pairs.values():
+        for tensor in (trajectories, *(part for part in batch if isinstance(part, torch.Tensor))):
+            tensor.record_stream(current)
+    return pairs

@@ -1,0 +1,236 @@
+"""The books of a run: losses, the ledger of images, unreadable images. Summed on the device, read when a line is due.
+
+All sums are integers (losses in fixed point), so they do not depend on the order of the additions: a restart or another
+number of processes writes the same figures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trajdist.data.loader import ImageBatch
+from trajdist.errors import DataError, TrainingError
+from trajdist.models.losses import Losses
+from trajdist.runtime.processes import Processes
+from trajdist.saved.rundir import RunDir
+from trajdist.sharding import Step
+
+FIXED_POINT = float(2**24)
+# Larger losses count as this much: the sums between two flushes stay inside 63 bits for 2**22 images.
+LARGEST_LOSS = float(2**16)
+NEVER = 2**62
+
+NameOf = Callable[[int], str]
+FilesOf = Callable[[int], list[str]]
+
+
+@dataclass
+class Sums:
+    """Integer totals over a stretch of images."""
+
+    images: int = 0
+    loss: int = 0
+    recon: int = 0
+    kl: int = 0
+    digest: int = 0
+    failures: int = 0
+    not_finite: int = 0
+
+    def add(self, other: Sums) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def means(self) -> dict[str, float]:
+        """Mean loss, recon and kl per image."""
+        count = max(1, self.images)
+        return {name: getattr(self, name) / FIXED_POINT / count for name in ("loss", "recon", "kl")}
+
+
+class BadImages:
+    """``bad_images.jsonl``: every image that could not be used, once, and why."""
+
+    def __init__(self, rundir: RunDir, processes: Processes) -> None:
+        self._rundir, self._processes = rundir, processes
+        if processes.is_main:
+            rundir.mend(rundir.bad_images)
+        self._known = _names_in(rundir.bad_images) if processes.is_main else set()
+        self._new: list[tuple[int, str]] = []
+
+    def note(self, failures: list[tuple[int, str]]) -> None:
+        self._new += failures
+
+    def write(self, set_name: str, name_of: NameOf) -> list[int]:
+        """Gather from all processes and append. Called by all together; returns the image numbers."""
+        found = sorted(self._processes.gather(self._new))
+        self._new = []
+        if self._processes.is_main:
+            for index, reason in found:
+                record = {"set": set_name, "index": index, "image": name_of(index), "reason": reason}
+                if (set_name, record["image"]) not in self._known:
+                    self._known.add((set_name, record["image"]))
+                    self._rundir.append(self._rundir.bad_images, record)
+        return [index for index, _ in found]
+
+
+def _names_in(path: Path) -> set[tuple[str, str]]:
+    names = set()
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+                names.add((record["set"], record["image"]))
+            except (ValueError, KeyError, TypeError):
+                continue  # A line that a crash cut short.
+    return names
+
+
+class Journal:
+    """Books of one phase. ``add`` after each micro-batch never waits for the device; ``flush`` does."""
+
+    def __init__(
+        self,
+        phase: int,
+        rundir: RunDir,
+        processes: Processes,
+        name_of: NameOf,
+        files_of: FilesOf,
+        set_name: str,
+        num_images: int,
+        max_bad_fraction: float,
+    ) -> None:
+        self.phase, self._rundir, self._processes = phase, rundir, processes
+        self._name_of, self._files_of = name_of, files_of
+        self._set_name, self._num_images = set_name, num_images
+        self._max_bad_fraction = max_bad_fraction
+        self._bad_images = BadImages(rundir, processes)
+        device = processes.device
+        self._device_sums = torch.zeros(len(vars(Sums())), dtype=torch.int64, device=device)
+        self._first_bad_step = torch.full((), NEVER, dtype=torch.int64, device=device)
+        self.line, self.epoch, self.total = Sums(), Sums(), Sums()
+        self.first_loss: float | None = None
+        self.final_loss: float | None = None
+        self.epoch_memory: list[float] = []
+        self._memory_sum, self._memory_readings = 0, 0
+        self._stretch_start: int | None = None
+
+    def add(self, step: Step, batch: ImageBatch, losses: Losses) -> None:
+        """Count a micro-batch that was trained on."""
+        self._bad_images.note(batch.failures)
+        weights, counted = batch.weights, batch.weights > 0
+        bad = counted & ~losses.loss.detach().isfinite()
+        fixed = [fixed_point(part, weights) for part in losses]
+        failures = torch.full((), len(batch.failures), dtype=torch.int64, device=weights.device)
+        self._device_sums += torch.stack([counted.sum(), *fixed, batch.digest, failures, bad.sum()])
+        at = torch.where(bad.any(), step.index, NEVER)
+        self._first_bad_step = torch.minimum(self._first_bad_step, at)
+
+    def flush(self, step: Step) -> None:
+        """Bring the sums of all processes to the host and write the ledger up to ``step``. All processes call it.
+
+        Raises:
+            TrainingError: a loss was not finite.
+            DataError: too many images could not be read.
+        """
+        sums = Sums(*self._processes.sum(self._device_sums).tolist())
+        self._device_sums.zero_()
+        missing = self._bad_images.write(self._set_name, self._name_of) if sums.failures else []
+        for totals in (self.line, self.epoch, self.total):
+            totals.add(sums)
+        if self._processes.is_main and self._stretch_start is not None:
+            record = self._ledger_record(step, self._stretch_start, sums, missing)
+            self._rundir.append(self._rundir.ledger, record)
+        self._stretch_start = None
+        if sums.not_finite:
+            raise TrainingError(self._explain_not_finite())
+        check_bad_fraction(self.epoch.failures, self._num_images, self._max_bad_fraction, self._rundir)
+
+    def begin(self, step: Step) -> None:
+        """A step begins; the first one after a flush opens the next stretch of the ledger."""
+        if self._stretch_start is None:
+            self._stretch_start = step.start
+
+    def read_memory(self, memory_bytes: int) -> None:
+        """Count a reading towards the epoch's mean."""
+        self._memory_sum += memory_bytes
+        self._memory_readings += 1
+
+    def end_epoch(self) -> Sums:
+        """Close the epoch's books and return them."""
+        if self._memory_readings:
+            self.epoch_memory.append(self._memory_sum / self._memory_readings)
+        self._memory_sum, self._memory_readings = 0, 0
+        closed, self.epoch = self.epoch, Sums()
+        return closed
+
+    def take_line(self) -> Sums:
+        """What came since the last line of metrics.jsonl."""
+        line, self.line = self.line, Sums()
+        self.final_loss = line.means()["loss"]
+        if self.first_loss is None:
+            self.first_loss = self.final_loss
+        return line
+
+    def state(self) -> dict[str, Any]:
+        """All books as JSON, right after a flush."""
+        return {
+            "line": vars(self.line),
+            "epoch": vars(self.epoch),
+            "total": vars(self.total),
+            "first_loss": self.first_loss,
+            "final_loss": self.final_loss,
+            "epoch_memory": self.epoch_memory,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`state`."""
+        self.line, self.epoch, self.total = (Sums(**state[name]) for name in ("line", "epoch", "total"))
+        self.first_loss, self.final_loss = state["first_loss"], state["final_loss"]
+        self.epoch_memory = list(state["epoch_memory"])
+
+    def _ledger_record(self, step: Step, start: int, sums: Sums, missing: list[int]) -> dict[str, Any]:
+        return {
+            "phase": self.phase,
+            "epoch": step.epoch,
+            "start": start,
+            "stop": step.stop,
+            "images": sums.images,
+            "digest": sums.digest,
+            "missing": missing,
+            "num_processes": self._processes.world,
+        }
+
+    def _explain_not_finite(self) -> str:
+        index = int(self._processes.minimum(self._first_bad_step).item())
+        files = self._files_of(index)
+        named = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+        return (
+            f"the loss of phase {self.phase} was no longer finite at step {index + 1}, on the images {named}: look at "
+            "them, or lower the learning rate; the last checkpoint is from before that step."
+        )
+
+
+def check_bad_fraction(failures: int, num_images: int, allowed: float, rundir: RunDir) -> None:
+    """Stop where too many images could not be read, or all of them.
+
+    Raises:
+        DataError: with where the list is.
+    """
+    if failures > allowed * num_images or failures == num_images:
+        raise DataError(
+            f"{failures} of {num_images} images could not be used, more than data.max_bad_fraction={allowed:g} "
+            f"allows: see {str(rundir.bad_images)!r}, mend them or raise the fraction."
+        )
+
+
+def fixed_point(values_B: torch.Tensor, weights_B: torch.Tensor) -> torch.Tensor:
+    """Sum of float losses as an integer; what is not finite counts as 0 here and is told apart elsewhere."""
+    finite = torch.nan_to_num(values_B.detach().float(), nan=0.0, posinf=0.0, neginf=0.0).clamp(
+        -LARGEST_LOSS, LARGEST_LOSS
+    )
+    return (finite * weights_B * FIXED_POINT).round().long().sum()

@@ -1,0 +1,117 @@
+"""Which weights a phase ends with: the last, their moving average, or those that validated best; and when to stop.
+
+All of it is in the checkpoint, so that a resumed run decides as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trajdist.saved.checkpoint import Tensors, check_shapes
+
+Found = dict[str, Any]
+
+
+class Keeper:
+    """Follows the weights of a phase, step by step and validation by validation. Every process has the same one.
+
+    Attributes:
+        epoch: the epochs that were done at the last validation.
+        stale: validations since the best one.
+        best, last: the lines of metrics.jsonl of the best validation and of the last; None before the first.
+    """
+
+    def __init__(self, weights: Tensors, decay: float, patience: int, keeps_best: bool) -> None:
+        """
+        Args:
+            weights: the first ones, where the average begins.
+            decay: of the average; 0 keeps none.
+            patience: validations without a better one after which to stop; 0 never stops.
+        """
+        self._decay, self._patience, self._keeps_best = decay, patience, keeps_best
+        self._average = {name: weight.detach().clone() for name, weight in weights.items()} if decay else {}
+        self._best_weights: Tensors = {}
+        self.epoch, self.stale = 0, 0
+        self.best: Found | None = None
+        self.last: Found | None = None
+
+    @property
+    def averages(self) -> bool:
+        return self._decay > 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience is at its end."""
+        return 0 < self._patience <= self.stale
+
+    @property
+    def best_epoch(self) -> int:
+        """Epochs that were done at the best validation; 0 before the first."""
+        return int(self.best["epoch"]) if self.best else 0
+
+    @torch.no_grad()
+    def follow(self, weights: Tensors) -> None:
+        """Move the average by one step: ``decay * average + (1 - decay) * weights``."""
+        for name, average in self._average.items():
+            average.lerp_(weights[name], 1 - self._decay)
+
+    def judged(self, weights: Tensors) -> Tensors:
+        """What is validated: the average where there is one."""
+        return self._average or weights
+
+    def judge(self, found: Found, weights: Tensors) -> None:
+        """Count a validation of :meth:`judged` weights; ``found`` is its line of metrics.jsonl."""
+        self.epoch, self.last = found["epoch"], found
+        if self.best is not None and not is_better(found, self.best):
+            self.stale += 1
+            return
+        self.best, self.stale = found, 0
+        if self._keeps_best:
+            # On the host: it is needed once, at the end.
+            self._best_weights = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+
+    def final(self, weights: Tensors) -> Tensors:
+        """What the phase ends with."""
+        return self._best_weights or self.judged(weights)
+
+    def summary(self) -> Found | None:
+        """For summary.json; None without a validation."""
+        if self.best is None:
+            return None
+        kept = "best" if self._best_weights else "last"
+        return {"best": self.best, "last": self.last, "kept": kept, "stopped_early": self.exhausted}
+
+    def state(self) -> Found:
+        """All but the tensors, as JSON."""
+        return {"epoch": self.epoch, "stale": self.stale, "best": self.best, "last": self.last}
+
+    def tensors(self) -> Tensors:
+        """The average and the best weights, as ``average.NAME`` and ``best.NAME``."""
+        kinds = {"average": self._average, "best": self._best_weights}
+        return {f"{kind}.{name}": tensor for kind, tensors in kinds.items() for name, tensor in tensors.items()}
+
+    def restore(self, state: Found | None, tensors: Mapping[str, torch.Tensor], weights: Tensors) -> None:
+        """Undo :meth:`state` and :meth:`tensors`.
+
+        Raises:
+            ArtifactError: tensors of another model.
+        """
+        state = state or Keeper({}, 0.0, 0, False).state()
+        self.epoch, self.stale, self.best, self.last = (state[key] for key in ("epoch", "stale", "best", "last"))
+        kinds = ["average"] * self.averages + ["best"] * (self._keeps_best and self.best is not None)
+        expected = {f"{kind}.{name}": weight.shape for kind in kinds for name, weight in weights.items()}
+        check_shapes(tensors, expected, "this run keeps")
+        for name, average in self._average.items():
+            average.copy_(tensors[f"average.{name}"])
+        if "best" in kinds:
+            self._best_weights = {name: tensors[f"best.{name}"] for name in weights}
+
+
+def is_better(found: Found, best: Found) -> bool:
+    """By the AUROC of the labelled images where there are some, else by the loss of the held-out ones."""
+    if found.get("image_auroc") is not None:
+        return bool(found["image_auroc"] > best["image_auroc"])
+    return bool(found["loss"] < best["loss"])

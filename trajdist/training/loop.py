@@ -1,0 +1,338 @@
+"""THE training loop: one, for both phases and for several domains at once.
+
+The gradient of a step is that of one process over the whole global batch: every process sums its losses, the sum of
+gradients is divided by the number of images that all processes really had. Nothing in a step waits for the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+
+from trajdist.data.loader import ImageBatch
+from trajdist.errors import ArtifactError, StopRequested
+from trajdist.runtime.processes import empty_cache, memory_bytes, peak_memory_bytes
+from trajdist.saved.checkpoint import Checkpoint, Tensors, check_fits, optimizer_tensors, restore_optimizer
+from trajdist.sharding import Step, key64
+from trajdist.training.feed import Pair
+from trajdist.training.job import Job
+from trajdist.training.schedules import warmup_cosine
+
+# On CUDA, reading a flag waits for the device, so processes agree only every so many steps; but launchers kill soon
+# after they ask for the end, so slow steps agree more often.
+AGREE_EVERY_ON_CUDA = 10
+AGREE_WITHIN_S = 2.0
+# What is said of a validation.
+VALIDATED = ("loss", "image_auroc", "pixel_auroc")
+
+
+def fit(walks: Sequence[Iterator[None]]) -> None:
+    """Take jobs to their ends, a micro-batch of each in turn: one for a phase, or one for each of several domains.
+
+    Raises:
+        StopRequested: somebody asked for it; a checkpoint of each job is saved.
+        TrainingError, DataError: see :meth:`Journal.flush`.
+        ArtifactError: a checkpoint could not be written.
+    """
+    under_way, stopped = list(walks), None
+    while under_way:
+        for walk in tuple(under_way):
+            try:
+                next(walk)
+            except StopIteration:
+                under_way.remove(walk)
+            except StopRequested as stop:
+                # The others have heard of it too: each saves its own checkpoint.
+                under_way.remove(walk)
+                stopped = stop
+    if stopped:
+        raise stopped
+
+
+def walk(job: Job, cursor: int = 0) -> Iterator[None]:
+    """Train from ``cursor`` to the end of the last epoch; pauses before each micro-batch."""
+    with closing(job.batches):
+        go_on_at(job, cursor)
+        job.model.train()
+        for step in job.plan.steps(cursor):
+            if job.keeper.exhausted:
+                return
+            begin_step(job, step)
+            images = torch.zeros((), device=job.processes.device)
+            for micro_batch in range(job.plan.micro_batches):
+                yield
+                batch, trajectories = next_batch(job)
+                add_gradients(job, step, micro_batch, batch, trajectories)
+                images += batch.weights.sum()
+            with job.clock("sync"):
+                job.processes.sum(images)
+            with job.clock("optimizer"):
+                update(job, step, images)
+            finish_step(job, step)
+            job.tick()
+
+
+def go_on_at(job: Job, cursor: int) -> None:
+    """A checkpoint may be from between an epoch and its validation."""
+    job.at.step = job.plan.step_index_at(cursor)
+    epochs, position = divmod(cursor, job.plan.num_images)
+    if epochs > job.keeper.epoch and position == 0:
+        validate_epoch(job, job.plan.step(job.at.step - 1))
+
+
+def begin_step(job: Job, step: Step) -> None:
+    """Set the learning rate, a pure function of the step: nothing to save."""
+    factor = warmup_cosine(progress_at(job, step), job.recipe.warmup_fraction)
+    for group in job.optimizer.param_groups:
+        group["lr"] = job.recipe.learning_rate * factor * group.get("rate", 1.0)
+    job.journal.begin(step)
+    job.watchdog.beat()
+
+
+def progress_at(job: Job, step: Step) -> float:
+    """Share of the training that is done in the middle of ``step``."""
+    return (job.plan.cursor_after(step) - 0.5 * step.num_images) / job.plan.total_images
+
+
+def next_batch(job: Job) -> Pair:
+    pair = next(job.batches)
+    job.watchdog.beat()
+    return pair
+
+
+def add_gradients(job: Job, step: Step, micro_batch: int, batch: ImageBatch, trajectories: torch.Tensor) -> None:
+    """Forward and backward of one micro-batch; the last one of a step sums the gradients over the processes.
+
+    The random numbers are a pure function of where it stands: nothing to save.
+    """
+    torch.manual_seed((key64(job.recipe.seed, job.phase, step.index, job.processes.rank) >> 1) + micro_batch)
+    # Accelerate counts the micro-batches of one model; here those of several may come in turn.
+    job.accelerator.gradient_accumulation_steps, job.accelerator.step = job.plan.micro_batches, micro_batch
+    with job.accelerator.accumulate(job.model), job.clock("model"):
+        losses = job.objective(job.model, trajectories, batch, progress_at(job, step))
+        job.watchdog.beat()
+        job.accelerator.backward(losses.loss @ batch.weights / step.num_images * gradient_share(job))
+    job.journal.add(step, batch, losses)
+
+
+def gradient_share(job: Job) -> int:
+    """Undoes two means: Accelerate divides by the micro-batches, DistributedDataParallel by the processes."""
+    return job.plan.micro_batches * job.processes.world
+
+
+def update(job: Job, step: Step, images: torch.Tensor) -> None:
+    """One optimizer step. Images that could not be read leave a smaller count to divide by."""
+    correction = step.num_images / images.clamp(min=1)
+    for parameter in job.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(correction)
+    job.accelerator.clip_grad_norm_(job.model.parameters(), job.recipe.max_grad_norm)
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    if job.keeper.averages:
+        job.keeper.follow(trainable(job))
+
+
+def finish_step(job: Job, step: Step) -> None:
+    """Whatever is due between two steps. All processes decide alike."""
+    job.watchdog.beat()
+    rhythm, done = job.rhythm, step.index + 1
+    job.at.step = done
+    job.journal.read_memory(memory_bytes(job.processes.device))
+    stop, overdue = agree(job, step)
+    save = stop or overdue or done % rhythm.save_every_steps == 0 or done == job.plan.total_steps
+    log = done == 1 or done % rhythm.log_every_steps == 0 or step.ends_epoch
+    if rhythm.empty_cache_every and done % rhythm.empty_cache_every == 0:
+        empty_cache(job.processes.device)
+    if log or save:
+        job.journal.flush(step)
+        job.clock.settle()
+    if log:
+        write_line(job, step)
+    if step.ends_epoch:
+        write_epoch(job, step)
+        stop = stop or not close_epoch(job, step)
+    if save or stop or job.keeper.exhausted:
+        with job.clock("checkpoint"):
+            save_checkpoint(job, step)
+    if stop:
+        job.writer.finish()
+        raise StopRequested(job.stop.why or "another process was asked to stop")
+
+
+def close_epoch(job: Job, step: Step) -> bool:
+    """Pictures and validation. False where a request to stop came in between: the next start validates."""
+    if job.trackers:
+        title = f"phase{job.phase}/heat maps"
+        job.trackers.show(title, job.draw(job.keeper.judged(trainable(job))), number_of(job, step))
+    try:
+        validate_epoch(job, step)
+    except StopRequested:
+        return False
+    return True
+
+
+def validate_epoch(job: Job, step: Step) -> None:
+    """Validate the weights as they are after ``step``, the last one of its epoch, where that is due."""
+    epoch, every = step.epoch + 1, job.rhythm.validate_every_epochs
+    if not every or (epoch % every and epoch < job.plan.num_epochs):
+        return
+    weights = job.keeper.judged(trainable(job))
+    found = {"event": "validation", "phase": job.phase, "epoch": epoch, "step": step.index + 1, **job.validate(weights)}
+    job.keeper.judge(found, weights)
+    record(job, step, found)
+    figures = ", ".join(f"{name} {found[name]:.4f}" for name in VALIDATED if found.get(name) is not None)
+    job.say(f"phase {job.phase}: validation after epoch {epoch}: {figures}" + (" (best)" * (job.keeper.stale == 0)))
+    if job.keeper.exhausted:
+        job.say(f"phase {job.phase}: no better validation since epoch {job.keeper.best_epoch}: it ends here")
+
+
+def agree(job: Job, step: Step) -> tuple[bool, bool]:
+    """Whether any process was asked to stop, and whether the main process finds a checkpoint overdue."""
+    done = step.index + 1
+    if done < job.agree_at:
+        return False, False
+    stop = bool(job.stop)
+    failed = job.writer.failed()
+    overdue = job.processes.is_main and time.monotonic() - job.last_saved > job.rhythm.save_every_s
+    gap = steps_to_next_agreement(job, done) if job.processes.is_main else 0
+    votes = torch.tensor([stop, overdue, failed, gap], dtype=torch.int32, device=job.processes.device)
+    asked, due, broken, gap = job.processes.sum(votes).tolist()
+    job.agreed, job.agree_at = (done, time.monotonic()), done + gap
+    if broken:
+        job.writer.finish()
+        # The main process has just said what is wrong; the others end with it.
+        raise SystemExit(ArtifactError.exit_code)
+    return asked > 0, due > 0
+
+
+def steps_to_next_agreement(job: Job, done: int) -> int:
+    if job.processes.device.type != "cuda":
+        return 1
+    before, at = job.agreed
+    step_s = (time.monotonic() - at) / max(1, done - before)
+    # Of the first stretch after a start the time says nothing.
+    return min(AGREE_EVERY_ON_CUDA, max(1, int(AGREE_WITHIN_S / max(step_s, 1e-6)))) if before else 1
+
+
+def write_line(job: Job, step: Step) -> None:
+    """A line of metrics.jsonl, and the same on the screen."""
+    means = job.journal.take_line().means()
+    line = {
+        "event": "step",
+        "phase": job.phase,
+        "epoch": step.epoch + 1,
+        "step": step.index + 1,
+        "images": job.plan.cursor_after(step),
+        **means,
+        "lr": job.optimizer.param_groups[0]["lr"],
+        "images_per_s": job.progress.rate(job.plan.cursor_after(step)),
+        "memory_bytes": memory_bytes(job.processes.device),
+        "peak_memory_bytes": peak_memory_bytes(job.processes.device),
+    }
+    record(job, step, line)
+    if job.processes.is_main:
+        job.progress.show(line)
+
+
+def write_epoch(job: Job, step: Step) -> None:
+    """The epoch's line of metrics.jsonl."""
+    sums = job.journal.end_epoch()
+    line = {
+        "event": "epoch",
+        "phase": job.phase,
+        "epoch": step.epoch + 1,
+        "step": step.index + 1,
+        "images": sums.images,
+        **sums.means(),
+        "lr": job.optimizer.param_groups[0]["lr"],
+        "images_per_s": job.progress.mean_rate(),
+        "memory_bytes": int(job.journal.epoch_memory[-1]),
+        "peak_memory_bytes": peak_memory_bytes(job.processes.device),
+        "failures": sums.failures,
+    }
+    record(job, step, line)
+
+
+def record(job: Job, step: Step, line: dict[str, Any]) -> None:
+    """A line of metrics.jsonl, for the trackers too."""
+    if job.processes.is_main:
+        job.rundir.append(job.rundir.metrics, line)
+        job.trackers.log(line, number_of(job, step))
+
+
+def number_of(job: Job, step: Step) -> int:
+    """Steps done, counted through both phases."""
+    return job.first_checkpoint_number + step.index + 1
+
+
+def seconds(job: Job) -> float:
+    """Training time of this phase over all restarts."""
+    return job.seconds_before + time.monotonic() - job.started
+
+
+def trainable(job: Job) -> Tensors:
+    """The weights that are trained, by name."""
+    model = job.accelerator.unwrap_model(job.model, keep_torch_compile=False)
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def trained_model(job: Job) -> Any:
+    """The model in eval, without what training wrapped around it."""
+    model = job.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    return model.eval()
+
+
+def settle_weights(job: Job) -> None:
+    """Training is over: the model gets the weights that the phase ends with."""
+    weights = trainable(job)
+    with torch.no_grad():
+        for name, weight in job.keeper.final(weights).items():
+            weights[name].copy_(weight)
+
+
+def save_checkpoint(job: Job, step: Step) -> None:
+    """Hand the state to the writer. The books have been flushed."""
+    job.last_saved = time.monotonic()
+    if not job.processes.is_main:
+        return
+    scaler = job.accelerator.scaler
+    state = {
+        "base": job.base,
+        "phase": job.phase,
+        "cursor": job.plan.cursor_after(step),
+        "step": step.index + 1,
+        "global_batch": job.plan.global_batch,
+        "num_processes": job.processes.world,
+        "seconds": seconds(job),
+        "stages": job.clock.seconds(),
+        "journal": job.journal.state(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "file_sizes": job.rundir.sync_records(),
+        "validated": job.keeper.state(),
+    }
+    checkpoint = Checkpoint(trainable(job), optimizer_tensors(job.optimizer), state, job.keeper.tensors())
+    job.writer.save(number_of(job, step), checkpoint)
+    job.rundir.write_status("running", job.phase, step.index + 1)
+
+
+def restore(job: Job, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint into the job.
+
+    Raises:
+        ArtifactError: it does not fit the model or the optimizer.
+    """
+    check_fits(checkpoint, trainable(job), job.optimizer)
+    with torch.no_grad():
+        for name, weight in trainable(job).items():
+            weight.copy_(checkpoint.model[name])
+    restore_optimizer(job.optimizer, checkpoint.optimizer)
+    if job.accelerator.scaler is not None and checkpoint.state["scaler"]:
+        job.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+    job.keeper.restore(checkpoint.state["validated"], checkpoint.kept, trainable(job))
+    job.journal.restore(checkpoint.state["journal"])
+    job.seconds_before = checkpoint.state["seconds"]

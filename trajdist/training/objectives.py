@@ -1,0 +1,109 @@
+"""What a phase minimises: the error of reconstruction, or what tells drawn defects from clean places.
+
+Shape suffixes: B images, P places, N rows (places of all images), L blocks, D channels of a trajectory, F its valid
+entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trajdist.data.loader import ImageBatch
+from trajdist.models.losses import Losses, trajectory_losses
+from trajdist.models.reconstruction import Reconstruction
+from trajdist.scoring.residuals import ResidualModel
+from trajdist.training.schedules import linear_warmup
+
+# A place is a defect's if this share of it is covered, clean below the other share; those between teach nothing.
+COVERED, CLEAN = 0.1, 0.005
+# Where the logistic curve over a score of about 1 begins, and how much faster than the adapter it moves.
+FIRST_SLOPE, FIRST_OFFSET = 4.0, -6.0
+LOGISTIC_RATE = 10.0
+
+
+# A module, or what calls one.
+Model = Callable[[torch.Tensor], Any]
+
+
+class Objective(Protocol):
+    """Per-image losses of a model on a batch; ``progress`` is the share of the training that is done."""
+
+    def __call__(self, model: Model, trajectories: torch.Tensor, batch: ImageBatch, progress: float) -> Losses: ...
+
+
+@dataclass(frozen=True)
+class ReconstructionError:
+    """The squared error, and for a VAE the weighted divergence of the code."""
+
+    valid_LD: torch.Tensor
+    kl_weight: float
+    kl_warmup_fraction: float
+
+    def __call__(self, model: Model, trajectories: torch.Tensor, batch: ImageBatch, progress: float) -> Losses:
+        target_NLD = trajectories.flatten(0, -3)
+        kl_weight = self.kl_weight * linear_warmup(progress, self.kl_warmup_fraction)
+        return trajectory_losses(model(target_NLD), target_NLD, self.valid_LD, len(batch.weights), kl_weight)
+
+
+class ContrastModel(nn.Module):
+    """An adapted model and the calibrated score of its residuals, with a logistic curve over it.
+
+    The residual model is that of the base on the domain's clean images and stays as it is: whitened anew after every
+    step, a low-rank update would cancel out (docs/LOG.md).
+    """
+
+    def __init__(self, model: nn.Module, residual: ResidualModel, valid_F: torch.Tensor) -> None:
+        """``valid_F`` are the numbers of a flat trajectory's valid entries."""
+        super().__init__()
+        self.model = model
+        self.logistic = nn.Parameter(torch.tensor([FIRST_SLOPE, FIRST_OFFSET]))
+        # No submodules: DistributedDataParallel would send their buffers around in every step.
+        self._frozen = (residual, valid_F)
+
+    def forward(self, trajectories_NLD: torch.Tensor) -> tuple[Reconstruction, torch.Tensor]:
+        """The reconstruction, and of every place the logit that it is a defect's, ``[B, P]``."""
+        residual, valid_F = self._frozen
+        reconstruction: Reconstruction = self.model(trajectories_NLD)
+        with torch.autocast(trajectories_NLD.device.type, enabled=False):
+            error_NF = (trajectories_NLD - reconstruction.output_NLD.float()).flatten(1)[:, valid_F]
+            scores_BP = residual.energies(error_NF).clamp(min=1e-8).sqrt().mean(-1)
+            slope, offset = self.logistic
+            return reconstruction, slope * scores_BP + offset
+
+
+@dataclass(frozen=True)
+class DefectContrast:
+    """Logistic loss over the places of clean images and of the same images with a defect drawn in.
+
+    Half of an image's weight is on the places of the defect, half on clean places, of both copies.
+    """
+
+    valid_LD: torch.Tensor
+
+    def __call__(self, model: Model, trajectories: torch.Tensor, batch: ImageBatch, progress: float) -> Losses:
+        """``trajectories`` of the clean images first, then of the drawn ones."""
+        assert batch.coverage is not None
+        count = len(batch.weights)
+        target_NLD = trajectories.flatten(0, 2)
+        reconstruction, logits_BP = model(target_NLD)
+        clean_N = len(target_NLD) // 2
+        of_clean = Reconstruction(reconstruction.output_NLD[:clean_N].detach(), reconstruction.latent_NZ[:clean_N])
+        recon_B = trajectory_losses(of_clean, target_NLD[:clean_N], self.valid_LD, count, 0.0).recon
+        loss_B = contrast_losses(logits_BP[:count], logits_BP[count:], batch.coverage)
+        return Losses(loss_B, recon_B, torch.zeros_like(loss_B))
+
+
+def contrast_losses(
+    clean_logits_BP: torch.Tensor, drawn_logits_BP: torch.Tensor, coverage_BP: torch.Tensor
+) -> torch.Tensor:
+    """Logistic loss of each image, ``[B]``; ``coverage_BP`` is the share of each place that the defect covers."""
+    defect_BP, clean_BP = (coverage_BP > COVERED).float(), (coverage_BP < CLEAN).float()
+    missed_B = (F.softplus(-drawn_logits_BP) * defect_BP).sum(1) / defect_BP.sum(1).clamp(min=1)
+    alarms_B = F.softplus(clean_logits_BP).sum(1) + (F.softplus(drawn_logits_BP) * clean_BP).sum(1)
+    return 0.5 * missed_B + 0.5 * alarms_B / (clean_BP.shape[1] + clean_BP.sum(1))

@@ -1,0 +1,251 @@
+"""Passes over clean images that train nothing: the projection before Phase 1, the calibration after each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trajdist.data.decode import Fit
+from trajdist.data.drawing import DefectDraw
+from trajdist.data.loader import ImageBatch, IndexAt
+from trajdist.errors import StopRequested
+from trajdist.extraction.backbones import Backbone
+from trajdist.extraction.projection import BlockMoments, fit_projection
+from trajdist.extraction.trajectory import TrajectoryExtractor, update_moments
+from trajdist.runtime.allocator import trim
+from trajdist.runtime.clock import Clock
+from trajdist.runtime.progress import Progress
+from trajdist.saved import bundle
+from trajdist.scoring.residuals import PlaceMoments, ResidualModel, roots
+from trajdist.scoring.scorer import Detector
+from trajdist.sharding import Plan, Selection
+from trajdist.training.feed import move
+from trajdist.training.journal import BadImages, check_bad_fraction
+from trajdist.training.session import Session
+
+
+def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtractor:
+    """The extractor of Phase 1: statistics first, unless an earlier attempt has saved them."""
+    path, weights = session.rundir.trajectory, session.config.backbone.weights
+    if not path.exists():
+        backbone = _make_projection(session, selection)
+        # Eigenvectors differ in their last bits from machine to machine: all processes read the main one's.
+        session.extractor = _ready(session, bundle.with_projection(path, backbone, weights))
+    return load_extractor(session)
+
+
+def _make_projection(session: Session, selection: Selection) -> Backbone:
+    """Measure the statistics and write the projection that follows from them; returns the backbone."""
+    with session.processes.main_first():
+        extractor = bundle.new_extractor(session.config)
+    _move(session, extractor)
+    moments, num_images = measure(session, selection, extractor)
+
+    def save() -> None:
+        trajectory = session.config.trajectory
+        fit_projection(extractor.projection, moments, trajectory.projection, session.config.seed)
+        document = bundle.trajectory_document(session.config, extractor, num_images)
+        bundle.save_trajectory(session.rundir.trajectory, extractor, document)
+
+    session.processes.main_does(save)
+    return extractor.backbone
+
+
+def load_extractor(session: Session) -> TrajectoryExtractor:
+    """The run's extractor. A backbone takes seconds to build, and more to compile: both phases use the same one."""
+    if session.extractor is None:
+        with session.processes.main_first():
+            extractor = bundle.load_extractor(session.rundir.trajectory, session.config.backbone.weights)
+        session.extractor = _ready(session, extractor)
+    return session.extractor
+
+
+def _ready(session: Session, extractor: TrajectoryExtractor) -> TrajectoryExtractor:
+    _move(session, extractor)
+    return extractor.compile() if session.config.backbone.compile else extractor
+
+
+def _move(session: Session, extractor: TrajectoryExtractor) -> None:
+    extractor.to(session.processes.device)
+    extractor.suit(session.processes.device.type, session.config.memory.images_per_pass)
+
+
+def measure(session: Session, selection: Selection, extractor: TrajectoryExtractor) -> tuple[list[BlockMoments], int]:
+    """First pass: mean and covariance of every step over a bounded random sample of the images.
+
+    Raises:
+        StopRequested: the pass is short and bounded; it starts over next time.
+    """
+    num_images = min(selection.num_train, session.config.trajectory.statistics_images)
+    moments = [BlockMoments(channels, session.processes.device) for channels in extractor.projection.channels]
+    for batch in clean_batches(session, "imagenet", selection.train, num_images, "statistics"):
+        with session.accelerator.autocast():
+            update_moments(moments, extractor, batch.images, batch.weights)
+    for moment in moments:
+        moment.all_reduce(session.processes.sum)
+    return moments, num_images
+
+
+def clean_batches(
+    session: Session,
+    set_name: str,
+    index_at: IndexAt,
+    num_images: int,
+    title: str,
+    defects: DefectDraw | None = None,
+    fit: Fit | None = None,
+) -> Iterator[ImageBatch]:
+    """One pass over ``num_images`` images without training: this process's batches, on the device.
+
+    With ``defects`` the images come with themselves and a defect in them, as in training. They are made square as
+    the set says, or as ``fit`` does.
+
+    Raises:
+        StopRequested: somebody asked for it.
+        DataError: too many images could not be read.
+    """
+    processes, plan = session.processes, pass_plan(session, set_name, num_images)
+    bad_images, clock = BadImages(session.rundir, processes), Clock(processes.device)
+    session.say(f"{title}: {num_images:,} images")
+    trim()
+    loader = session.loader(set_name, index_at, plan, defects=defects, fit=fit)
+    with Progress(session.console, title, num_images) as progress:
+        for step, batch in zip(plan.steps(), loader, strict=True):
+            bad_images.note(batch.failures)
+            session.watchdog.beat()
+            yield move(batch, processes.device, clock)
+            progress.advance(step.stop)
+            if processes.any(bool(session.stop)):
+                raise StopRequested(session.stop.why or "another process was asked to stop")
+    bad = bad_images.write(set_name, session.sources[set_name].name)
+    check_bad_fraction(len(bad), num_images, session.config.data.max_bad_fraction, session.rundir)
+
+
+def pass_plan(session: Session, set_name: str, num_images: int) -> Plan:
+    """How :func:`clean_batches` walks through its images."""
+    batch_size, world = session.settings(set_name).batch_size, session.processes.world
+    return Plan(num_images, 1, world * batch_size, world, batch_size)
+
+
+def contrast_residuals(
+    session: Session, selection: Selection, extractor: TrajectoryExtractor, model: nn.Module, base: str
+) -> ResidualModel:
+    """What the base model's residuals are like on the domain. Measured once: every resumed run reads the same file.
+
+    Raises:
+        StopRequested: the pass starts over next time.
+    """
+    path = session.rundir.contrast
+    detector = new_detector(session, path.parent.name, extractor, model)
+    if not path.exists():
+        detector.residual.fit(_residual_moments(session, "domain", selection, extractor, detector))
+
+        def save() -> None:
+            path.parent.mkdir(exist_ok=True)
+            detector.save(path, base)
+
+        session.processes.main_does(save)
+    detector.load(path, base)
+    return detector.residual
+
+
+def new_detector(session: Session, name: str, extractor: TrajectoryExtractor, model: nn.Module) -> Detector:
+    """A detector on the device, not fitted yet."""
+    return Detector(name, model, extractor.projection.valid_LD, extractor.resolution).to(session.processes.device)
+
+
+def calibrate(
+    session: Session,
+    set_name: str,
+    selection: Selection,
+    extractor: TrajectoryExtractor,
+    model: nn.Module,
+    path: Path,
+    base: str,
+    whitened: ResidualModel | None = None,
+) -> None:
+    """Learn what residuals and scores of clean images are like, and save it to ``path``.
+
+    Residuals are measured on (a bounded sample of) the images trained on; scores on images held out from training,
+    so that the p-values made from them mean what they say. All in float32, as scoring does it.
+
+    Args:
+        whitened: has the whitening that the model was trained under; None measures one.
+
+    Raises:
+        StopRequested: the passes start over next time.
+    """
+    detector = new_detector(session, path.parent.name, extractor, model)
+    fit_detector(session, set_name, selection, extractor, detector, whitened)
+    if not selection.num_holdout:
+        session.say("no images are held out: p-values rest on images that were trained on, and promise too much")
+    elif _chose_weights(session):
+        session.say("the held-out images also chose the weights: p-values lean a little to the small side")
+    detector.held_out = selection.num_holdout > 0
+    index_at = selection.holdout if detector.held_out else selection.train
+    cells, images = detector.cells.histogram, detector.images.histogram
+    most = session.config.trajectory.statistics_images
+    held_out = min(selection.num_holdout, most) or min(selection.num_train, most)
+    # As scoring will make its images square, whatever they were trained on: else theirs and new scores differ in kind.
+    fit = session.config.data.domain.fit
+    for batch in clean_batches(session, set_name, index_at, held_out, "calibration", fit=fit):
+        scores = detector.score(extractor(batch.images))
+        cells.update(scores.cells_BHW.cpu(), batch.weights.cpu()[:, None, None].expand_as(scores.cells_BHW))
+        images.update(scores.images_B.cpu(), batch.weights.cpu())
+    for histogram in (cells, images):
+        histogram.all_reduce(session.processes.sum_from_host)
+    session.processes.main_does(lambda: detector.save(path, base))
+
+
+def _chose_weights(session: Session) -> bool:
+    """Whether the weights are those that validated best on the held-out images, and not on labelled ones."""
+    config = session.config
+    chosen = config.validation.keep == "best" or config.early_stopping.patience > 0
+    return config.validation.every_epochs > 0 and config.validation.path is None and chosen
+
+
+def fit_detector(
+    session: Session,
+    set_name: str,
+    selection: Selection,
+    extractor: TrajectoryExtractor,
+    detector: Detector,
+    whitened: ResidualModel | None,
+) -> None:
+    """Learn what residuals of (a bounded sample of) the images trained on are like, in two passes."""
+    if whitened is not None:
+        detector.residual.load_state_dict(whitened.state_dict())
+    moments = _residual_moments(session, set_name, selection, extractor, detector)
+    detector.residual.fit(moments, whiten=whitened is None)
+    _fit_places(session, set_name, selection, extractor, detector)
+
+
+@torch.no_grad()
+def _residual_moments(
+    session: Session, set_name: str, selection: Selection, extractor: TrajectoryExtractor, detector: Detector
+) -> PlaceMoments:
+    """A pass over (a bounded sample of) the images trained on."""
+    processes, places = session.processes, extractor.resolution**2
+    num_images = min(selection.num_train, session.config.trajectory.statistics_images)
+    moments = PlaceMoments(places, sum(detector.residual.widths), processes.device)
+    for batch in clean_batches(session, set_name, selection.train, num_images, "residuals"):
+        moments.update(detector.residuals(extractor(batch.images)), batch.weights)
+    moments.all_reduce(processes.sum)
+    return moments
+
+
+@torch.no_grad()
+def _fit_places(
+    session: Session, set_name: str, selection: Selection, extractor: TrajectoryExtractor, detector: Detector
+) -> None:
+    """Another pass: what clean images score at each place."""
+    processes = session.processes
+    num_images = min(selection.num_train, session.config.trajectory.statistics_images)
+    usual = BlockMoments(extractor.resolution**2, processes.device)
+    for batch in clean_batches(session, set_name, selection.train, num_images, "places"):
+        usual.update(roots(detector.energies(extractor(batch.images))), batch.weights)
+    usual.all_reduce(processes.sum)
+    detector.residual.fit_places(usual)

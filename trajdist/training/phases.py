@@ -1,0 +1,100 @@
+"""A run from its start to its end; Phase 1: statistics, model, loop, calibration, save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from trajdist.config import Config
+from trajdist.data.base import ImageSource
+from trajdist.errors import StopRequested, TrainingError
+from trajdist.runtime.progress import summary_table
+from trajdist.saved import bundle
+from trajdist.sharding import key64
+from trajdist.training.adaptation import phase2
+from trajdist.training.job import Position
+from trajdist.training.loop import trained_model
+from trajdist.training.passes import calibrate, prepare_extractor
+from trajdist.training.session import Session, open_session
+from trajdist.training.summary import finish, is_done, summarise
+from trajdist.training.train import Task, Training, reconstruction, train
+
+
+def run(
+    config: Config,
+    sources: dict[str, ImageSource],
+    phases: Sequence[int],
+    fresh: bool = False,
+    profile: bool = False,
+) -> dict[str, Any]:
+    """Run the phases that are not done yet; returns the summary. Every process of the job calls it.
+
+    Raises:
+        UserError: its kind tells the exit code.
+        StopRequested: a signal or the STOP file; the same call goes on from the checkpoint.
+    """
+    session = open_session(config, sources, fresh, profile)
+    at = Position()
+    with session.stop.listening():
+        try:
+            _run_phases(session, at, phases)
+            _record_end(session, at, None)
+        except StopRequested as stop:
+            _record_end(session, at, stop)
+            session.processes.leave()
+            raise
+        except BaseException as error:
+            _record_end(session, at, error)
+            raise
+        finally:
+            session.rundir.unlock()
+    session.processes.leave()
+    return session.rundir.read_summary()
+
+
+def _run_phases(session: Session, at: Position, phases: Sequence[int]) -> None:
+    with session.watchdog.watching(lambda why: session.record(at, TrainingError(why))):
+        for phase in sorted(phases):
+            PHASES[phase](session, at)
+
+
+def _record_end(session: Session, at: Position, error: BaseException | None) -> None:
+    session.trackers.finish()
+    if not session.processes.is_main:
+        return
+    session.record(at, error, ended=True)
+    if error is None:
+        session.console.print(summary_table(session.rundir.read_summary()))
+        session.say(f"all files are in {session.rundir.path}")
+    elif isinstance(error, (StopRequested, KeyboardInterrupt)):
+        session.rundir.stop_file.unlink(missing_ok=True)
+        session.say(f"stopped ({error}): run the same command again to go on")
+
+
+def phase1(session: Session, at: Position) -> None:
+    """Learn the trajectories of the ImageNet set."""
+    at.phase = 1
+    if is_done(session, 1):
+        return
+    selection = session.selection("imagenet", 1)
+    extractor = prepare_extractor(session, selection)
+    document = bundle.model_document(session.config, extractor)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key64(session.config.seed, 1) >> 1)
+        model = bundle.new_model(document)
+    settings = session.config.train
+    objective = reconstruction(session.config, extractor)
+    base = document.trajectory_fingerprint
+    task = Task(model, objective, settings.learning_rate, settings.weight_decay, base)
+    (job,) = train(extractor, [Training(session, at, selection, task)])
+    summary = summarise(session, job)
+    trained = trained_model(job)
+    session.processes.main_does(lambda: bundle.save_model(session.rundir.model, trained, document))
+    base = bundle.base_fingerprint(trained, document)
+    calibrate(session, "imagenet", selection, extractor, trained, session.rundir.calibration(1), base)
+    finish(session, 1, summary)
+
+
+PHASES = {1: phase1, 2: phase2}

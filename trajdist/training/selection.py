@@ -1,0 +1,96 @@
+"""Which images of a set a phase trains on: drawn from the set, and again from what the run directory remembers."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import Any
+
+import numpy as np
+
+from trajdist.config import SETS, Config
+from trajdist.data.base import ImageSource
+from trajdist.errors import ArtifactError, DataError
+from trajdist.files import write_bytes
+from trajdist.saved.rundir import RunDir
+from trajdist.sharding import Int64s, Order, Selection
+
+
+def draw(config: Config, phase: int, source: ImageSource) -> Selection:
+    """What a phase trains on.
+
+    Raises:
+        DataError: nothing is to be trained on.
+    """
+    settings = getattr(config.data, SETS[phase])
+    if settings.num_samples == 0:
+        raise DataError(f"data.{SETS[phase]}.num_samples=0 leaves nothing to train on: use -1 for all images.")
+    classes = source.classes() if 0 < settings.num_samples < len(source) else None
+    order = Order(source.shard_sizes(), config.data.shuffle_window, classes)
+    return _draw(config, phase, len(source), order)
+
+
+def _draw(config: Config, phase: int, total: int, order: Order) -> Selection:
+    num_samples = getattr(config.data, SETS[phase]).num_samples
+    return Selection.draw(total, num_samples, config.calibration.holdout_fraction, config.seed, phase, order)
+
+
+def facts(source: ImageSource, selection: Selection) -> dict[str, Any]:
+    """What a run remembers of a set: another set is refused, and the order can be drawn again without it."""
+    known: dict[str, Any] = {"num_images": len(source), "fingerprint": source.fingerprint}
+    if selection.member_sizes is not None:
+        known["shard_sizes"] = source.shard_sizes()
+    if selection.stratified and selection.members is not None:
+        known["subset"] = _hash(selection.members)
+    return known
+
+
+def keep(rundir: RunDir, set_name: str, selection: Selection) -> None:
+    """Leave the list of a stratified subset for :func:`recall`: no formula says it without the images' classes."""
+    if selection.stratified and selection.members is not None:
+        content = io.BytesIO()
+        np.save(content, selection.members, allow_pickle=False)
+        write_bytes(rundir.subset(set_name), content.getvalue())
+
+
+def recall(rundir: RunDir, config: Config, phase: int) -> Selection | None:
+    """The selection of a phase that has begun, from the run directory alone; None where it has not.
+
+    Raises:
+        ArtifactError: run.json or the list of the subset is damaged.
+    """
+    known = rundir.recall(SETS[phase])
+    if known is None:
+        return None
+    total = known.get("num_images") if isinstance(known, dict) else None
+    if not isinstance(total, int) or not 0 < total < 2**40:
+        raise _damaged(rundir, f"{SETS[phase]} has no number of images")
+    sizes = known.get("shard_sizes", [])
+    if not isinstance(sizes, list) or not all(isinstance(size, int) and 0 <= size <= total for size in sizes):
+        raise _damaged(rundir, f"{SETS[phase]}.shard_sizes are no sizes")
+    if sizes and sum(sizes) != total:
+        raise _damaged(rundir, f"{SETS[phase]}.shard_sizes do not add up to {total}")
+    order = Order(sizes, config.data.shuffle_window)
+    selection = _draw(config, phase, total, order)
+    return (
+        selection.of(_read_subset(rundir, phase, known["subset"], selection), order) if "subset" in known else selection
+    )
+
+
+def _read_subset(rundir: RunDir, phase: int, expected: object, selection: Selection) -> Int64s:
+    path = rundir.subset(SETS[phase])
+    try:
+        members = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ArtifactError(f"{str(path)!r} cannot be read ({error}).") from None
+    if members.dtype != np.int64 or members.shape != (selection.num_train,) or _hash(members) != expected:
+        raise ArtifactError(f"{str(path)!r} is damaged: it is not the subset that run.json names.")
+    return members
+
+
+def _damaged(rundir: RunDir, what: str) -> ArtifactError:
+    return ArtifactError(f"{str(rundir.path / 'run.json')!r} is damaged: {what}.")
+
+
+def _hash(members: Int64s) -> str:
+    return hashlib.sha256(members.astype("<i8").tobytes()).hexdigest()

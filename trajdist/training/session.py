@@ -1,0 +1,266 @@
+"""One invocation of a training command: the processes, the run directory, the image sets, and where to report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+
+from accelerate import Accelerator
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from trajdist import launcher
+from trajdist.config import Config, ImageSet, domain_config, fields, flatten
+from trajdist.config_files import dump_yaml, read_yaml
+from trajdist.data.base import ImageSource
+from trajdist.data.cache import TrajectoryCache
+from trajdist.data.decode import Fit
+from trajdist.data.drawing import DefectDraw
+from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_threads, resolve_workers
+from trajdist.errors import ArtifactError, ConfigError, DataError, StopRequested, UserError
+from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.runtime.preflight import add_up, compare
+from trajdist.runtime.processes import Processes, StopFlag, start_accelerator
+from trajdist.runtime.progress import make_console
+from trajdist.runtime.trackers import Trackers, check_installed
+from trajdist.runtime.watchdog import Watchdog
+from trajdist.saved.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from trajdist.saved.rundir import RunDir
+from trajdist.sharding import PlaceDraw, Plan, Selection
+from trajdist.training.job import Position
+from trajdist.training.selection import draw, facts, keep
+
+# How much longer than runtime.timeout_s the process group itself waits for a lost process.
+GRACE_S = 60.0
+
+
+@dataclass
+class Session:
+    """What the phases share."""
+
+    config: Config
+    sources: dict[str, ImageSource]
+    accelerator: Accelerator
+    processes: Processes
+    rundir: RunDir
+    stop: StopFlag
+    watchdog: Watchdog
+    console: Console
+    reference_world: int
+    profile: bool
+    trackers: Trackers
+    extractor: TrajectoryExtractor | None = None
+    domain: str = ""
+
+    def say(self, text: str) -> None:
+        """A line for the user, from the main process."""
+        self.console.print(self.titled(text))
+
+    def titled(self, text: str) -> str:
+        """With the domain it is about, where there are several."""
+        return f"{self.domain}: {text}" if self.domain else text
+
+    def record(self, at: Position, error: BaseException | None = None, ended: bool = False) -> None:
+        """Write status.json: under way, or how it ended. On a full disk the first error is the one to show."""
+        status, why = ("done" if ended else "running"), ""
+        if isinstance(error, (StopRequested, KeyboardInterrupt)):
+            status, why = "stopped", str(error)
+        elif error is not None:
+            status, why = "failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        if self.processes.is_main:
+            with suppress(ArtifactError) if status == "failed" else nullcontext():
+                self.rundir.write_status(status, at.phase, at.step, why)
+
+    def of_domain(self, name: str) -> Session:
+        """The same for one of several domains: with its config and images, in a run directory of its own.
+
+        Raises:
+            ConfigError: a changed key that would change the result.
+            ArtifactError: the directory cannot be written, or another run holds it.
+        """
+        config = domain_config(self.config, name)
+        rundir = RunDir(config.run_dir)
+        with naming(name):
+            self.processes.main_does(lambda: _take(rundir, config, self.processes.world))
+        return replace(
+            self,
+            config=config,
+            sources={"domain": self.sources[f"domains.{name}"]},
+            rundir=rundir,
+            # One terminal has room for one bar.
+            console=make_console(self.processes.is_main, bars=False),
+            reference_world=_reference_world(rundir),
+            trackers=self.trackers.under(name, int(self.rundir.read_summary().get("phase1", {}).get("steps", 0))),
+            domain=name,
+        )
+
+    def naming(self) -> AbstractContextManager[None]:
+        """Of several domains, errors in the block name the one they are about."""
+        return naming(self.domain)
+
+    def silent(self) -> Session:
+        """The same for a stage within a stage: it says nothing and shows no bar."""
+        return replace(self, console=Console(quiet=True))
+
+    def settings(self, set_name: str) -> ImageSet:
+        """The keys of a set. Labelled images for validation are read as a domain's are, and as scoring reads them."""
+        settings: ImageSet = getattr(self.config.data, set_name, self.config.data.domain)
+        return settings
+
+    def selection(self, set_name: str, phase: int) -> Selection:
+        """Which images of a set to train on; refuses a set that changed since the run began.
+
+        Raises:
+            DataError: other files than before, or nothing left to train on.
+        """
+        source = self.sources[set_name]
+        selection = draw(self.config, phase, source)
+        found = facts(source, selection)
+        before = self.rundir.recall(set_name) or found
+        if before != found:
+            path = getattr(self.config.data, set_name).path
+            count = before.get("num_images") if isinstance(before, dict) else before
+            raise DataError(
+                f"data.{set_name}.path={path!r} holds {len(source)} images, the run began with "
+                f"{count} (or their names changed): restore them, or start over with --fresh."
+            )
+        if self.processes.is_main:
+            keep(self.rundir, set_name, selection)
+            self.rundir.remember(set_name, found)
+        return selection
+
+    def plan(self, set_name: str, num_images: int, num_epochs: int) -> Plan:
+        """The walk through a set. The global batch is that of the world size the run began with."""
+        settings = getattr(self.config.data, set_name)
+        global_batch = self.reference_world * settings.batch_size * settings.gradient_accumulation_steps
+        return Plan(num_images, num_epochs, global_batch, self.processes.world, settings.batch_size)
+
+    def loader(
+        self,
+        set_name: str,
+        index_at: IndexAt,
+        plan: Plan,
+        cursor: int = 0,
+        draw: PlaceDraw | None = None,
+        cache: TrajectoryCache | None = None,
+        defects: DefectDraw | None = None,
+        sharing: int = 1,
+        fit: Fit | None = None,
+    ) -> DataLoader[ImageBatch]:
+        """The loader of a plan, sharded by Accelerate; batches stay on the host until the feed moves them.
+
+        The workers are shared out to ``sharing`` loaders, one at least to each. Images are made square as the set
+        says, or as ``fit`` does.
+        """
+        data = self.config.data
+        workers = resolve_workers(data.num_workers, self.processes.local_world, self.processes.device.type)
+        loader = build_loader(
+            self.sources[set_name],
+            index_at,
+            plan,
+            cursor=cursor,
+            size=data.image_size,
+            fit=fit or self.settings(set_name).fit,
+            num_workers=-(-workers // sharing),
+            pin_memory=self.processes.device.type == "cuda",
+            draw=draw,
+            cache=cache,
+            defects=defects,
+            threads=resolve_threads(data.num_workers, workers),
+        )
+        prepared: DataLoader[ImageBatch] = self.accelerator.prepare_data_loader(loader, device_placement=False)
+        return prepared
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest sound checkpoint, chosen by the main process; damaged ones are named."""
+        path = None
+        if self.processes.is_main:
+            path, problems = newest_checkpoint(self.rundir.checkpoints)
+            for problem in problems:
+                self.say(problem)
+        path = self.processes.broadcast(path)
+        return None if path is None else load_checkpoint(path)
+
+
+@contextmanager
+def naming(domain: str) -> Iterator[None]:
+    """Errors in the block speak of this one of several domains; as they are where it has no name."""
+    try:
+        yield
+    except UserError as error:
+        if not domain:
+            raise
+        own, folder = f"data.domains.{domain}.", os.path.join("domains", domain)
+        text = str(error).replace("data.domain.", own)
+        named = own in text or folder in text
+        raise type(error)(text if named else f"domain {domain}: {text}") from error
+
+
+def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, profile: bool) -> Session:
+    """Start the processes, compare them, take the run directory, and check that its config is the one it began with.
+
+    Raises:
+        ConfigError: processes that differ, or a changed key that would change the result.
+        ArtifactError: the directory cannot be written, or another run holds it.
+    """
+    check_installed(config.logging.trackers)
+    init_method = compare(config, sources)
+    runtime = config.runtime
+    # The watchdog, which can name a lost process, comes before the process group's own timeout, which cannot.
+    backstop_s = runtime.timeout_s + GRACE_S
+    accelerator = start_accelerator(runtime.mixed_precision, backstop_s, runtime.deterministic, init_method)
+    processes = Processes(accelerator)
+    add_up(processes)
+    # Started again, ``--fresh`` is not meant again. A launcher that lost nothing itself has not counted the restart.
+    restarted = processes.any(launcher.has_restarted())
+    rundir, console = RunDir(config.run_dir), make_console(processes.is_main)
+
+    def prepare() -> None:
+        if fresh and not restarted and (aside := rundir.move_away()):
+            console.print(f"starting over: the old run is now {str(aside)!r}")
+        _take(rundir, config, processes.world)
+
+    processes.main_does(prepare)
+    stop = StopFlag(rundir.stop_file, watches_file=processes.is_main)
+    watchdog = Watchdog(processes, stop, runtime.timeout_s)
+    reference_world = _reference_world(rundir)
+    flat = flatten(config.model_dump(mode="json"))
+    trackers = Trackers(config.logging.trackers if processes.is_main else [], rundir, flat, console.print)
+    return Session(
+        config, sources, accelerator, processes, rundir, stop, watchdog, console, reference_world, profile, trackers
+    )
+
+
+def _take(rundir: RunDir, config: Config, world: int) -> None:
+    """Make a run directory this run's."""
+    rundir.create()
+    rundir.lock()
+    rundir.sweep()
+    _check_same_config(rundir, config)
+    rundir.write_config(dump_yaml(config))
+    rundir.stop_file.unlink(missing_ok=True)
+    rundir.remember("num_processes", world)
+
+
+def _reference_world(rundir: RunDir) -> int:
+    world = rundir.recall("num_processes")
+    if not isinstance(world, int) or world < 1:
+        raise ArtifactError(f"{str(rundir.path / 'run.json')!r} is damaged: num_processes={world!r} is no number.")
+    return world
+
+
+def _check_same_config(rundir: RunDir, config: Config) -> None:
+    """A run may be resumed with other workers, logs or more epochs, but not with another model."""
+    if not rundir.config.exists() or not rundir.has_begun():
+        return
+    before, now = flatten(read_yaml(rundir.config)), flatten(config.model_dump(mode="json"))
+    for key, default, _, may_change in fields():
+        # A key that an older version did not know was as its default.
+        began = before.get(key, default)
+        if not may_change and began != now[key]:
+            raise ConfigError(
+                f"{key}={now[key]!r}, but the run in {str(rundir.path)!r} began with {began!r}: "
+                "keep the old value, name another run_dir, or start over with --fresh."
+            )

@@ -1,0 +1,107 @@
+"""The figures of a phase in summary.json: whether it is done, and what came of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trajdist.config import SETS
+from trajdist.data.loader import processors, resolve_threads, resolve_workers
+from trajdist.runtime.processes import peak_memory_bytes
+from trajdist.training.doctor import Facts, diagnose, split
+from trajdist.training.job import Job
+from trajdist.training.loop import seconds, trainable
+from trajdist.training.session import Session
+
+
+def is_done(session: Session, phase: int) -> bool:
+    """Whether a phase is done; one that is to have more epochs now goes on, if nothing was built on it yet."""
+    done = session.rundir.read_summary().get(f"phase{phase}")
+    if not done:
+        return False
+    if done.get("validation", {}).get("stopped_early"):
+        session.say(f"phase {phase} stopped early, after {done['epochs']} epochs: nothing to repeat")
+        return True
+    epochs, wanted = done["epochs"], getattr(session.config.data, SETS[phase]).num_epochs
+    built_on = phase == 1 and bool(session.rundir.domains())
+    checkpoint = session.newest_checkpoint() if wanted > epochs and not built_on else None
+    if checkpoint and checkpoint.state["phase"] == phase:
+        session.say(f"phase {phase} has {epochs} epochs and goes on to {wanted}")
+        return False
+    why = "" if wanted <= epochs else f"; for {wanted} epochs start over with --fresh, Phase 2 is built on these"
+    session.say(f"phase {phase} is done ({epochs} epochs): nothing to repeat{why}")
+    return True
+
+
+def summarise(session: Session, job: Job) -> dict[str, Any]:
+    """The figures of a phase that has just been trained, and what bounds it."""
+    journal, taken = job.journal, seconds(job)
+    time = job.clock.seconds()
+    advice = diagnose(_facts(session, job, time, taken))
+    session.say(f"phase {job.phase} is {advice}")
+    memory = journal.epoch_memory
+    return {
+        "images": journal.total.images,
+        "failures": journal.total.failures,
+        "epochs": job.at.step // job.plan.steps_per_epoch,
+        "steps": job.at.step,
+        "seconds": taken,
+        "images_per_s": journal.total.images / max(taken, 1e-9),
+        "first_loss": journal.first_loss,
+        "final_loss": journal.final_loss,
+        "peak_memory_bytes": peak_memory_bytes(job.processes.device),
+        "memory_growth_bytes": int(memory[-1] - memory[0]) if memory else 0,
+        "num_processes": job.processes.world,
+        "trained_parameters": sum(weight.numel() for weight in trainable(job).values()),
+        "time": split(time, taken),
+        "doctor": advice,
+        **({"validation": validation} if (validation := job.keeper.summary()) else {}),
+    }
+
+
+def _facts(session: Session, job: Job, time: dict[str, float], taken: float) -> Facts:
+    config, processes = session.config, session.processes
+    # It draws new defects in every epoch, over the whole of each image.
+    contrast = job.phase == 2 and config.domain_adaptation.objective == "contrast"
+    workers = resolve_workers(config.data.num_workers, processes.local_world, processes.device.type)
+    return Facts(
+        seconds=taken,
+        steps=job.at.step,
+        time=time,
+        waits=processes.gather([time["data"]]),
+        workers=workers,
+        threads=resolve_threads(config.data.num_workers, workers),
+        processors=processors() // processes.local_world,
+        overlapping=processes.device.type == "cuda",
+        compiled=config.backbone.compile,
+        cacheable=config.cache.dir is None and job.plan.num_epochs > 1 and not contrast,
+        half_precision=session.accelerator.mixed_precision != "no",
+        all_places=config.train.cell_fraction == 1 and not contrast,
+    )
+
+
+def finish(session: Session, phase: int, summary: dict[str, Any]) -> None:
+    """Write the phase's summary: from now on it is done."""
+
+    def record() -> None:
+        session.rundir.remember(f"records_after_phase{phase}", session.rundir.sync_records(), replace=True)
+        session.rundir.write_summary(f"phase{phase}", summary)
+
+    session.processes.main_does(record)
+
+
+def combine(domains: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One summary of domains that were adapted to at once, with each domain's own under ``domains``."""
+    parts = list(domains.values())
+    totals = {key: sum(part[key] for part in parts) for key in ("images", "failures", "trained_parameters")}
+    largest = ("epochs", "steps", "seconds", "peak_memory_bytes", "memory_growth_bytes", "num_processes")
+    return {
+        **totals,
+        **{key: max(part[key] for part in parts) for key in largest},
+        "images_per_s": totals["images"] / max(1e-9, *(part["seconds"] for part in parts)),
+        **{
+            key: sum(part[key] * part["images"] for part in parts) / max(1, totals["images"])
+            for key in ("first_loss", "final_loss")
+        },
+        "time": max(parts, key=lambda part: float(part["seconds"]))["time"],
+        "domains": domains,
+    }

@@ -1,0 +1,358 @@
+"""The jobs of a phase: built from the config, resumed from their checkpoints if there are any, run through the loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trajdist.config import SETS, Config
+from trajdist.data.drawing import DefectDraw
+from trajdist.data.labelled import LabelledFolder
+from trajdist.errors import ArtifactError, ConfigError, DataError
+from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.runtime.allocator import trim
+from trajdist.runtime.clock import Clock, sum_gradients
+from trajdist.runtime.processes import reset_peak_memory
+from trajdist.runtime.profiling import nothing, profiling
+from trajdist.runtime.progress import Progress
+from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter, Tensors
+from trajdist.scoring.residuals import ResidualModel
+from trajdist.sharding import PlaceDraw, Plan, Selection
+from trajdist.training.caching import open_cache, open_writer
+from trajdist.training.feed import Feed, Pairs, Stream, num_places
+from trajdist.training.job import Job, Position, Recipe, Rhythm
+from trajdist.training.journal import Journal
+from trajdist.training.keeper import Keeper
+from trajdist.training.loop import fit, restore, settle_weights, walk
+from trajdist.training.objectives import Objective, ReconstructionError
+from trajdist.training.optimizer import make_optimizer
+from trajdist.training.session import Session
+from trajdist.training.validation import Examiner
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model to train, what it minimises, how fast, and the fingerprint of what it stands on.
+
+    ``defects`` draws what the objective contrasts clean images with; it sees whole images, afresh in every epoch.
+    ``whitened`` has the whitening that the model is trained under, if it is trained under one.
+    """
+
+    model: nn.Module
+    objective: Objective
+    learning_rate: float
+    weight_decay: float
+    base: str
+    defects: DefectDraw | None = None
+    whitened: ResidualModel | None = None
+
+
+def reconstruction(config: Config, extractor: TrajectoryExtractor) -> ReconstructionError:
+    """The objective of Phase 1, and by default of Phase 2."""
+    return ReconstructionError(extractor.projection.valid_LD, config.train.kl_weight, config.train.kl_warmup_fraction)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a phase: in which run, how far, on which images, and what is trained."""
+
+    session: Session
+    at: Position
+    selection: Selection
+    task: Task
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training made ready, before there are batches."""
+
+    training: Training
+    plan: Plan
+    checkpoint: Checkpoint | None
+    cursor: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    keeper: Keeper
+    examiner: Examiner
+    stream: Stream
+
+
+def train(extractor: TrajectoryExtractor, trainings: Sequence[Training]) -> list[Job]:
+    """Build the jobs of a phase, resume those that have a checkpoint, and run the loop to the end of them all.
+
+    Several trainings are taught in turn, a micro-batch each, on images that went through the backbone together.
+    """
+    session, phase = trainings[0].session, trainings[0].at.phase
+    clock = Clock(session.processes.device)
+    prepared = []
+    for training in trainings:
+        with training.session.naming():
+            prepared.append(_make_ready(training, extractor, clock, sharing=len(trainings)))
+    feed = Feed(
+        [start.stream for start in prepared], extractor, session.processes.device, session.accelerator.autocast, clock
+    )
+    torch.autograd.set_detect_anomaly(session.config.runtime.detect_anomaly)
+    trim()
+    reset_peak_memory(session.processes.device)
+    with ExitStack() as stack:
+        stack.callback(_close_caches, prepared)
+        stack.callback(feed.close)
+        tick = stack.enter_context(_profiled(session, phase))
+        jobs = []
+        for number, start in enumerate(prepared):
+            progress = stack.enter_context(_progress(start))
+            jobs.append(_job(start, feed.of(number), clock, nothing if number else tick, progress))
+        if prepared[0].checkpoint:
+            clock.restore(prepared[0].checkpoint.state["stages"])
+        with _projection_timed(session, extractor, clock):
+            fit([_named(start, walk(job, start.cursor)) for job, start in zip(jobs, prepared, strict=True)])
+        for job in jobs:
+            with clock("checkpoint"):
+                job.writer.finish()
+            settle_weights(job)
+    return jobs
+
+
+def _named(start: Prepared, walk: Iterator[None]) -> Iterator[None]:
+    """A walk whose errors say whose it is, where there are several."""
+    with start.training.session.naming():
+        yield from walk
+
+
+def _close_caches(prepared: list[Prepared]) -> None:
+    for start in prepared:
+        if start.stream.writer and (why := start.stream.writer.close()):
+            start.training.session.say(why)
+
+
+def _make_ready(training: Training, extractor: TrajectoryExtractor, clock: Clock, sharing: int) -> Prepared:
+    """Model, optimizer, loader and cache of a training; ``sharing`` is how many read images at the same time."""
+    session, phase, selection, task = training.session, training.at.phase, training.selection, training.task
+    config, processes, set_name = session.config, session.processes, SETS[phase]
+    plan = session.plan(set_name, selection.num_train, getattr(config.data, set_name).num_epochs)
+    checkpoint = _checkpoint_of(session, phase, task.base)
+    cursor = _cursor_of(checkpoint, plan, set_name) if checkpoint else 0
+    model = task.model.to(processes.device)
+    examiner = _examiner(session, phase, selection, extractor, task)
+    optimizer = make_optimizer(model, task.learning_rate, task.weight_decay, processes.device)
+    prepared_model, prepared_optimizer = session.accelerator.prepare(model, optimizer)
+    if isinstance(prepared_model, DistributedDataParallel):
+        prepared_model.register_comm_hook(clock, sum_gradients)
+    if config.backbone.compile and processes.device.type == "cuda":
+        prepared_model = torch.compile(prepared_model, dynamic=False)  # On CPUs it loses (docs/LOG.md).
+    whole = task.defects is not None
+    cache = open_cache(session, set_name, extractor) if config.cache.dir and not whole else None
+    draw = None if whole else _place_draw(session, phase, extractor)
+    loader = session.loader(set_name, selection.train, plan, cursor, draw, cache, task.defects, sharing)
+    writer = open_writer(session, cache) if cache is not None else None
+    session.say(_announcement(phase, plan, cursor, model, processes.world))
+    return Prepared(
+        training=training,
+        plan=plan,
+        checkpoint=checkpoint,
+        cursor=cursor,
+        model=prepared_model,
+        optimizer=prepared_optimizer,
+        keeper=_keeper(config, model),
+        examiner=examiner,
+        stream=Stream(loader, writer),
+    )
+
+
+def _progress(start: Prepared) -> Progress:
+    session = start.training.session
+    title = session.titled(f"phase {start.training.at.phase}")
+    return Progress(session.console, title, start.plan.total_images, start.cursor)
+
+
+def _job(start: Prepared, batches: Pairs, clock: Clock, tick: Callable[[], None], progress: Progress) -> Job:
+    """The job of a training, at the checkpoint if there is one."""
+    training, plan = start.training, start.plan
+    session, phase, task = training.session, training.at.phase, training.task
+    config = session.config
+    job = Job(
+        phase=phase,
+        accelerator=session.accelerator,
+        processes=session.processes,
+        plan=plan,
+        batches=batches,
+        model=start.model,
+        objective=task.objective,
+        optimizer=start.optimizer,
+        recipe=_recipe(config, task.learning_rate),
+        rhythm=_rhythm(config),
+        journal=_journal(session, phase, plan, training.selection),
+        rundir=session.rundir,
+        writer=CheckpointWriter(session.rundir.checkpoints, config.checkpoint.keep),
+        stop=session.stop,
+        watchdog=session.watchdog,
+        progress=progress,
+        clock=clock,
+        at=training.at,
+        base=task.base,
+        first_checkpoint_number=_steps_before(session, phase),
+        tick=tick,
+        keeper=start.keeper,
+        trackers=session.trackers,
+        validate=start.examiner.validate,
+        draw=start.examiner.draw,
+        say=session.say,
+    )
+    if start.checkpoint:
+        restore(job, start.checkpoint)
+    return job
+
+
+def _keeper(config: Config, model: nn.Module) -> Keeper:
+    weights: Tensors = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return Keeper(weights, config.ema.decay, config.early_stopping.patience, config.validation.keep == "best")
+
+
+def _examiner(
+    session: Session, phase: int, selection: Selection, extractor: TrajectoryExtractor, task: Task
+) -> Examiner:
+    """Made before Accelerate wraps the model, of which it takes a copy if it has anything to look at.
+
+    Raises:
+        DataError: there is nothing to validate on.
+    """
+    labelled = session.sources.get("validation")
+    validates = session.config.validation.every_epochs > 0
+    if validates and labelled is None and not selection.num_holdout:
+        raise DataError(
+            f"data.{SETS[phase]}.path has {selection.total} images, of which calibration.holdout_fraction="
+            f"{session.config.calibration.holdout_fraction:g} holds none out to validate on: raise the fraction."
+        )
+    model = copy.deepcopy(task.model).eval() if validates or session.trackers else task.model
+    return Examiner(
+        session=session,
+        set_name=SETS[phase],
+        selection=selection,
+        extractor=extractor,
+        model=model,
+        objective=task.objective,
+        defects=task.defects,
+        whitened=task.whitened,
+        labelled=labelled if isinstance(labelled, LabelledFolder) else None,
+    )
+
+
+def _profiled(session: Session, phase: int) -> AbstractContextManager[Callable[[], None]]:
+    """The main process's steps are those that are profiled."""
+    if not session.profile or not session.processes.is_main:
+        return nullcontext(nothing)
+    return profiling(session.rundir.path / "profile" / f"phase{phase}.json", session.say)
+
+
+def _projection_timed(session: Session, extractor: TrajectoryExtractor, clock: Clock) -> AbstractContextManager[None]:
+    """In a compiled graph the projection is one with the backbone, and counts as that."""
+    if session.config.backbone.compile:
+        return nullcontext()
+    return clock.watching(extractor.projection, "projection", within="backbone")
+
+
+def _place_draw(session: Session, phase: int, extractor: TrajectoryExtractor) -> PlaceDraw | None:
+    """None if every place is trained on."""
+    total, count = extractor.resolution**2, num_places(session.config, extractor)
+    return PlaceDraw(total, count, session.config.seed, phase) if count < total else None
+
+
+def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None:
+    """The checkpoint to resume this phase from, and the records cut back to it.
+
+    Raises:
+        ArtifactError: the checkpoint belongs to another model.
+    """
+    checkpoint = session.newest_checkpoint()
+    if checkpoint and checkpoint.state["phase"] != phase:
+        checkpoint = None
+    if checkpoint and checkpoint.state["base"] != base:
+        raise ArtifactError(
+            f"the checkpoints in {str(session.rundir.checkpoints)!r} belong to other weights than this run's: "
+            "restore the phase1 folder, or start over with --fresh."
+        )
+    if session.processes.is_main:
+        before = session.rundir.recall("records_after_phase1") if phase == 2 else None
+        session.rundir.rewind_records(checkpoint.state["file_sizes"] if checkpoint else before or {})
+    session.processes.wait()
+    return checkpoint
+
+
+def _cursor_of(checkpoint: Checkpoint, plan: Plan, set_name: str) -> int:
+    """Where to go on.
+
+    Raises:
+        ArtifactError: the checkpoint was made with other steps.
+        ConfigError: fewer epochs are wanted than are done.
+    """
+    cursor = int(checkpoint.state["cursor"])
+    if checkpoint.state["global_batch"] != plan.global_batch or not plan.is_between_steps(cursor):
+        raise ArtifactError(
+            f"the checkpoint at {cursor:,} images was made with steps of {checkpoint.state['global_batch']} images, "
+            f"this run takes {plan.global_batch}: restore the checkpoints folder, or start over with --fresh."
+        )
+    if cursor > plan.total_images:
+        raise ConfigError(
+            f"data.{set_name}.num_epochs={plan.num_epochs}, but the run is in epoch {-(-cursor // plan.num_images)}: "
+            "keep at least that many, or start over with --fresh."
+        )
+    return cursor
+
+
+def _announcement(phase: int, plan: Plan, cursor: int, model: nn.Module, world: int) -> str:
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    text = (
+        f"phase {phase}: {plan.num_images:,} images x {plan.num_epochs} epochs, {trained:,} weights, "
+        f"{plan.global_batch} images per step ({world} processes x {plan.slots} x {plan.micro_batches} micro-batches)"
+    )
+    return text + (f"; going on after {cursor:,} images" if cursor else "")
+
+
+def _journal(session: Session, phase: int, plan: Plan, selection: Selection) -> Journal:
+    source = session.sources[SETS[phase]]
+
+    def files_of(step_index: int) -> list[str]:
+        step = plan.step(step_index)
+        return [source.name(index) for index in selection.train(step.epoch, np.arange(step.start, step.stop)).tolist()]
+
+    return Journal(
+        phase,
+        session.rundir,
+        session.processes,
+        source.name,
+        files_of,
+        SETS[phase],
+        plan.num_images,
+        session.config.data.max_bad_fraction,
+    )
+
+
+def _recipe(config: Config, learning_rate: float) -> Recipe:
+    return Recipe(
+        learning_rate=learning_rate,
+        warmup_fraction=config.train.warmup_fraction,
+        max_grad_norm=config.train.max_grad_norm,
+        seed=config.seed,
+    )
+
+
+def _rhythm(config: Config) -> Rhythm:
+    return Rhythm(
+        log_every_steps=config.logging.every_steps,
+        save_every_steps=config.checkpoint.every_steps,
+        save_every_s=config.checkpoint.every_minutes * 60.0,
+        empty_cache_every=config.memory.empty_cache_every,
+        validate_every_epochs=config.validation.every_epochs,
+    )
+
+
+def _steps_before(session: Session, phase: int) -> int:
+    """Checkpoints of Phase 2 are numbered after those of Phase 1."""
+    return int(session.rundir.read_summary().get("phase1", {}).get("steps", 0)) if phase == 2 else 0

@@ -1,0 +1,187 @@
+"""Validation inside training: the loss of held-out clean images, and how well labelled images are told apart.
+
+The weights are copied into a model of its own, outside Accelerate: the one in training is not touched. In float32, as
+scoring does it. Every process calls it; all sums are exact, so that all find the same.
+
+Shape suffixes: B images, H W grid, S pixels per side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trajdist.data.decode import to_square
+from trajdist.data.drawing import DefectDraw
+from trajdist.data.labelled import GOOD, LabelledFolder
+from trajdist.data.loader import ImageBatch
+from trajdist.errors import TrainingError
+from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.runtime.trackers import Picture
+from trajdist.saved.checkpoint import Tensors
+from trajdist.scoring import pictures, residuals
+from trajdist.scoring.histogram import ScoreHistogram
+from trajdist.scoring.metrics import PixelScores, curve
+from trajdist.scoring.residuals import ResidualModel
+from trajdist.sharding import Selection, in_order
+from trajdist.training.journal import FIXED_POINT, fixed_point
+from trajdist.training.objectives import ContrastModel, Objective
+from trajdist.training.passes import clean_batches, fit_detector, new_detector, pass_plan
+from trajdist.training.session import Session
+
+NUM_PICTURES = 4
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """What looks at a phase's weights between its epochs.
+
+    Attributes:
+        model: of the same make as the one in training; weights are copied into it.
+        labelled: the labelled images, or None.
+        whitened: has the whitening that the model is trained under, if it is trained under one.
+    """
+
+    session: Session
+    set_name: str
+    selection: Selection
+    extractor: TrajectoryExtractor
+    model: nn.Module
+    objective: Objective
+    defects: DefectDraw | None
+    whitened: ResidualModel | None
+    labelled: LabelledFolder | None
+
+    @torch.no_grad()
+    def validate(self, weights: Tensors) -> dict[str, Any]:
+        """Loss, recon and kl of the held-out images, and the AUROCs of the labelled ones.
+
+        Raises:
+            StopRequested: somebody asked for it.
+            TrainingError: the loss is not finite.
+            DataError: too many images could not be read, or a mask could not.
+        """
+        self._load(weights)
+        found = self._held_out() if self.selection.num_holdout else {}
+        return found | (self._told_apart(self.labelled) if self.labelled else {})
+
+    @torch.no_grad()
+    def draw(self, weights: Tensors) -> list[Picture]:
+        """Each of a few held-out images beside its map of squared errors, on one process alone.
+
+        The ends of the colours are those of all maps of this call.
+        """
+        self._load(weights)
+        pixels_BSS3 = self._few_images()
+        if not len(pixels_BSS3):
+            return []
+        images = torch.from_numpy(pixels_BSS3).permute(0, 3, 1, 2).to(self.session.processes.device)
+        trajectories = self.extractor(images)
+        target_NLD = trajectories.flatten(0, 2)
+        error_NLD = target_NLD - self._reconstructing().to(images.device)(target_NLD).output_NLD.float()
+        cells_BHW = error_NLD[:, self.extractor.projection.valid_LD].square().mean(-1).view(trajectories.shape[:3])
+        maps_BSS = residuals.upsample(cells_BHW, pixels_BSS3.shape[1]).cpu().numpy()
+        low, high = float(maps_BSS.min()), float(maps_BSS.max())
+        panels = zip(pixels_BSS3, maps_BSS, strict=True)
+        return [np.asarray(pictures.panel(image, map_SS, low, high)) for image, map_SS in panels]
+
+    def _load(self, weights: Tensors) -> None:
+        own = dict(self.model.named_parameters())
+        for name, weight in weights.items():
+            own[name].copy_(weight)
+
+    def _reconstructing(self) -> nn.Module:
+        return self.model.model if isinstance(self.model, ContrastModel) else self.model
+
+    def _held_out(self) -> dict[str, Any]:
+        session = self.session.silent()
+        most = session.config.trajectory.statistics_images
+        count = min(self.selection.num_holdout, most)
+        sums = torch.zeros(5, dtype=torch.int64, device=session.processes.device)
+        for batch in clean_batches(session, self.set_name, self.selection.holdout, count, "validation", self.defects):
+            sums += self._loss_sums(batch)
+        images, bad, *parts = session.processes.sum(sums).tolist()
+        if bad:
+            raise TrainingError(
+                f"the loss of {bad} held-out images of data.{self.set_name}.path is not finite: lower the learning "
+                "rate and start over with --fresh."
+            )
+        means = [part / FIXED_POINT / max(1, images) for part in parts]
+        return {"images": images, **dict(zip(("loss", "recon", "kl"), means, strict=True))}
+
+    def _loss_sums(self, batch: ImageBatch) -> torch.Tensor:
+        losses = self.objective(self.model, self.extractor(batch.images), batch, 1.0)
+        counted = batch.weights > 0
+        bad = counted & ~losses.loss.isfinite()
+        return torch.stack([counted.sum(), bad.sum(), *(fixed_point(part, batch.weights) for part in losses)])
+
+    def _told_apart(self, labelled: LabelledFolder) -> dict[str, Any]:
+        """Calibrated anew, as the phase's end does it: these are the figures that ``evaluate`` would find."""
+        session, processes = self.session.silent(), self.session.processes
+        detector = new_detector(session, "validation", self.extractor, self._reconstructing())
+        fit_detector(session, self.set_name, self.selection, self.extractor, detector, self.whitened)
+        counts = _Counts(labelled, session)
+        plan = pass_plan(session, "validation", len(labelled))
+        batches: Iterable[ImageBatch] = clean_batches(session, "validation", in_order, len(labelled), "validation")
+        for step, batch in zip(plan.steps(), batches, strict=True):
+            cells_BHW = detector.score(self.extractor(batch.images)).cells_BHW
+            start = plan.micro_batch(step, 0, processes.rank).start
+            counts.add(start, cells_BHW, batch.weights)
+        return counts.conclude()
+
+    def _few_images(self) -> pictures.Pixels:
+        """The first held-out images that can be read (of those trained on, where none are held out), uint8."""
+        config, source, selection = self.session.config, self.session.sources[self.set_name], self.selection
+        index_at = selection.holdout if selection.num_holdout else selection.train
+        most = selection.num_holdout or selection.num_train
+        size, fit = config.data.image_size, getattr(config.data, self.set_name).fit
+        found: list[pictures.Pixels] = []
+        for index in index_at(0, np.arange(min(most, 4 * NUM_PICTURES))).tolist():
+            try:
+                found.append(to_square(source.load(index, size), size, fit))
+            except Exception:  # Hostile bytes make decoders raise anything; the loader names the image.
+                continue
+            if len(found) == NUM_PICTURES:
+                break
+        return np.stack(found) if found else np.zeros((0, size, size, 3), np.uint8)
+
+
+class _Counts:
+    """Scores of the labelled images and of their pixels."""
+
+    def __init__(self, labelled: LabelledFolder, session: Session) -> None:
+        self._labelled, self._processes = labelled, session.processes
+        self._size, self._fit = session.config.data.image_size, session.config.data.domain.fit
+        self._images = {True: ScoreHistogram(), False: ScoreHistogram()}
+        self._pixels = PixelScores()
+
+    def add(self, start: int, cells_BHW: torch.Tensor, weights_B: torch.Tensor) -> None:
+        """A batch whose first image is number ``start``; a mask that cannot be read ends all processes."""
+        maps_BSS = residuals.upsample(cells_BHW, self._size).cpu()
+        scores_B = residuals.image_scores(cells_BHW.flatten(1)).cpu()
+        slots = weights_B.nonzero().flatten().tolist()
+
+        def count() -> None:
+            for slot in slots:
+                mask_SS = self._labelled.mask(start + slot, self._size, self._fit)
+                self._pixels.update(maps_BSS[slot][None], mask_SS[None])
+                self._images[self._labelled.kind(start + slot) == GOOD].update(scores_B[slot])
+
+        self._processes.all_do(count)
+
+    def conclude(self) -> dict[str, Any]:
+        """Called by all processes together."""
+        for histogram in self._images.values():
+            histogram.all_reduce(self._processes.sum_from_host)
+        self._pixels.all_reduce(self._processes.sum_from_host)
+        images = sum(int(histogram.counts_K.sum()) for histogram in self._images.values())
+        return {
+            "labelled_images": images,
+            "image_auroc": curve(self._images[False], self._images[True]).area(),
+            "pixel_auroc": self._pixels.curve().area(),
+        }
