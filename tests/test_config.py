@@ -174,3 +174,18 @@ def test_readme_lists_every_key():
         assert json.loads(row[2].strip(" `")) == default, f"README.md has another default for {key}"
         assert ("·" in row[1]) == may_change, f"README.md marks {key} wrongly"
         assert row[3].strip() == text, f"README.md describes {key} otherwise"
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    """PyYAML would keep the last ``data`` and drop what the first one says."""
+    path = tmp_path / "twice.yaml"
+    path.write_text("data: {image_size: 64}\nseed: 1\ndata: {num_workers: 2}\n")
+    with pytest.raises(ConfigError, match=r"data is there twice .*line 3"):
+        load_config(path)
+
+
+def test_a_pattern_that_the_shell_has_expanded_is_refused():
+    shards = [f"data.imagenet.path=/data/{number:03}.tar" for number in range(3)]
+    with pytest.raises(ConfigError, match=r"data\.imagenet\.path is given 3 times.*quote it"):
+        load_config("debug", shards)
+    assert load_config("debug", ["data.domain.path=null", "data.domain.path=here"]).data.domain.path == "here"

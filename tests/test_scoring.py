@@ -7,6 +7,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -163,10 +165,12 @@ def test_nothing_but_damaged_images(debug_run, tmp_path, capsys, fresh_accelerat
     (tmp_path / "images" / "a.png").write_bytes(b"")
     noise(0).save(tmp_path / "images" / "b.png")
     (tmp_path / "images" / "b.png").write_bytes((tmp_path / "images" / "b.png").read_bytes()[:60])
-    assert score(debug_run, tmp_path / "images", tmp_path / "out") == 0
+    assert score(debug_run, tmp_path / "images", tmp_path / "out") == 3
     assert [row["score"] for row in read_rows(tmp_path / "out")] == [None, None]
     assert np.isnan(read_maps(tmp_path / "out")).all()
-    assert "2 unreadable" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "2 unreadable" in said.out
+    assert "none of the 2 images" in said.err
     assert (tmp_path / "out" / "report.html").is_file()
 
 
@@ -608,3 +612,39 @@ def test_the_advised_rate_is_enough(clean_run, tmp_path, capsys, fresh_accelerat
     assert advised
     assert score(run, folder, tmp_path / "again", "--false-alarm-rate", advised.group(1)) == 0
     assert "too few" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- what is said besides
+
+
+def test_unreadable_images_are_named(debug_run, tmp_path, capsys, fresh_accelerate):
+    images = write_images(tmp_path / "images", 3)
+    (images / "zz.png").write_text("no picture")
+    assert score(debug_run, images, tmp_path / "out") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 4 images could not be read: zz.png (UnidentifiedImageError" in said
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert '"num_unreadable": 1' in page
+    assert "zz.png" in page
+
+
+def test_an_output_folder_serves_one_command_at_a_time(debug_run, tmp_path, capsys, fresh_accelerate):
+    images, out = write_images(tmp_path / "images", 3), tmp_path / "out"
+    out.mkdir()
+    hold = "import pathlib, sys; from trajdist import files; files.hold(pathlib.Path(sys.argv[1])); print(flush=True)"
+    command = [sys.executable, "-c", f"{hold}; sys.stdin.read()", str(out / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert score(debug_run, images, out) == 4
+        assert "is being written by another command" in capsys.readouterr().err
+        other.stdin.close()
+    assert score(debug_run, images, out) == 0
+
+
+def test_scoring_says_when_the_clean_images_were_trained_on(tmp_path, capsys, fresh_accelerate):
+    images, run_dir = write_images(tmp_path / "images", 6), tmp_path / "run"
+    keys = [f"data.imagenet.path={images}", "data.imagenet.num_samples=-1", "calibration.holdout_fraction=0"]
+    assert main(["train", "debug", f"run_dir={run_dir}", *keys]) == 0
+    capsys.readouterr()
+    assert score(run_dir, images, tmp_path / "out") == 0
+    assert "phase1 was trained on these clean images" in " ".join(capsys.readouterr().out.split())

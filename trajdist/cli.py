@@ -251,7 +251,7 @@ def _score(arguments: argparse.Namespace) -> int:
     source = open_source(arguments.images, "IMAGES", Access(retries=3))
     from trajdist.scoring.job import open_scoring
     from trajdist.scoring.report import report
-    from trajdist.scoring.score import score, score_table
+    from trajdist.scoring.score import score, score_table, tell_unreadable
 
     job = open_scoring(arguments.run_dir, source, arguments.images, arguments.out, _scoring_options(arguments))
     score(job)
@@ -259,6 +259,7 @@ def _score(arguments: argparse.Namespace) -> int:
     if job.processes.is_main:
         job.console.print(score_table(job))
         job.console.print(f"the report is {job.out / 'report.html'}")
+    job.processes.main_does(lambda: tell_unreadable(job))
     job.processes.leave()
     return 0
 
@@ -271,12 +272,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     dataset = LabelledFolder(Path(arguments.images), "DATASET", read_retries=3)
     from trajdist.scoring.evaluation import evaluate, metrics_table
     from trajdist.scoring.job import open_scoring
+    from trajdist.scoring.score import tell_unreadable
 
     job = open_scoring(arguments.run_dir, dataset, arguments.images, arguments.out, _scoring_options(arguments))
     metrics = evaluate(job, dataset)
     if job.processes.is_main:
         job.console.print(metrics_table(metrics))
         job.console.print(f"the report is {job.out / 'report.html'}")
+    job.processes.main_does(lambda: tell_unreadable(job))
     job.processes.leave()
     return 0
 

@@ -21,9 +21,25 @@ def load_config(source: str | Path | None = None, overrides: Iterable[str] = ())
         ConfigError: a file that cannot be read, an unknown key, a value of the wrong type or out of bounds.
     """
     tree: dict[str, Any] = read_yaml(find_config(str(source))) if source is not None else {}
+    overrides = list(overrides)
+    _refuse_expanded_paths(overrides)
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree)
+
+
+def _refuse_expanded_paths(overrides: list[str]) -> None:
+    """Of a path that is named several times, all but the last would be ignored without a word."""
+    named: dict[str, set[str]] = {}
+    for key, _, text in (override.partition("=") for override in overrides):
+        if key.endswith(".path") and text != "null":
+            named.setdefault(key, set()).add(text)
+    for key, paths in named.items():
+        if len(paths) > 1:
+            raise ConfigError(
+                f"{key} is given {len(paths)} times, {min(paths)!r} for one: name it once, and quote it if it has "
+                "braces or asterisks, which the shell expands otherwise."
+            )
 
 
 def find_config(name: str) -> Path:
@@ -49,10 +65,22 @@ def _config_folders() -> Iterator[Path]:
             yield folder
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML itself forbids a key that is there twice; PyYAML keeps the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that must hold a mapping."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split()).rstrip("^ :.")
         raise ConfigError(f"the config {str(path)!r} cannot be read as YAML ({reason}): mend the file.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -50,6 +51,27 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
     """
     if os.pwrite(descriptor, data, offset) < data.nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def hold(path: Path) -> int | None:
+    """Open a lock file and hold it until its descriptor is closed or the process ends, where the file system can lock.
+
+    Returns:
+        The descriptor, or None if another process holds the lock.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        # A lock of the process, not of the open file: decoding workers must not outlive their trainer with it.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass  # Some network file systems have no locks.
+    return descriptor
 
 
 def sync_file(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trajdist.errors import ArtifactError
-from trajdist.files import read_json, write_bytes, write_json
+from trajdist.files import hold, read_json, write_bytes, write_json
 
 
 class RunDir:
@@ -164,17 +163,11 @@ class RunDir:
             ArtifactError: another run holds it, or it cannot be written.
         """
         with self._writing("written"):
-            self._lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            # A lock of the process, not of the open file: decoding workers must not outlive their trainer with it.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self.unlock()
+            self._lock = hold(self.path / ".lock")
+        if self._lock is None:
             raise ArtifactError(
                 f"run_dir={str(self.path)!r} is in use by another run: wait for it, or name another run_dir."
-            ) from None
-        except OSError:
-            pass  # Some network file systems have no locks.
+            )
 
     def unlock(self) -> None:
         if self._lock is not None:

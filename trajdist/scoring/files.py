@@ -57,6 +57,17 @@ def least_anomalous(out: Path, count: int) -> list[tuple[int, Row]]:
     return heapq.nsmallest(count, _scored_rows(out), key=lambda item: item[1]["score"])
 
 
+def unreadable(out: Path, most: int) -> tuple[list[Row], int]:
+    """The rows of the first images that could not be read, and how many there are in all."""
+    rows: list[Row] = []
+    count = 0
+    for row in read_rows(out):
+        if row["score"] is None:
+            count += 1
+            rows += [row] * (count <= most)
+    return rows, count
+
+
 def _scored_rows(out: Path) -> Iterator[tuple[int, Row]]:
     return ((position, row) for position, row in enumerate(read_rows(out)) if row["score"] is not None)
 

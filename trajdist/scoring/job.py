@@ -60,6 +60,7 @@ class Scoring:
     console: Console
     rates: list[float]
     thresholds: list[float]
+    lock: int | None = None
 
     @property
     def drawing_threads(self) -> int:
@@ -129,6 +130,11 @@ def _announce(job: Scoring) -> None:
             f"{detector.name}: threshold {threshold:.4g} for a false-alarm rate of {rate:.3g}, "
             f"from {detector.images.count} clean images"
         )
+        if not detector.held_out:
+            job.console.print(
+                f"{detector.name} was trained on these clean images: new ones score higher, and false alarms will be "
+                "more; set calibration.holdout_fraction above 0 and train again, or add images"
+            )
         if threshold == float("inf"):
             job.console.print(
                 f"{detector.images.count} clean images are too few for this rate: no image can be called anomalous; "

@@ -99,6 +99,7 @@ class ReportData:
         threshold: scores at least this much are anomalous; infinite where nothing can be declared.
         false_alarm_rate: the rate that the threshold was set for.
         blocks: names of the blocks, shallow to deep.
+        unreadable: names and errors of the first images that could not be read, of ``num_unreadable``.
     """
 
     title: str
@@ -114,6 +115,8 @@ class ReportData:
     blocks: Sequence[str] = ()
     most_anomalous: Sequence[Picture] = field(default=())
     least_anomalous: Sequence[Picture] = field(default=())
+    unreadable: Sequence[tuple[str, str]] = ()
+    num_unreadable: int = 0
 
 
 def write_report(path: Path, data: ReportData) -> None:

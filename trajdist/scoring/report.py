@@ -17,7 +17,7 @@ from trajdist.data.loader import ImageBatch
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring import pictures
-from trajdist.scoring.files import Row, least_anomalous, most_anomalous, read_rows
+from trajdist.scoring.files import Row, least_anomalous, most_anomalous, read_rows, unreadable
 from trajdist.scoring.histogram import ScoreHistogram, plot_bins
 from trajdist.scoring.job import Scoring
 from trajdist.scoring.metrics import PixelScores, curve
@@ -33,7 +33,7 @@ from trajdist.scoring.page import (
 )
 from trajdist.scoring.score import Scored, map_of, map_range, score_batch
 
-TABLE_ROWS, GALLERY = 10_000, 12
+TABLE_ROWS, GALLERY, UNREADABLE = 10_000, 12, 100
 CARDS = {
     "image_auroc": "Image AUROC",
     "image_ap": "Image AP",
@@ -60,6 +60,7 @@ def report(job: Scoring, labels: Labels | None = None) -> None:
     top, bottom = most_anomalous(job.out, TABLE_ROWS), least_anomalous(job.out, GALLERY)
     gallery = top[:GALLERY]
     scored = _score_again(job, [position for position, _ in (*gallery, *bottom)])
+    failed, num_failed = unreadable(job.out, UNREADABLE)
     data = ReportData(
         title=f"{RunDir(job.run_dir).path.name}: {job.images_title}",
         summary=_summary(job),
@@ -74,6 +75,8 @@ def report(job: Scoring, labels: Labels | None = None) -> None:
         blocks=job.block_names,
         most_anomalous=[_picture(job, scored[position], row, labels) for position, row in gallery],
         least_anomalous=[_picture(job, scored[position], row, labels) for position, row in bottom],
+        unreadable=[(row["image"], row["error"]) for row in failed],
+        num_unreadable=num_failed,
     )
     write_report(job.out / "report.html", data)
 

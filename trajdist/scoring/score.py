@@ -6,6 +6,7 @@ Shape suffixes: B images, H W grid, L blocks, S pixels per side.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from trajdist.data.loader import (
     ImageBatch,
     in_threads,
 )
-from trajdist.errors import ArtifactError, ConfigError
-from trajdist.files import read_json, write_json
+from trajdist.errors import ArtifactError, ConfigError, DataError
+from trajdist.files import hold, read_json, write_json
 from trajdist.runtime.processes import Processes, to_device
 from trajdist.runtime.progress import Progress
 from trajdist.scoring import pictures, residuals
@@ -34,11 +35,14 @@ from trajdist.scoring.files import (
     most_anomalous,
     picture_name,
     read_rows,
+    unreadable,
 )
 from trajdist.scoring.job import Scoring
 from trajdist.scoring.scorer import CellScores
 from trajdist.sharding import Plan
 
+# Unreadable images that are named on the screen; scores.jsonl has all.
+SHOWN = 5
 Visit = Callable[["Scored"], None]
 # Position in the input order, row, and raw map unless the image failed.
 Numbered = tuple[int, Row, pictures.Floats | None]
@@ -88,6 +92,7 @@ def score(job: Scoring, visit: Visit | None = None) -> None:
     if done < num_images:
         _walk(job, plan, done, maps, visit)
     maps.close()
+    _release_out(job)
     job.processes.wait()
 
 
@@ -274,12 +279,39 @@ def _claim_out(job: Scoring) -> None:
         (job.out / "maps").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(f"--out {str(job.out)!r} cannot be made ({error.strerror}).") from None
+    job.lock = hold(job.out / ".lock")
+    if job.lock is None:
+        raise ArtifactError(
+            f"--out {str(job.out)!r} is being written by another command: wait for it, or name another."
+        )
     if marker.exists() and read_json(marker) != identity:
         raise ConfigError(
             f"--out {str(job.out)!r} holds the scores of other images, of another run or with other options: "
             "name another."
         )
     write_json(marker, identity)
+
+
+def _release_out(job: Scoring) -> None:
+    if job.lock is not None:
+        os.close(job.lock)
+    job.lock = None
+
+
+def tell_unreadable(job: Scoring) -> None:
+    """Name the first images that could not be read; the main process calls it.
+
+    Raises:
+        DataError: there were no others.
+    """
+    rows, count = unreadable(job.out, SHOWN)
+    if not count:
+        return
+    named = "; ".join(f"{row['image']} ({row['error']})" for row in rows)
+    more = f"; and {count - SHOWN} more, see scores.jsonl" if count > SHOWN else ""
+    if count == len(job.source):
+        raise DataError(f"none of the {count} images of {job.images_title!r} could be read: {named}{more}.")
+    job.console.print(f"{count} of {len(job.source)} images could not be read: {named}{more}", markup=False)
 
 
 def score_table(job: Scoring) -> Table:

@@ -208,6 +208,10 @@ def _to_pil(image: Any) -> Image.Image:
     """Upright RGB, as :func:`trajdist.data.decode.decode` makes it of a file."""
     if isinstance(image, Image.Image):
         return to_rgb(ImageOps.exif_transpose(image))
+    if isinstance(image, (str, Path)):
+        raise DataError(
+            f"a picture of type {type(image).__name__} ({str(image)!r}) is none: open it with PIL.Image.open."
+        )
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = image.float() if image.is_floating_point() else image  # NumPy has no bfloat16.
