@@ -29,6 +29,7 @@ from trajdist.data.sources import open_source
 from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.files import picture_name
 from trajdist.scoring.histogram import ScoreHistogram
+from trajdist.scoring.pictures import overlay
 from trajdist.scoring.residuals import upsample
 from trajdist.scoring.scorer import Scorer
 
@@ -197,13 +198,18 @@ def test_pictures_show_the_image_and_its_map(scored, images):
             shown = np.asarray(panel.convert("RGB")).astype(int)
         original = np.asarray(Image.open(images / row["image"])).astype(int)
         np.testing.assert_array_equal(shown[:, :64], original)
-        y, x = row["hottest"]
-        overlay, grey = shown[:, 72:136], original.mean(-1, keepdims=True)
-        # Clear places are a quarter dark, hot ones take on colours: where the row says so, most of all.
-        tint = (overlay.max(-1) - overlay.min(-1)).reshape(4, 16, 4, 16).mean((1, 3))
-        assert tint.shape == (4, 4)
-        assert tint[y, x] >= np.median(tint)
-        assert np.abs(overlay - grey).max() > 0
+
+
+def test_an_overlay_is_brightest_where_the_map_is():
+    """Clear places are the image in grey, darkened; the hot one takes on the map's brightest colour."""
+    map_SS = np.zeros((64, 64), np.float32)
+    map_SS[16:32, 32:48] = 1.0
+    image = np.asarray(noise(3, 64))
+    shown = np.asarray(overlay(image, map_SS, 0.0, 1.0)).astype(int)
+    brightness = shown.sum(-1).reshape(4, 16, 4, 16).mean((1, 3))
+    assert np.unravel_index(brightness.argmax(), (4, 4)) == (1, 2)
+    spread = shown.max(-1) - shown.min(-1)
+    assert spread[map_SS == 1].min() > spread[map_SS == 0].max()
 
 
 def test_names_of_pictures_are_flat_short_and_unlike():

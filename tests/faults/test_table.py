@@ -16,4 +16,5 @@ def test_every_named_test_exists():
             named.append((file, test))
     assert len(named) > 30
     for file, test in named:
-        assert f"def {test}" in (REPOSITORY / "tests" / file).read_text()
+        found = (REPOSITORY / "tests" / file).read_text()
+        assert not test or f"def {test}(" in found
