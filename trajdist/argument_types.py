@@ -1,4 +1,4 @@
-"""What an option's text means, for argparse."""
+"""Types of command-line options, for argparse. All raise ArgumentTypeError or ValueError on invalid text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 
 
 def rate(text: str) -> float:
+    """A number between 0 and 1, both excluded."""
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -14,6 +15,7 @@ def rate(text: str) -> float:
 
 
 def positive(text: str) -> int:
+    """An integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -21,6 +23,7 @@ def positive(text: str) -> int:
 
 
 def speed(text: str) -> float:
+    """A positive finite number."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -28,7 +31,7 @@ def speed(text: str) -> float:
 
 
 def size(text: str) -> int:
-    """Bytes: ``80GiB``, ``24 GB``, ``500MB``, or a plain number."""
+    """A number of bytes: ``80GiB``, ``24 GB``, ``500MB``, or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 80GiB, 24GB or 500MB")
@@ -38,6 +41,7 @@ def size(text: str) -> int:
 
 
 def quality(text: str) -> int:
+    """A JPEG quality: an integer from 1 to 100."""
     value = positive(text)
     if value > 100:
         raise argparse.ArgumentTypeError(f"{text} is more than 100")

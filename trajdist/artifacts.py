@@ -1,6 +1,6 @@
-"""Tensors that outlive a run: safetensors, never pickle; written whole or not at all.
+"""Tensors on disk: in safetensors, never pickle; written atomically.
 
-Every safetensors file of trajdist carries one JSON document under the metadata key ``trajdist``.
+trajdist's safetensors files may carry a JSON document under the metadata key ``trajdist``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PIECE = 2**24  # bytes
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | None = None) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors, and over JSON facts."""
+    """SHA-256, in hexadecimal, over names, dtypes, shapes and bytes of tensors, and over JSON facts."""
     digest = hashlib.sha256(json.dumps(facts or {}, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -34,7 +34,11 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], document: Any = None) -> None:
-    """Write tensors, and a JSON document in their metadata, atomically."""
+    """Write tensors, and a JSON document in their metadata, atomically.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
     metadata = None if document is None else {METADATA_KEY: json.dumps(document, sort_keys=True)}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, save(on_cpu, metadata=metadata))
@@ -54,9 +58,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def holds(path: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a safetensors file has exactly these CPU tensors, bit by bit.
+    """Whether a safetensors file holds exactly these CPU tensors, by name and byte for byte.
 
-    The file is read in pieces, not mapped: mapped pages would count as this process's memory.
+    The file is read in chunks, not memory-mapped: mapped pages would count as this process's memory.
 
     Raises:
         ArtifactError: the file is missing or damaged.
@@ -74,7 +78,7 @@ def holds(path: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _same(file: BinaryIO, start: int, tensor: torch.Tensor) -> bool:
-    """Bit by bit, so that a NaN equals itself."""
+    """Compare bytes rather than values, so that a NaN equals itself."""
     file.seek(start)
     content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     pieces = (content[at : at + _PIECE] for at in range(0, len(content), _PIECE))
@@ -107,10 +111,10 @@ def _damaged(path: Path, error: Exception) -> ArtifactError:
 
 
 def load_state(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Load a state dict, checking names, shapes and types against the module first.
+    """Load a state dict after checking names, shapes and dtypes against the module.
 
     Raises:
-        ArtifactError: the first tensor that is missing, unknown or of another shape or type.
+        ArtifactError: names the first tensor that is missing, unknown or of another shape or dtype.
     """
     expected = module.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
@@ -123,5 +127,5 @@ def load_state(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], pat
                 f"{str(path)!r} has {name!r} as {theirs.dtype} {list(theirs.shape)}, "
                 f"the model needs {mine.dtype} {list(mine.shape)}."
             )
-    # assign: the module may be on the meta device, without memory of its own.
+    # assign=True: the module may be on the meta device, whose tensors have no storage to copy into.
     module.load_state_dict(dict(tensors), assign=True)

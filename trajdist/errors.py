@@ -1,11 +1,11 @@
-"""The errors that a user can cause, each with the exit code of the command line.
+"""The errors that a user can cause, each with its exit code on the command line.
 
-Every message is one sentence that names the field or the file, its value, and the mend.
+Every message is one sentence that names the field or the file, its value, and how to fix it.
 """
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """What somebody else's error says, fit for the middle of a sentence."""
+    """The message of a third-party error, for the middle of a sentence: at most ``most`` characters on one line."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(said.split())[:most].rstrip(". ")
 
@@ -35,12 +35,12 @@ class ArtifactError(UserError):
 
 
 class TrainingError(UserError):
-    """Training that cannot go on, such as a loss that is no longer finite."""
+    """Training that cannot continue, for example because a loss is no longer finite."""
 
     exit_code = 1
 
 
 class StopRequested(Exception):
-    """A signal or the STOP file asked the run to stop; a checkpoint has been saved."""
+    """A signal or the STOP file asked the run to stop. Training so far is in a checkpoint; other passes start over."""
 
     exit_code = 75

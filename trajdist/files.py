@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and JSON read in bounded memory. Needs no torch."""
+"""Files written atomically, and JSON read in bounded memory. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from typing import Any
 
 from trajdist.errors import ArtifactError
 
-# Far more than trajdist writes; a hostile file must not fill the memory.
+# Far more than trajdist writes; a malicious file must not fill the memory.
 LARGEST_JSON = 2**26
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or, whatever happens, as it was before."""
+    """Write a file atomically: whatever happens, it is either complete or as it was before.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as handle:
@@ -35,7 +39,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file of any size, in constant memory."""
+    """SHA-256 of a file of any size, in hexadecimal, read in constant memory."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while chunk := handle.read(1 << 20):
@@ -47,7 +51,7 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
     """Write all of ``data`` at ``offset`` of an open file.
 
     Raises:
-        OSError: the disk is full: it may take a part without complaint.
+        OSError: the write failed, or was short: a disk that fills up may accept part of the data without an error.
     """
     if os.pwrite(descriptor, data, offset) < data.nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -81,7 +85,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut, where the file system can."""
+    """Make a rename in ``folder`` survive a power cut, if the file system supports it."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -95,7 +99,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document atomically."""
+    """Write a JSON document atomically.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
     write_bytes(path, json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
 
 
@@ -103,7 +111,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON document.
 
     Raises:
-        ArtifactError: the file is missing, is not JSON, or is too large to be any of trajdist's.
+        ArtifactError: the file is missing, is not JSON, or is too large to be one of trajdist's.
     """
     try:
         with open(path, "rb") as handle:

@@ -1,4 +1,4 @@
-"""What torchrun, ``accelerate launch`` and Slurm tell a process by its environment, before anything is connected."""
+"""What torchrun, ``accelerate launch`` and Slurm tell a process in its environment, before it connects to others."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ import os
 
 
 def rank() -> int:
-    """The process's number in the job; 0 without a launcher."""
+    """The process's rank in the job; 0 without a launcher."""
     return _number("RANK", 0)
 
 
 def world(default: int = 1) -> int:
-    """How many processes the job has."""
+    """Number of processes in the job; ``default`` without a launcher."""
     return _number("WORLD_SIZE", default)
 
 
 def local_world(default: int = 1) -> int:
-    """How many of them are on this machine."""
+    """Number of the job's processes on this machine; ``default`` if the launcher does not say."""
     return _number("LOCAL_WORLD_SIZE", default)
 
 
 def mixed_precision() -> str | None:
-    """What ``accelerate launch`` was told, or None: it goes before what a machine would choose."""
+    """The setting of ``accelerate launch``, or None. It takes precedence over what the machine would choose."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() or None
 
 
 def is_elastic() -> bool:
-    """Whether torchrun's agent, which ``accelerate launch`` uses as well, is the parent process."""
+    """Whether the parent process is torchrun's elastic agent, which ``accelerate launch`` uses as well."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_launched() -> bool:
-    """Whether any launcher started the process; it takes an exit code other than 0 for a crash."""
+    """Whether a launcher started the process; launchers treat a non-zero exit code as a crash."""
     return is_elastic() or "LOCAL_WORLD_SIZE" in os.environ
 
 
 def has_restarted() -> bool:
-    """Whether a launcher or Slurm has started the same command again after a failure."""
+    """Whether a launcher or Slurm has restarted the same command, as after a failure."""
     return any(_number(name, 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 

@@ -1,6 +1,6 @@
-"""Sequence models by name: those of trajdist, and those that installed packages register. Needs no torch.
+"""Sequence models by name: trajdist's own, and those that installed packages register. Does not import torch.
 
-A package adds a model by one line in its metadata, in the group ``trajdist.models``::
+A package adds a model with one line in its metadata, in the group ``trajdist.models``::
 
     [project.entry-points."trajdist.models"]
     mine = "my_package.my_model:MyModel"
@@ -19,15 +19,15 @@ BUILT_IN = ("autoencoder", "vae", "transformer")
 
 
 def installed_models() -> dict[str, EntryPoint]:
-    """The models of other packages; trajdist's own names are not for others."""
+    """The models registered by other packages, which cannot override trajdist's own."""
     return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in BUILT_IN}
 
 
 def known_model(name: str) -> str:
-    """The name, if a model has it.
+    """Return ``name`` if there is a model of that name.
 
     Raises:
-        ValueError: none has.
+        ValueError: there is none.
     """
     if name not in BUILT_IN and name not in (others := installed_models()):
         *some, last = (repr(known) for known in (*BUILT_IN, *sorted(others)))
@@ -36,16 +36,16 @@ def known_model(name: str) -> str:
 
 
 def load_model_class(name: str) -> object:
-    """What the package of a model registered under its name.
+    """Import the object that a package registered under ``name``.
 
     Raises:
-        ConfigError: there is none, or it cannot be imported.
+        ConfigError: no package did, or it cannot be imported.
     """
     entry = installed_models().get(name)
     if entry is None:
         raise ConfigError(f"model.type={name!r} is no model that is installed.")
     try:
         return entry.load()
-    except Exception as error:  # Somebody else's module may raise anything.
+    except Exception as error:  # A third-party module may raise anything.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConfigError(f"model.type={name!r} is {entry.value!r}, which cannot be imported ({reason}).") from None

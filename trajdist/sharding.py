@@ -1,11 +1,13 @@
-"""Who gets which image when: pure integer arithmetic, the same on every process and at every world size.
+"""Which process gets which image, and when: pure integer arithmetic, the same on every process and world size.
 
 A run walks through ``num_epochs`` epochs of ``num_images`` positions. The *cursor* is the number of images
 consumed so far, ``epoch * num_images + position``. One optimizer step takes the next ``global_batch`` positions of
-its epoch (fewer at the epoch's end), cut into micro-batches of ``world * slots`` slots; a process gets
-``slots`` consecutive ones. Slots without a position are empty (weight 0), so that every process takes the same number
-of equally large micro-batches. The global batch belongs to the run, not to the world size: another number of
-processes takes the same steps.
+its epoch (fewer at the epoch's end), cut into micro-batches of ``world * slots`` slots; each process gets
+``slots`` consecutive ones. Slots without a position are empty (weight 0), so that every process gets the same number
+of equally large micro-batches. The global batch is a property of the run, not of the world size: with a different
+number of processes, the run takes the same steps on the same images.
+
+Shapes: N images, B slots, K chosen places.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Slots:
-    """A micro-batch of one process: positions ``[start, stop)`` of ``epoch`` in ``size`` slots, the rest empty."""
+    """A micro-batch of one process: positions ``[start, stop)`` of ``epoch`` in ``size`` slots; the rest are empty."""
 
     epoch: int
     start: int
@@ -53,7 +55,13 @@ class Slots:
 
 @dataclass(frozen=True)
 class Plan:
-    """The walk through the images, for ``world`` processes that hold at most ``batch_size`` images each."""
+    """How ``world`` processes walk through the images.
+
+    Attributes:
+        num_images: per epoch.
+        global_batch: images per optimizer step, over all processes.
+        batch_size: most images per process and micro-batch.
+    """
 
     num_images: int
     num_epochs: int
@@ -91,11 +99,15 @@ class Plan:
         return Step(index, epoch, start, stop, ends_epoch=stop == self.num_images)
 
     def cursor_after(self, step: Step) -> int:
-        """Images consumed when ``step`` is done."""
+        """Images consumed once ``step`` is done."""
         return step.epoch * self.num_images + step.stop
 
     def step_index_at(self, cursor: int) -> int:
-        """Index of the step that begins at ``cursor``, which must lie between two steps."""
+        """Index of the step that begins at ``cursor``.
+
+        Raises:
+            ValueError: ``cursor`` lies inside a step.
+        """
         epoch, position = divmod(cursor, self.num_images)
         within = position // self.global_batch
         if not self.is_between_steps(cursor):
@@ -134,7 +146,7 @@ def mix64(values: UInt64s) -> UInt64s:
 
 
 def key64(*parts: int) -> int:
-    """One well-mixed 64-bit number out of several small ones (seed, phase, epoch, ...)."""
+    """Hash several small integers (seed, phase, epoch, ...) into one well-mixed 64-bit key."""
     key = np.zeros(1, np.uint64)
     for part in parts:
         key = mix64(key ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
@@ -142,11 +154,11 @@ def key64(*parts: int) -> int:
 
 
 def permute(positions: Int64s, size: int, key: int) -> Int64s:
-    """The images of a shuffled ``range(size)`` at ``positions``: a permutation in constant memory.
+    """The entries of a shuffled ``range(size)`` at ``positions``, as int64 of the same shape, in constant memory.
 
-    A Feistel network on the smallest even number of bits that holds ``size``, walked until it falls below ``size``
-    (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). No list of length ``size`` exists anywhere, any
-    position is as cheap as the first, and the order depends on no library's random generator.
+    A Feistel network on the smallest even number of bits that holds ``size``, cycle-walked until the result is below
+    ``size`` (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). No list of length ``size`` is ever built,
+    any position is as cheap as the first, and the order does not depend on any library's random generator.
 
     >>> permute(np.arange(10), 10, key=7).tolist()
     [4, 2, 3, 6, 8, 9, 7, 0, 1, 5]
@@ -169,10 +181,10 @@ def permute(positions: Int64s, size: int, key: int) -> Int64s:
 
 
 def permute_windows(positions: Int64s, sizes: Int64s, window: int, key: int) -> Int64s:
-    """The places at ``positions`` when shards of ``sizes`` places lie end to end and nearly keep together.
+    """As :func:`permute`, for items in consecutive shards of ``sizes`` items, mixing few shards at a time.
 
-    The shards are shuffled and cut into windows of ``window`` shards; inside of a window all places are shuffled. So
-    only a window's shards are read at any time. Memory grows with the number of shards alone.
+    The shards are shuffled and cut into windows of ``window`` shards; within a window all items are shuffled. So only
+    the shards of one window are read at a time. Memory grows only with the number of shards.
 
     >>> permute_windows(np.arange(6), np.array([2, 2, 2]), window=1, key=0).tolist()
     [0, 1, 2, 3, 4, 5]
@@ -194,12 +206,12 @@ def permute_windows(positions: Int64s, sizes: Int64s, window: int, key: int) -> 
 
 @dataclass(frozen=True)
 class Order:
-    """What decides the order of the images beyond their number and the seed.
+    """What determines the order of the images, apart from their number and the seed.
 
     Attributes:
-        shard_sizes: images in each shard of the set.
-        window: shards to mix; 0 mixes all, and so does a window that holds them all.
-        classes: ``[N]``, the class of each image, where a subset is to have its share of each.
+        shard_sizes: number of images in each shard of the set.
+        window: number of shards to mix at a time; 0, or a window that holds them all, mixes everything.
+        classes: ``[N]``, the class of each image, if a subset is to be stratified by class.
     """
 
     shard_sizes: Sequence[int] = ()
@@ -216,10 +228,10 @@ class Selection:
     """Which of ``total`` images are trained on, which are held out for calibration, and the order of each epoch.
 
     Attributes:
-        window: shards to mix, where the order goes by shards.
-        stratified: whether each class has its share.
-        members: the images that are trained on, rising; None where a formula says it without a list.
-        member_sizes: how many of them are in each shard, where the order goes by shards.
+        window: number of shards to mix at a time, if the order goes by shards.
+        stratified: whether the images trained on are a subset stratified by class.
+        members: ``[num_train]``, sorted indices of the images trained on; None if they follow from a formula.
+        member_sizes: how many of them each shard has, if the order goes by shards.
     """
 
     total: int
@@ -236,9 +248,9 @@ class Selection:
     def draw(
         cls, total: int, num_samples: int, holdout_fraction: float, seed: int, phase: int, order: Order | None = None
     ) -> Selection:
-        """Hold out a seeded share of all images, then train on ``num_samples`` of the others (-1: all of them).
+        """Hold out a seeded random fraction of all images; train on ``num_samples`` of the others (-1: all of them).
 
-        Where classes are known, each has its share of the ``num_samples``.
+        If classes are known, those ``num_samples`` are stratified by class.
         """
         order = order or Order()
         num_holdout = min(round(total * holdout_fraction), total - 1) if total else 0
@@ -255,7 +267,7 @@ class Selection:
         return replace(plain, stratified=stratified).of(np.sort(images), order)
 
     def of(self, members: Int64s, order: Order) -> Selection:
-        """The same, with another list of images to train on."""
+        """The same selection with another list of images to train on, sorted."""
         if not order.by_shards:
             return replace(self, members=members)
         borders = np.searchsorted(members, np.append(0, np.cumsum(order.shard_sizes)))
@@ -271,7 +283,7 @@ class Selection:
         return self.members[permute_windows(positions, self.member_sizes, self.window, key)]
 
     def holdout(self, epoch: int, positions: Int64s) -> Int64s:
-        """Image indices at ``positions`` of the held-out images, the same in every epoch."""
+        """Indices of the held-out images at ``positions``, the same in every epoch."""
         return self._split(self.total - 1 - np.asarray(positions, np.int64))
 
     def _split(self, ranks: Int64s) -> Int64s:
@@ -279,7 +291,7 @@ class Selection:
 
 
 def _shares(classes: Int64s, count: int) -> Int64s:
-    """Which ``count`` of shuffled images to take so that each class has its share, by the largest remainders."""
+    """Positions of ``count`` of the shuffled images, stratified by class (largest remainder method)."""
     _, numbers, sizes = np.unique(classes, return_inverse=True, return_counts=True)
     quotas = sizes * count // len(classes)
     remainders = sizes * count % len(classes)
@@ -294,7 +306,7 @@ def _shares(classes: Int64s, count: int) -> Int64s:
 class PlaceDraw:
     """Which ``count`` of an image's ``total`` places are trained on: drawn anew for each image in each epoch.
 
-    Every place is as likely as any other, so the mean of their losses expects the mean over all places.
+    All places are equally likely, so the mean loss over those drawn is an unbiased estimate of that over all places.
     """
 
     total: int
@@ -303,7 +315,7 @@ class PlaceDraw:
     phase: int
 
     def __call__(self, slots: Slots) -> Int64s:
-        """Numbers of the places of each slot, ``[B, K]``, rising: a function of the image's position in its epoch."""
+        """Sorted indices of the places of each slot, ``[B, K]``: a pure function of the epoch and the position."""
         positions = np.arange(slots.start, slots.start + slots.size, dtype=np.int64).astype(np.uint64)
         keys = mix64(positions ^ np.uint64(key64(self.seed, self.phase, 2, slots.epoch)))
         lots = mix64(keys[:, None] ^ mix64(np.arange(self.total, dtype=np.uint64)))
@@ -311,13 +323,13 @@ class PlaceDraw:
 
 
 def in_order(epoch: int, positions: Int64s) -> Int64s:
-    """The order of a source itself, the same in every epoch."""
+    """The source's own order, the same in every epoch."""
     return positions
 
 
 def digest(indices: Int64s) -> int:
-    """Order-free digest of a set of images: the sum of their scrambled indices, 32 bits each.
+    """Order-independent digest of a set of images: the sum of their scrambled indices, 32 bits each.
 
-    Sums of digests are digests of unions; 2**31 images fit into a signed 64-bit integer.
+    The digest of a union is the sum of the digests; 2**31 images fit into a signed 64-bit integer.
     """
     return int((mix64(np.asarray(indices, np.int64).astype(np.uint64)) >> np.uint64(32)).sum())

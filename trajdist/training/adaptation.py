@@ -1,4 +1,4 @@
-"""Phase 2: load Phase 1, attach LoRA, loop, prove, calibrate, save; for one domain, or for several at once."""
+"""Phase 2: load Phase 1, attach LoRA, train, verify, save, calibrate; for one domain, or for several at once."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ class Adaptation:
     """An adapter that is ready to be trained.
 
     Attributes:
-        base_before: fingerprint of the weights under the adapter, which must not move.
-        base_id: identifies the Phase 1 that the adapter stands on.
+        training: the run, its images and the adapted model.
+        extractor: shared by all domains.
+        base_before: fingerprint of the base weights before training; they must not change.
+        base_id: fingerprint of the Phase 1 model that the adapter belongs to.
     """
 
     training: Training
@@ -44,7 +46,14 @@ class Adaptation:
 
 
 def phase2(session: Session, at: Position) -> None:
-    """Adapt a trained Phase 1 to the domain set with LoRA, or to each of ``data.domains``."""
+    """Adapt a trained Phase 1 to the domain set with LoRA, or to each of ``data.domains``.
+
+    Raises:
+        ArtifactError, ConfigError: see :func:`adopt_phase1` and :func:`trajdist.training.train.train`.
+        DataError: the images changed, or too many of them could not be read.
+        TrainingError: a loss was not finite, or the trained adapter failed its verification.
+        StopRequested: a stop was requested; a new start resumes from the checkpoint, if there is one yet.
+    """
     at.phase = 2
     if session.config.data.domains:
         _adapt_to_all(session, at)
@@ -55,7 +64,7 @@ def phase2(session: Session, at: Position) -> None:
 
 
 def _adapt_to_all(session: Session, at: Position) -> None:
-    """Each domain has a run directory of its own below this one's, and comes out of it as if it were alone."""
+    """Each domain has its own run directory under this one, with the same contents as if it were adapted to alone."""
     session.processes.main_does(lambda: adopt_phase1(session))
     extractor = load_extractor(session)
     session.record(at)
@@ -82,8 +91,8 @@ def _adapt_to_all(session: Session, at: Position) -> None:
 
 
 def _prepare(session: Session, at: Position) -> Adaptation:
-    """Attach an adapter to the run's Phase 1 and choose what it minimises."""
-    # PEFT takes longer to import than torch; Phase 1 does without.
+    """Attach an adapter to the run's Phase 1 and choose its objective."""
+    # PEFT takes longer to import than torch, and Phase 1 does not need it.
     from trajdist.saved import lora
 
     with session.naming():
@@ -110,7 +119,7 @@ def _prepare(session: Session, at: Position) -> Adaptation:
 
 
 def _conclude(adaptation: Adaptation, job: Job, summary: dict[str, Any]) -> None:
-    """Prove and save the adapter, calibrate it, write its card and its figures."""
+    """Verify and save the adapter, calibrate it, and write its model card and its summary."""
     from trajdist.saved import lora
 
     session, selection, base_id = adaptation.training.session, adaptation.training.selection, adaptation.base_id
@@ -137,7 +146,7 @@ def _write_card(session: Session, selection: Selection, base_id: str, summary: d
 
 
 def _contrasting(task: Task, session: Session, extractor: TrajectoryExtractor, whitened: ResidualModel) -> Task:
-    """The same adapter, trained to tell drawn defects from clean places."""
+    """The same adapter, but with the objective of telling drawn defects from clean places."""
     valid_LD = extractor.projection.valid_LD
     model = ContrastModel(task.model, whitened, valid_LD.flatten().nonzero().squeeze(1))
     defects = DefectDraw(extractor.resolution, session.config.seed, phase=2)
@@ -145,11 +154,11 @@ def _contrasting(task: Task, session: Session, extractor: TrajectoryExtractor, w
 
 
 def adopt_phase1(session: Session) -> None:
-    """With ``phase1=DIR``, copy that run's Phase 1 into this run directory, so that it stands alone.
+    """With ``phase1=DIR``, copy that run's Phase 1 into this run directory, so that it is self-contained.
 
     Raises:
-        ArtifactError: there is no finished Phase 1.
-        ConfigError: this config describes another model than that Phase 1 is.
+        ArtifactError: there is no finished Phase 1, or its files are damaged.
+        ConfigError: this config does not describe the model of that Phase 1.
     """
     rundir, chosen = session.rundir, session.config.phase1
     if chosen is not None and not rundir.model.exists():
@@ -159,7 +168,7 @@ def adopt_phase1(session: Session) -> None:
         for target in targets:
             if not (folder / target.name).is_file():
                 raise ArtifactError(f"phase1={chosen!r} has no {target.name}: name a run whose Phase 1 is done.")
-        # Before anything is copied: a config that does not fit can be mended, and the command given again.
+        # Check before copying anything: the user can then correct the config and run the command again.
         _check_same_model(session.config, folder / rundir.trajectory.name, folder / rundir.model.name)
         for target in targets:
             copied = target.with_suffix(".tmp")
@@ -174,7 +183,11 @@ def adopt_phase1(session: Session) -> None:
 
 
 def _check_same_model(config: Config, trajectory: Path, model: Path) -> None:
-    """The config of Phase 2 must describe the Phase 1 it adapts."""
+    """Refuse a Phase 2 config that does not describe the Phase 1 model it adapts.
+
+    Raises:
+        ConfigError: the first key that differs.
+    """
     made = bundle.read(trajectory, bundle.TrajectoryDocument)
     learned = bundle.read(model, bundle.ModelDocument)
     pairs = {

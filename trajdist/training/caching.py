@@ -1,4 +1,4 @@
-"""The trajectory cache of a phase: what its records depend on, and how many each process may add."""
+"""The trajectory cache of a phase: what its records depend on, and how many records each process may add."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from trajdist.training.session import Session
 
 
 def open_cache(session: Session, set_name: str, extractor: TrajectoryExtractor) -> TrajectoryCache:
-    """The cache of a set's trajectories, on a disk that all processes share or one of each machine.
+    """Open the trajectory cache of an image set, on a shared disk or on a local disk of each machine.
+
+    A record is one image's trajectories, bfloat16 ``[places, blocks, channels]``. All processes must call it.
 
     Raises:
-        ConfigError: its folder cannot be written.
+        ConfigError: ``cache.dir`` cannot be written.
     """
     config, processes = session.config, session.processes
     key = {
-        # Another folder may hold other images by the same names.
+        # The fingerprint covers names only: another folder may hold other images under the same names.
         "path": _absolute(str(getattr(config.data, set_name).path)),
         "images": session.sources[set_name].fingerprint,
         "fit": getattr(config.data, set_name).fit,
@@ -37,12 +39,12 @@ def open_cache(session: Session, set_name: str, extractor: TrajectoryExtractor) 
 
 
 def _absolute(path: str) -> str:
-    """A folder or pattern, whatever the working directory; prefixes and addresses as they are."""
+    """A local folder or pattern as an absolute path; prefixed sources and URLs are returned unchanged."""
     return path if ":" in path else os.path.realpath(os.path.expanduser(path))
 
 
 def open_writer(session: Session, cache: TrajectoryCache) -> CacheWriter:
-    """What is left of cache.max_gib is shared out among the processes."""
+    """A writer that may add this process's equal share of what is left of ``cache.max_gib``."""
     kept, world = len(cache), session.processes.world
     holds = int(session.config.cache.max_gib * GIB / cache.stride)
     session.say(

@@ -1,29 +1,34 @@
-"""What bounds a run, and which setting to change: one sentence from where its time went."""
+"""Which stage limits a run's speed and which setting to change: one sentence, derived from where its time went."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-# The first steps start workers, fill caches and compile: a phase of fewer says little.
+# The first steps start workers, fill caches and compile, so the timings of a shorter phase are not representative.
 ENOUGH_STEPS = 20
-# A process that waits this many seconds more of each second for its data than the quickest one holds the others up.
+# A process is a straggler if it waits for data longer than the fastest one does by this fraction of the phase.
 STRAGGLES = 0.10
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the sentence is made from.
+    """The measurements and settings that the diagnosis is based on.
 
     Attributes:
-        seconds: of the whole phase, on the main process.
+        seconds: duration of the whole phase, on the main process.
+        steps: optimizer steps of the phase.
         time: seconds per stage, as :class:`trajdist.runtime.clock.Clock` splits them.
-        waits: seconds that each process waited for its images.
-        threads: of the process itself that read; a worker beside them would take their place.
-        processors: that one process may use.
-        overlapping: the backbone runs beside the model (CUDA), so the stages' sum may exceed ``seconds``.
-        cacheable: whether setting cache.dir would serve later epochs.
-        all_places: whether a smaller train.cell_fraction than 1 would serve.
+        waits: seconds that each process waited for its images, by rank.
+        workers: decoding processes per training process.
+        threads: decoding threads inside the training process; workers would replace them, not add to them.
+        processors: number that one process may use.
+        overlapping: the backbone runs concurrently with the model (CUDA), so the stages may add up to more than
+            ``seconds``.
+        compiled: whether the backbone is compiled.
+        cacheable: whether setting cache.dir would speed up later epochs.
+        half_precision: whether mixed precision is on.
+        all_places: every place is trained on, so that lowering train.cell_fraction would help.
     """
 
     seconds: float
@@ -41,12 +46,12 @@ class Facts:
 
 
 def split(time: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """The stages and ``other``, which is the rest of ``seconds``; 0 where stages that overlap leave none."""
+    """The stages plus ``other``, the rest of ``seconds``; 0 if overlapping stages leave nothing."""
     return {**time, "other": max(0.0, seconds - sum(time.values()))}
 
 
 def shares(facts: Facts) -> dict[str, float]:
-    """Every stage's share of the phase. Waiting for data counts where the device was idle meanwhile."""
+    """Each stage's fraction of the phase. Waiting for data counts only if the device was idle meanwhile."""
     found = dict(split(facts.time, facts.seconds))
     if facts.overlapping:
         ahead = found["transfer"] + found["backbone"] + found["projection"]
@@ -56,7 +61,10 @@ def shares(facts: Facts) -> dict[str, float]:
 
 
 def diagnose(facts: Facts) -> str:
-    """One sentence: what bounds the run and what to change, the costliest avoidable thing first."""
+    """One sentence: the bottleneck and what to change.
+
+    Stragglers come first, then the most expensive avoidable stage, then the model and the backbone themselves.
+    """
     if facts.steps < ENOUGH_STEPS:
         return f"too short to say what bounds it: {facts.steps} steps, {ENOUGH_STEPS} are needed."
     share = shares(facts)
@@ -108,7 +116,7 @@ def _lighter_model(facts: Facts) -> str:
 
 Rule = tuple[float, str, Callable[[Facts], str]]
 
-# Stage: the share of the time from which on it is worth a change of settings, what to call it, and the change.
+# Stage: the fraction of the time above which it is worth a change of settings, its name, and the advice.
 AVOIDABLE: dict[str, Rule] = {
     "data": (0.20, "waiting for images", _more_data),
     "transfer": (0.20, "copying images to the device", lambda _: "lower data.image_size"),

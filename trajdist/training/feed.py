@@ -21,17 +21,17 @@ from trajdist.runtime.processes import to_device
 
 Pair = tuple[ImageBatch, torch.Tensor]
 Pairs = Generator[Pair, None, None]
-# A batch of each stream, by the stream's number.
+# One batch of each stream, keyed by stream number.
 Round = dict[int, ImageBatch]
 
 
 def num_places(config: Config, extractor: TrajectoryExtractor) -> int:
-    """Places of an image that a step trains on."""
+    """Number of places per image that a step trains on."""
     return max(1, round(config.train.cell_fraction * extractor.resolution**2))
 
 
 def move(batch: ImageBatch, device: torch.device, clock: Clock) -> ImageBatch:
-    """A batch on the device, where it becomes float: a quarter of the bytes travel."""
+    """Copy a batch to the device. Images are copied as uint8, a quarter of the bytes, and become float there."""
     with clock("transfer"):
         return to_device(batch, device)
 
@@ -41,8 +41,8 @@ class Stream:
     """Batches of one image set.
 
     Attributes:
-        loader: ends where the training on the set does.
-        writer: keeps new trajectories for later epochs; None without a cache.
+        loader: yields batches until the last epoch ends.
+        writer: stores new trajectories for later epochs; None without a cache.
     """
 
     loader: Iterable[ImageBatch]
@@ -50,11 +50,14 @@ class Stream:
 
 
 class Feed:
-    """Batches of one or several streams with their trajectories: ``[B, H, W, L, D]``, or of chosen places
-    ``[B, K, L, D]``. One pass of the backbone serves a batch of every stream.
+    """Pairs the batches of one or several streams with their trajectories, float32.
 
-    On CUDA the next batches are moved and run through the backbone on a stream of the device's own while the present
-    ones train.
+    Trajectories are ``[B, H, W, L, D]``; with chosen places ``[B, K, L, D]``, and with a cache ``[B, P, L, D]`` for
+    all places. With drawn defects there are ``2 B`` images, the clean ones first. One pass through the backbone serves
+    one batch of every stream.
+
+    On CUDA the next batches are copied and run through the backbone on a separate CUDA stream while the current ones
+    are trained on.
     """
 
     def __init__(
@@ -73,9 +76,9 @@ class Feed:
         self._passes = self._ahead() if device.type == "cuda" else (self._run(batches) for batches in self._rounds)
 
     def of(self, number: int) -> Pairs:
-        """What stream ``number`` gives. Who takes from several takes in turn, or batches pile up.
+        """Yield the batches of stream ``number``. Consume several streams in turn, or batches pile up.
 
-        Nothing more is read of a stream whose generator is closed.
+        Closing the generator, once it has started, stops further reading from that stream.
         """
         waiting = self._waiting[number]
         try:
@@ -86,19 +89,19 @@ class Feed:
             waiting.clear()
 
     def _advance(self, number: int) -> bool:
-        """One more pass for all streams; whether it had anything for this one."""
+        """Run one more pass for all streams; returns whether this one has a batch now."""
         for stream, pair in next(self._passes, {}).items():
             if stream not in self._left:
                 self._waiting[stream].append(pair)
         return bool(self._waiting[number])
 
     def close(self) -> None:
-        """End the loaders and their workers, wherever they are."""
+        """Stop the loaders and their workers, even in the middle of an epoch."""
         self._passes.close()
         self._rounds.close()
 
     def _read(self) -> Generator[Round, None, None]:
-        """The next batch of every stream that has one and is still wanted."""
+        """Yield the next batch of every stream that is neither exhausted nor closed."""
         open_streams = {number: iter(stream.loader) for number, stream in enumerate(self._streams)}
         while open_streams:
             found: Round = {}
@@ -112,8 +115,9 @@ class Feed:
                 yield found
 
     def _ahead(self) -> Generator[dict[int, Pair], None, None]:
+        """Yield each pass after launching the next one on a separate CUDA stream."""
         stream = torch.cuda.Stream(self._device)
-        # The weights were put on the device by the stream that trains.
+        # The weights were copied to the device by the training stream.
         stream.wait_stream(torch.cuda.current_stream())
         waiting: tuple[dict[int, Pair], torch.cuda.Event] | None = None
         for batches in self._rounds:
@@ -135,7 +139,7 @@ class Feed:
             }
 
     def _extract(self, batches: list[ImageBatch]) -> Sequence[torch.Tensor]:
-        """Trajectories of the images of each batch, from one pass. A cache wants those of all places."""
+        """Trajectories of the images of each batch, from one backbone pass. A cache stores those of all places."""
         counts = [len(batch.images) for batch in batches]
         images = batches[0].images if len(batches) == 1 else torch.cat([batch.images for batch in batches])
         places = [batch.places for batch in batches if batch.places is not None and batch.cached is None]
@@ -147,7 +151,10 @@ class Feed:
 
     @torch.no_grad()
     def _complete(self, stream: Stream, batch: ImageBatch, on_device: ImageBatch, seen: torch.Tensor) -> torch.Tensor:
-        """With a cache, what it has and what was ``seen`` just now, all rounded alike: ``[B, K, L, D]``."""
+        """Merge cached trajectories with those just extracted (``seen``), all rounded to bfloat16: ``[B, K, L, D]``.
+
+        Without a cache, ``seen`` is returned unchanged.
+        """
         if batch.cached is None:
             return seen
         assert on_device.cached is not None
@@ -159,7 +166,7 @@ class Feed:
             return out_BKLD
         new_mPLD = seen[:missing].flatten(1, 2).bfloat16()
         if stream.writer is not None:
-            # The numbers are those on the host: nothing here waits for the device.
+            # The host's copy of the numbers: reading the device's would synchronise with it.
             stream.writer.add(batch.cached.numbers, new_mPLD)
         chosen = new_mPLD if places is None else new_mPLD.take_along_dim(places[known.misses][..., None, None], 1)
         out_BKLD[known.misses] = chosen.float()
@@ -167,7 +174,7 @@ class Feed:
 
 
 def _hand_over(pairs: dict[int, Pair], ready: torch.cuda.Event) -> dict[int, Pair]:
-    """Make the stream that trains wait for what the other one made, and keep its memory until that is used."""
+    """Make the training stream wait for the other stream's tensors, and keep their memory until it has used them."""
     current = torch.cuda.current_stream()
     current.wait_event(ready)
     for batch, trajectories in pairs.values():

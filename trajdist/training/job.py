@@ -1,4 +1,4 @@
-"""What the training loop works with: one job, its recipe, its rhythm, and how far it is."""
+"""What the training loop works with: one job, its hyper-parameters, when it logs and saves, and its progress."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ from trajdist.training.objectives import Objective
 
 @dataclass
 class Position:
-    """How far the run is, for status.json."""
+    """How far the run has got, for status.json.
+
+    Attributes:
+        phase: 1 or 2; 0 before the first.
+        step: optimizer steps done in the phase.
+    """
 
     phase: int = 0
     step: int = 0
@@ -35,7 +40,14 @@ class Position:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to optimise."""
+    """Hyper-parameters of the optimisation.
+
+    Attributes:
+        learning_rate: at its peak.
+        warmup_fraction: fraction of the training over which the learning rate rises.
+        max_grad_norm: gradients are clipped to this norm.
+        seed: of all random numbers drawn in training.
+    """
 
     learning_rate: float
     warmup_fraction: float
@@ -45,7 +57,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Rhythm:
-    """When to log, to save, to validate, and to empty the allocator's cache."""
+    """When to log, save, validate, and empty the allocator's cache.
+
+    Attributes:
+        log_every_steps: optimizer steps between log lines.
+        save_every_steps, save_every_s: optimizer steps and seconds between checkpoints, whichever comes first.
+        empty_cache_every: optimizer steps between calls of ``empty_cache``; 0 never calls it.
+        validate_every_epochs: epochs between validations; 0 never validates.
+    """
 
     log_every_steps: int
     save_every_steps: int
@@ -56,7 +75,27 @@ class Rhythm:
 
 @dataclass
 class Job:
-    """Everything that :func:`trajdist.training.loop.walk` works with."""
+    """Everything that :func:`trajdist.training.loop.walk` works with.
+
+    Attributes:
+        phase: 1 or 2.
+        plan: which images each step takes.
+        batches: this process's batches with their trajectories, from the plan's cursor on.
+        model: as prepared by Accelerate, possibly compiled.
+        writer: saves checkpoints in the background.
+        at: the progress shown in status.json, kept up to date by the loop.
+        base: fingerprint of what the model builds on; a checkpoint must match it.
+        first_checkpoint_number: number of steps in earlier phases, which checkpoint numbers continue.
+        tick: called after each step; advances the profiler.
+        keeper: moving average, best weights and early stopping.
+        validate: measures the given weights; returns figures for metrics.jsonl.
+        draw: heat maps of the given weights, for the trackers.
+        say: shows the user a line.
+        seconds_before: training time in seconds of earlier starts.
+        started, last_saved: times of ``time.monotonic``, in seconds.
+        agreed: steps done and time at the last agreement between processes on whether to stop or save.
+        agree_at: number of steps done at which the next agreement is due.
+    """
 
     phase: int
     accelerator: Accelerator

@@ -1,7 +1,7 @@
-"""The books of a run: losses, the ledger of images, unreadable images. Summed on the device, read when a line is due.
+"""Running totals of a phase: losses, the ledger of images, unreadable images.
 
-All sums are integers (losses in fixed point), so they do not depend on the order of the additions: a restart or another
-number of processes writes the same figures.
+They are summed on the device and read back only when a log line is due. All sums are integers (losses in fixed point),
+so they do not depend on the order of summation: a restart or a different number of processes gives the same figures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Step
 
 FIXED_POINT = float(2**24)
-# Larger losses count as this much: the sums between two flushes stay inside 63 bits for 2**22 images.
+# Losses are clamped to this, so that sums of up to 2**22 images between two flushes fit into 63 bits.
 LARGEST_LOSS = float(2**16)
 NEVER = 2**62
 
@@ -32,7 +32,15 @@ FilesOf = Callable[[int], list[str]]
 
 @dataclass
 class Sums:
-    """Integer totals over a stretch of images."""
+    """Integer totals over a range of images.
+
+    Attributes:
+        images: number that was trained on.
+        loss, recon, kl: sums of the per-image losses, in units of ``1 / FIXED_POINT``.
+        digest: sum of :func:`trajdist.sharding.digest` over the batches.
+        failures: images that could not be used.
+        not_finite: images whose loss was not finite.
+    """
 
     images: int = 0
     loss: int = 0
@@ -53,7 +61,7 @@ class Sums:
 
 
 class BadImages:
-    """``bad_images.jsonl``: every image that could not be used, once, and why."""
+    """``bad_images.jsonl``: every image that could not be used, listed once, with the reason."""
 
     def __init__(self, rundir: RunDir, processes: Processes) -> None:
         self._rundir, self._processes = rundir, processes
@@ -66,7 +74,11 @@ class BadImages:
         self._new += failures
 
     def write(self, set_name: str, name_of: NameOf) -> list[int]:
-        """Gather from all processes and append. Called by all together; returns the image numbers."""
+        """Gather what was noted on all processes and append it. All processes must call it.
+
+        Returns:
+            The indices of the images noted since the last call, on every process.
+        """
         found = sorted(self._processes.gather(self._new))
         self._new = []
         if self._processes.is_main:
@@ -86,12 +98,12 @@ def _names_in(path: Path) -> set[tuple[str, str]]:
                 record = json.loads(line)
                 names.add((record["set"], record["image"]))
             except (ValueError, KeyError, TypeError):
-                continue  # A line that a crash cut short.
+                continue  # A line truncated by a crash.
     return names
 
 
 class Journal:
-    """Books of one phase. ``add`` after each micro-batch never waits for the device; ``flush`` does."""
+    """Running totals of one phase. ``add``, called per micro-batch, never waits for the device; ``flush`` does."""
 
     def __init__(
         self,
@@ -120,7 +132,7 @@ class Journal:
         self._stretch_start: int | None = None
 
     def add(self, step: Step, batch: ImageBatch, losses: Losses) -> None:
-        """Count a micro-batch that was trained on."""
+        """Add a micro-batch that was trained on; ``losses`` are per image, ``[B]``."""
         self._bad_images.note(batch.failures)
         weights, counted = batch.weights, batch.weights > 0
         bad = counted & ~losses.loss.detach().isfinite()
@@ -131,7 +143,7 @@ class Journal:
         self._first_bad_step = torch.minimum(self._first_bad_step, at)
 
     def flush(self, step: Step) -> None:
-        """Bring the sums of all processes to the host and write the ledger up to ``step``. All processes call it.
+        """Sum the totals over all processes and write the ledger up to ``step``. All processes must call it.
 
         Raises:
             TrainingError: a loss was not finite.
@@ -151,17 +163,17 @@ class Journal:
         check_bad_fraction(self.epoch.failures, self._num_images, self._max_bad_fraction, self._rundir)
 
     def begin(self, step: Step) -> None:
-        """A step begins; the first one after a flush opens the next stretch of the ledger."""
+        """Note the start of a step; the first one after a flush starts the next ledger record."""
         if self._stretch_start is None:
             self._stretch_start = step.start
 
     def read_memory(self, memory_bytes: int) -> None:
-        """Count a reading towards the epoch's mean."""
+        """Include a reading, in bytes, in the epoch's mean."""
         self._memory_sum += memory_bytes
         self._memory_readings += 1
 
     def end_epoch(self) -> Sums:
-        """Close the epoch's books and return them."""
+        """Return the epoch's totals and start new ones."""
         if self._memory_readings:
             self.epoch_memory.append(self._memory_sum / self._memory_readings)
         self._memory_sum, self._memory_readings = 0, 0
@@ -169,7 +181,7 @@ class Journal:
         return closed
 
     def take_line(self) -> Sums:
-        """What came since the last line of metrics.jsonl."""
+        """Return the totals since the last line of metrics.jsonl and start new ones."""
         line, self.line = self.line, Sums()
         self.final_loss = line.means()["loss"]
         if self.first_loss is None:
@@ -177,7 +189,7 @@ class Journal:
         return line
 
     def state(self) -> dict[str, Any]:
-        """All books as JSON, right after a flush."""
+        """All totals, ready for JSON. To be called right after a flush."""
         return {
             "line": vars(self.line),
             "epoch": vars(self.epoch),
@@ -188,7 +200,7 @@ class Journal:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Undo :meth:`state`."""
+        """Continue from what :meth:`state` returned."""
         self.line, self.epoch, self.total = (Sums(**state[name]) for name in ("line", "epoch", "total"))
         self.first_loss, self.final_loss = state["first_loss"], state["final_loss"]
         self.epoch_memory = list(state["epoch_memory"])
@@ -216,10 +228,13 @@ class Journal:
 
 
 def check_bad_fraction(failures: int, num_images: int, allowed: float, rundir: RunDir) -> None:
-    """Stop where too many images could not be read, or all of them.
+    """Stop if too many images, or all of them, could not be used.
+
+    Args:
+        allowed: fraction of ``num_images`` that may fail.
 
     Raises:
-        DataError: with where the list is.
+        DataError: names the file that lists them.
     """
     if failures > allowed * num_images or failures == num_images:
         raise DataError(
@@ -229,7 +244,10 @@ def check_bad_fraction(failures: int, num_images: int, allowed: float, rundir: R
 
 
 def fixed_point(values_B: torch.Tensor, weights_B: torch.Tensor) -> torch.Tensor:
-    """Sum of float losses as an integer; what is not finite counts as 0 here and is told apart elsewhere."""
+    """Weighted sum of per-image losses as an int64 scalar, in units of ``1 / FIXED_POINT``.
+
+    Values that are not finite count as 0; callers count them separately.
+    """
     finite = torch.nan_to_num(values_B.detach().float(), nan=0.0, posinf=0.0, neginf=0.0).clamp(
         -LARGEST_LOSS, LARGEST_LOSS
     )

@@ -1,6 +1,6 @@
 """Which weights a phase ends with: the last, their moving average, or those that validated best; and when to stop.
 
-All of it is in the checkpoint, so that a resumed run decides as one that was never stopped.
+All of this state is in the checkpoint, so that a resumed run makes the same decisions as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ Found = dict[str, Any]
 
 
 class Keeper:
-    """Follows the weights of a phase, step by step and validation by validation. Every process has the same one.
+    """Tracks the weights of a phase through its steps and validations. Its state is the same on every process.
 
     Attributes:
-        epoch: the epochs that were done at the last validation.
+        epoch: epochs completed at the last validation.
         stale: validations since the best one.
-        best, last: the lines of metrics.jsonl of the best validation and of the last; None before the first.
+        best, last: the metrics.jsonl records of the best and of the last validation; None before the first.
     """
 
     def __init__(self, weights: Tensors, decay: float, patience: int, keeps_best: bool) -> None:
         """
         Args:
-            weights: the first ones, where the average begins.
-            decay: of the average; 0 keeps none.
-            patience: validations without a better one after which to stop; 0 never stops.
+            weights: the initial weights, from which the moving average starts.
+            decay: of the moving average; 0 turns it off.
+            patience: validations without improvement after which to stop; 0 never stops.
+            keeps_best: whether the phase ends with the weights that validated best rather than the last ones.
         """
         self._decay, self._patience, self._keeps_best = decay, patience, keeps_best
         self._average = {name: weight.detach().clone() for name, weight in weights.items()} if decay else {}
@@ -44,12 +45,12 @@ class Keeper:
 
     @property
     def exhausted(self) -> bool:
-        """Whether patience is at its end."""
+        """Whether patience has run out."""
         return 0 < self._patience <= self.stale
 
     @property
     def best_epoch(self) -> int:
-        """Epochs that were done at the best validation; 0 before the first."""
+        """Epochs completed at the best validation; 0 before the first."""
         return int(self.best["epoch"]) if self.best else 0
 
     @torch.no_grad()
@@ -59,22 +60,22 @@ class Keeper:
             average.lerp_(weights[name], 1 - self._decay)
 
     def judged(self, weights: Tensors) -> Tensors:
-        """What is validated: the average where there is one."""
+        """The weights to validate: the moving average if there is one."""
         return self._average or weights
 
     def judge(self, found: Found, weights: Tensors) -> None:
-        """Count a validation of :meth:`judged` weights; ``found`` is its line of metrics.jsonl."""
+        """Record a validation of the :meth:`judged` weights; ``found`` is its record in metrics.jsonl."""
         self.epoch, self.last = found["epoch"], found
         if self.best is not None and not is_better(found, self.best):
             self.stale += 1
             return
         self.best, self.stale = found, 0
         if self._keeps_best:
-            # On the host: it is needed once, at the end.
+            # Kept on the host: they are needed only once, at the end.
             self._best_weights = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
 
     def final(self, weights: Tensors) -> Tensors:
-        """What the phase ends with."""
+        """The weights that the phase ends with."""
         return self._best_weights or self.judged(weights)
 
     def summary(self) -> Found | None:
@@ -85,7 +86,7 @@ class Keeper:
         return {"best": self.best, "last": self.last, "kept": kept, "stopped_early": self.exhausted}
 
     def state(self) -> Found:
-        """All but the tensors, as JSON."""
+        """Everything but the tensors, ready for JSON."""
         return {"epoch": self.epoch, "stale": self.stale, "best": self.best, "last": self.last}
 
     def tensors(self) -> Tensors:
@@ -94,10 +95,10 @@ class Keeper:
         return {f"{kind}.{name}": tensor for kind, tensors in kinds.items() for name, tensor in tensors.items()}
 
     def restore(self, state: Found | None, tensors: Mapping[str, torch.Tensor], weights: Tensors) -> None:
-        """Undo :meth:`state` and :meth:`tensors`.
+        """Continue from what :meth:`state` and :meth:`tensors` returned; a ``state`` of None resets it.
 
         Raises:
-            ArtifactError: tensors of another model.
+            ArtifactError: the tensors belong to another model.
         """
         state = state or Keeper({}, 0.0, 0, False).state()
         self.epoch, self.stale, self.best, self.last = (state[key] for key in ("epoch", "stale", "best", "last"))
@@ -111,7 +112,7 @@ class Keeper:
 
 
 def is_better(found: Found, best: Found) -> bool:
-    """By the AUROC of the labelled images where there are some, else by the loss of the held-out ones."""
+    """Compare by the AUROC on labelled images if there is one, else by the loss on held-out images."""
     if found.get("image_auroc") is not None:
         return bool(found["image_auroc"] > best["image_auroc"])
     return bool(found["loss"] < best["loss"])

@@ -1,7 +1,7 @@
-"""THE training loop: one, for both phases and for several domains at once.
+"""The training loop, shared by both phases and by several domains at once.
 
-The gradient of a step is that of one process over the whole global batch: every process sums its losses, the sum of
-gradients is divided by the number of images that all processes really had. Nothing in a step waits for the device.
+The gradient of a step is that of one process over the whole global batch: every process sums its losses, and the summed
+gradient is divided by the number of images actually used across all processes. Nothing in a step waits for the device.
 """
 
 from __future__ import annotations
@@ -22,21 +22,25 @@ from trajdist.training.feed import Pair
 from trajdist.training.job import Job
 from trajdist.training.schedules import warmup_cosine
 
-# On CUDA, reading a flag waits for the device, so processes agree only every so many steps; but launchers kill soon
-# after they ask for the end, so slow steps agree more often.
+# On CUDA, reading a flag waits for the device, so processes agree only every so many steps. But launchers kill a job
+# soon after asking it to stop, so processes with slow steps agree more often.
 AGREE_EVERY_ON_CUDA = 10
 AGREE_WITHIN_S = 2.0
-# What is said of a validation.
+# The figures of a validation that are shown to the user.
 VALIDATED = ("loss", "image_auroc", "pixel_auroc")
 
 
 def fit(walks: Sequence[Iterator[None]]) -> None:
-    """Take jobs to their ends, a micro-batch of each in turn: one for a phase, or one for each of several domains.
+    """Run jobs to completion, one micro-batch of each in turn: one for a phase, or one for each of several domains.
+
+    Args:
+        walks: see :func:`walk`.
 
     Raises:
-        StopRequested: somebody asked for it; a checkpoint of each job is saved.
-        TrainingError, DataError: see :meth:`Journal.flush`.
-        ArtifactError: a checkpoint could not be written.
+        StopRequested: a stop was requested; a checkpoint of each job is saved.
+        TrainingError, DataError: see :meth:`Journal.flush` and :meth:`Examiner.validate`.
+        ArtifactError: a checkpoint could not be written; on the main process.
+        SystemExit: the same, on the other processes.
     """
     under_way, stopped = list(walks), None
     while under_way:
@@ -46,7 +50,7 @@ def fit(walks: Sequence[Iterator[None]]) -> None:
             except StopIteration:
                 under_way.remove(walk)
             except StopRequested as stop:
-                # The others have heard of it too: each saves its own checkpoint.
+                # The other jobs see the same request: let each save its own checkpoint.
                 under_way.remove(walk)
                 stopped = stop
     if stopped:
@@ -54,7 +58,7 @@ def fit(walks: Sequence[Iterator[None]]) -> None:
 
 
 def walk(job: Job, cursor: int = 0) -> Iterator[None]:
-    """Train from ``cursor`` to the end of the last epoch; pauses before each micro-batch."""
+    """Train from ``cursor`` to the end of the last epoch or to an early stop; yields before each micro-batch."""
     with closing(job.batches):
         go_on_at(job, cursor)
         job.model.train()
@@ -77,7 +81,7 @@ def walk(job: Job, cursor: int = 0) -> Iterator[None]:
 
 
 def go_on_at(job: Job, cursor: int) -> None:
-    """A checkpoint may be from between an epoch and its validation."""
+    """Resume at ``cursor``. If the checkpoint is from between an epoch and its validation, validate first."""
     job.at.step = job.plan.step_index_at(cursor)
     epochs, position = divmod(cursor, job.plan.num_images)
     if epochs > job.keeper.epoch and position == 0:
@@ -85,7 +89,7 @@ def go_on_at(job: Job, cursor: int) -> None:
 
 
 def begin_step(job: Job, step: Step) -> None:
-    """Set the learning rate, a pure function of the step: nothing to save."""
+    """Set the learning rate: a pure function of the step, so there is no scheduler state to save."""
     factor = warmup_cosine(progress_at(job, step), job.recipe.warmup_fraction)
     for group in job.optimizer.param_groups:
         group["lr"] = job.recipe.learning_rate * factor * group.get("rate", 1.0)
@@ -94,7 +98,7 @@ def begin_step(job: Job, step: Step) -> None:
 
 
 def progress_at(job: Job, step: Step) -> float:
-    """Share of the training that is done in the middle of ``step``."""
+    """Fraction of the training completed at the midpoint of ``step``."""
     return (job.plan.cursor_after(step) - 0.5 * step.num_images) / job.plan.total_images
 
 
@@ -105,12 +109,15 @@ def next_batch(job: Job) -> Pair:
 
 
 def add_gradients(job: Job, step: Step, micro_batch: int, batch: ImageBatch, trajectories: torch.Tensor) -> None:
-    """Forward and backward of one micro-batch; the last one of a step sums the gradients over the processes.
+    """Forward and backward pass of one micro-batch; in the last one of a step, gradients are all-reduced.
 
-    The random numbers are a pure function of where it stands: nothing to save.
+    The seed is a pure function of step, rank and micro-batch, so there is no random state to save.
+
+    Args:
+        trajectories: as :class:`trajdist.training.feed.Feed` gives them.
     """
     torch.manual_seed((key64(job.recipe.seed, job.phase, step.index, job.processes.rank) >> 1) + micro_batch)
-    # Accelerate counts the micro-batches of one model; here those of several may come in turn.
+    # Accelerate counts the micro-batches of one model, but here those of several models may alternate.
     job.accelerator.gradient_accumulation_steps, job.accelerator.step = job.plan.micro_batches, micro_batch
     with job.accelerator.accumulate(job.model), job.clock("model"):
         losses = job.objective(job.model, trajectories, batch, progress_at(job, step))
@@ -120,12 +127,17 @@ def add_gradients(job: Job, step: Step, micro_batch: int, batch: ImageBatch, tra
 
 
 def gradient_share(job: Job) -> int:
-    """Undoes two means: Accelerate divides by the micro-batches, DistributedDataParallel by the processes."""
+    """Factor that undoes two means: Accelerate's over micro-batches and DistributedDataParallel's over processes."""
     return job.plan.micro_batches * job.processes.world
 
 
 def update(job: Job, step: Step, images: torch.Tensor) -> None:
-    """One optimizer step. Images that could not be read leave a smaller count to divide by."""
+    """Take one optimizer step.
+
+    Args:
+        images: scalar, number of images used on all processes. Unreadable images make it smaller than the step's size,
+            by which the losses were divided: the gradients are rescaled to the mean over the images used.
+    """
     correction = step.num_images / images.clamp(min=1)
     for parameter in job.model.parameters():
         if parameter.grad is not None:
@@ -138,7 +150,11 @@ def update(job: Job, step: Step, images: torch.Tensor) -> None:
 
 
 def finish_step(job: Job, step: Step) -> None:
-    """Whatever is due between two steps. All processes decide alike."""
+    """Log, validate and save as due between two steps. All processes make the same decisions.
+
+    Raises:
+        StopRequested: a stop was requested; a checkpoint is saved.
+    """
     job.watchdog.beat()
     rhythm, done = job.rhythm, step.index + 1
     job.at.step = done
@@ -165,7 +181,7 @@ def finish_step(job: Job, step: Step) -> None:
 
 
 def close_epoch(job: Job, step: Step) -> bool:
-    """Pictures and validation. False where a request to stop came in between: the next start validates."""
+    """Log heat maps and validate. False if a stop was requested meanwhile: the next start validates instead."""
     if job.trackers:
         title = f"phase{job.phase}/heat maps"
         job.trackers.show(title, job.draw(job.keeper.judged(trainable(job))), number_of(job, step))
@@ -177,7 +193,7 @@ def close_epoch(job: Job, step: Step) -> bool:
 
 
 def validate_epoch(job: Job, step: Step) -> None:
-    """Validate the weights as they are after ``step``, the last one of its epoch, where that is due."""
+    """Validate the weights as they are after ``step``, the last one of its epoch, if a validation is due."""
     epoch, every = step.epoch + 1, job.rhythm.validate_every_epochs
     if not every or (epoch % every and epoch < job.plan.num_epochs):
         return
@@ -192,7 +208,12 @@ def validate_epoch(job: Job, step: Step) -> None:
 
 
 def agree(job: Job, step: Step) -> tuple[bool, bool]:
-    """Whether any process was asked to stop, and whether the main process finds a checkpoint overdue."""
+    """Whether any process was asked to stop, and whether a checkpoint is overdue by the main process's clock.
+
+    Raises:
+        ArtifactError: a checkpoint could not be written; on the main process.
+        SystemExit: the same, on the other processes.
+    """
     done = step.index + 1
     if done < job.agree_at:
         return False, False
@@ -205,7 +226,7 @@ def agree(job: Job, step: Step) -> tuple[bool, bool]:
     job.agreed, job.agree_at = (done, time.monotonic()), done + gap
     if broken:
         job.writer.finish()
-        # The main process has just said what is wrong; the others end with it.
+        # The line above raises the error on the main process; the others exit with the same code.
         raise SystemExit(ArtifactError.exit_code)
     return asked > 0, due > 0
 
@@ -215,12 +236,12 @@ def steps_to_next_agreement(job: Job, done: int) -> int:
         return 1
     before, at = job.agreed
     step_s = (time.monotonic() - at) / max(1, done - before)
-    # Of the first stretch after a start the time says nothing.
+    # The first interval after a start is not representative.
     return min(AGREE_EVERY_ON_CUDA, max(1, int(AGREE_WITHIN_S / max(step_s, 1e-6)))) if before else 1
 
 
 def write_line(job: Job, step: Step) -> None:
-    """A line of metrics.jsonl, and the same on the screen."""
+    """Write a step's line of metrics.jsonl and show it on the screen."""
     means = job.journal.take_line().means()
     line = {
         "event": "step",
@@ -240,7 +261,7 @@ def write_line(job: Job, step: Step) -> None:
 
 
 def write_epoch(job: Job, step: Step) -> None:
-    """The epoch's line of metrics.jsonl."""
+    """Write the epoch's line of metrics.jsonl."""
     sums = job.journal.end_epoch()
     line = {
         "event": "epoch",
@@ -259,36 +280,36 @@ def write_epoch(job: Job, step: Step) -> None:
 
 
 def record(job: Job, step: Step, line: dict[str, Any]) -> None:
-    """A line of metrics.jsonl, for the trackers too."""
+    """Append a line to metrics.jsonl and send it to the trackers."""
     if job.processes.is_main:
         job.rundir.append(job.rundir.metrics, line)
         job.trackers.log(line, number_of(job, step))
 
 
 def number_of(job: Job, step: Step) -> int:
-    """Steps done, counted through both phases."""
+    """Steps done, counted across both phases."""
     return job.first_checkpoint_number + step.index + 1
 
 
 def seconds(job: Job) -> float:
-    """Training time of this phase over all restarts."""
+    """Training time of this phase in seconds, over all restarts."""
     return job.seconds_before + time.monotonic() - job.started
 
 
 def trainable(job: Job) -> Tensors:
-    """The weights that are trained, by name."""
+    """The trainable weights, by name."""
     model = job.accelerator.unwrap_model(job.model, keep_torch_compile=False)
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def trained_model(job: Job) -> Any:
-    """The model in eval, without what training wrapped around it."""
+    """The model in eval mode, without the wrappers that training put around it."""
     model = job.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False, keep_torch_compile=False)
     return model.eval()
 
 
 def settle_weights(job: Job) -> None:
-    """Training is over: the model gets the weights that the phase ends with."""
+    """After training, copy the weights that the phase ends with into the model."""
     weights = trainable(job)
     with torch.no_grad():
         for name, weight in job.keeper.final(weights).items():
@@ -296,7 +317,11 @@ def settle_weights(job: Job) -> None:
 
 
 def save_checkpoint(job: Job, step: Step) -> None:
-    """Hand the state to the writer. The books have been flushed."""
+    """Hand the state to the checkpoint writer. The journal must have been flushed.
+
+    Raises:
+        ArtifactError: the checkpoint before this one could not be written.
+    """
     job.last_saved = time.monotonic()
     if not job.processes.is_main:
         return
@@ -321,7 +346,7 @@ def save_checkpoint(job: Job, step: Step) -> None:
 
 
 def restore(job: Job, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint into the job.
+    """Load a checkpoint into the job.
 
     Raises:
         ArtifactError: it does not fit the model or the optimizer.

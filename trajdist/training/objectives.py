@@ -1,4 +1,4 @@
-"""What a phase minimises: the error of reconstruction, or what tells drawn defects from clean places.
+"""What a phase minimises: the reconstruction error, or a contrast between drawn defects and clean places.
 
 Shape suffixes: B images, P places, N rows (places of all images), L blocks, D channels of a trajectory, F its valid
 entries.
@@ -20,26 +20,33 @@ from trajdist.models.reconstruction import Reconstruction
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.training.schedules import linear_warmup
 
-# A place is a defect's if this share of it is covered, clean below the other share; those between teach nothing.
+# A place counts as defective if more than the first fraction of it is covered, and as clean if less than the second
+# one is; places in between are ignored.
 COVERED, CLEAN = 0.1, 0.005
-# Where the logistic curve over a score of about 1 begins, and how much faster than the adapter it moves.
+# Initial slope and offset of the logistic curve, for scores of about 1; its learning rate relative to the adapter's.
 FIRST_SLOPE, FIRST_OFFSET = 4.0, -6.0
 LOGISTIC_RATE = 10.0
 
 
-# A module, or what calls one.
+# A module, or a function that calls one.
 Model = Callable[[torch.Tensor], Any]
 
 
 class Objective(Protocol):
-    """Per-image losses of a model on a batch; ``progress`` is the share of the training that is done."""
+    """Per-image losses of a model on a batch; ``progress`` is the fraction of the training completed."""
 
     def __call__(self, model: Model, trajectories: torch.Tensor, batch: ImageBatch, progress: float) -> Losses: ...
 
 
 @dataclass(frozen=True)
 class ReconstructionError:
-    """The squared error, and for a VAE the weighted divergence of the code."""
+    """The mean squared error, plus the weighted KL divergence of the code for a VAE.
+
+    Attributes:
+        valid_LD: bool; False marks the padding of blocks that have fewer channels.
+        kl_weight: after its warm-up.
+        kl_warmup_fraction: fraction of the training over which the weight rises from 0.
+    """
 
     valid_LD: torch.Tensor
     kl_weight: float
@@ -52,22 +59,22 @@ class ReconstructionError:
 
 
 class ContrastModel(nn.Module):
-    """An adapted model and the calibrated score of its residuals, with a logistic curve over it.
+    """An adapted model, the calibrated score of its residuals, and a logistic curve over that score.
 
-    The residual model is that of the base on the domain's clean images and stays as it is: whitened anew after every
-    step, a low-rank update would cancel out (docs/LOG.md).
+    The residual model is that of the base model on the domain's clean images and stays fixed: if it were whitened again
+    after every step, a low-rank update would cancel out (docs/LOG.md).
     """
 
     def __init__(self, model: nn.Module, residual: ResidualModel, valid_F: torch.Tensor) -> None:
-        """``valid_F`` are the numbers of a flat trajectory's valid entries."""
+        """``valid_F`` holds the indices of the valid entries of a flattened trajectory."""
         super().__init__()
         self.model = model
         self.logistic = nn.Parameter(torch.tensor([FIRST_SLOPE, FIRST_OFFSET]))
-        # No submodules: DistributedDataParallel would send their buffers around in every step.
+        # Not registered as submodules: DistributedDataParallel would broadcast their buffers in every step.
         self._frozen = (residual, valid_F)
 
     def forward(self, trajectories_NLD: torch.Tensor) -> tuple[Reconstruction, torch.Tensor]:
-        """The reconstruction, and of every place the logit that it is a defect's, ``[B, P]``."""
+        """The reconstruction, and the logit of each place being defective, ``[B, P]``."""
         residual, valid_F = self._frozen
         reconstruction: Reconstruction = self.model(trajectories_NLD)
         with torch.autocast(trajectories_NLD.device.type, enabled=False):
@@ -79,15 +86,15 @@ class ContrastModel(nn.Module):
 
 @dataclass(frozen=True)
 class DefectContrast:
-    """Logistic loss over the places of clean images and of the same images with a defect drawn in.
+    """Logistic loss over the places of clean images and of copies with a defect drawn in.
 
-    Half of an image's weight is on the places of the defect, half on clean places, of both copies.
+    Half of an image's weight is on the defective places, the other half on the clean places of both copies.
     """
 
     valid_LD: torch.Tensor
 
     def __call__(self, model: Model, trajectories: torch.Tensor, batch: ImageBatch, progress: float) -> Losses:
-        """``trajectories`` of the clean images first, then of the drawn ones."""
+        """``trajectories`` are ``[2 B, H, W, L, D]``: those of the clean images, then those of the drawn copies."""
         assert batch.coverage is not None
         count = len(batch.weights)
         target_NLD = trajectories.flatten(0, 2)
@@ -102,7 +109,7 @@ class DefectContrast:
 def contrast_losses(
     clean_logits_BP: torch.Tensor, drawn_logits_BP: torch.Tensor, coverage_BP: torch.Tensor
 ) -> torch.Tensor:
-    """Logistic loss of each image, ``[B]``; ``coverage_BP`` is the share of each place that the defect covers."""
+    """Logistic loss of each image, ``[B]``; ``coverage_BP`` is the fraction of each place that the defect covers."""
     defect_BP, clean_BP = (coverage_BP > COVERED).float(), (coverage_BP < CLEAN).float()
     missed_B = (F.softplus(-drawn_logits_BP) * defect_BP).sum(1) / defect_BP.sum(1).clamp(min=1)
     alarms_B = F.softplus(clean_logits_BP).sum(1) + (F.softplus(drawn_logits_BP) * clean_BP).sum(1)

@@ -11,7 +11,7 @@ from trajdist.training.objectives import LOGISTIC_RATE
 def make_optimizer(
     model: nn.Module, learning_rate: float, weight_decay: float, device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); biases, gains and embeddings of depth are not decayed."""
+    """AdamW (Loshchilov & Hutter 2019); no decay for biases, gains, depth embeddings and the logistic curve."""
     weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     logistic = [weight for name, weight in weights if name == "logistic"]
     weights = [(name, weight) for name, weight in weights if name != "logistic"]

@@ -1,4 +1,4 @@
-"""Passes over clean images that train nothing: the projection before Phase 1, the calibration after each phase."""
+"""Passes over clean images without training: the projection before Phase 1, the calibration after each phase."""
 
 from __future__ import annotations
 
@@ -28,17 +28,22 @@ from trajdist.training.session import Session
 
 
 def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtractor:
-    """The extractor of Phase 1: statistics first, unless an earlier attempt has saved them."""
+    """The extractor of Phase 1. Measures the statistics of its projection, unless an earlier attempt saved them.
+
+    Raises:
+        StopRequested, DataError: see :func:`clean_batches`.
+        ArtifactError, ConfigError: see :func:`load_extractor`.
+    """
     path, weights = session.rundir.trajectory, session.config.backbone.weights
     if not path.exists():
         backbone = _make_projection(session, selection)
-        # Eigenvectors differ in their last bits from machine to machine: all processes read the main one's.
+        # Eigenvectors differ in their last bits between machines, so all processes read those of the main process.
         session.extractor = _ready(session, bundle.with_projection(path, backbone, weights))
     return load_extractor(session)
 
 
 def _make_projection(session: Session, selection: Selection) -> Backbone:
-    """Measure the statistics and write the projection that follows from them; returns the backbone."""
+    """Measure the statistics, fit the projection to them and save it; returns the backbone."""
     with session.processes.main_first():
         extractor = bundle.new_extractor(session.config)
     _move(session, extractor)
@@ -55,7 +60,12 @@ def _make_projection(session: Session, selection: Selection) -> Backbone:
 
 
 def load_extractor(session: Session) -> TrajectoryExtractor:
-    """The run's extractor. A backbone takes seconds to build, and more to compile: both phases use the same one."""
+    """The run's extractor. Both phases share it: a backbone takes seconds to build, and longer to compile.
+
+    Raises:
+        ArtifactError: the saved projection is damaged or belongs to other backbone weights.
+        ConfigError: ``backbone.compile`` is set and there is no compiler.
+    """
     if session.extractor is None:
         with session.processes.main_first():
             extractor = bundle.load_extractor(session.rundir.trajectory, session.config.backbone.weights)
@@ -74,10 +84,14 @@ def _move(session: Session, extractor: TrajectoryExtractor) -> None:
 
 
 def measure(session: Session, selection: Selection, extractor: TrajectoryExtractor) -> tuple[list[BlockMoments], int]:
-    """First pass: mean and covariance of every step over a bounded random sample of the images.
+    """First pass: mean and covariance of every trajectory step over a bounded random sample of the images.
+
+    Returns:
+        The moments of each step, summed over all processes, and the number of images in the sample.
 
     Raises:
-        StopRequested: the pass is short and bounded; it starts over next time.
+        StopRequested: a stop was requested; the pass is short and starts over next time.
+        DataError: too many images could not be read.
     """
     num_images = min(selection.num_train, session.config.trajectory.statistics_images)
     moments = [BlockMoments(channels, session.processes.device) for channels in extractor.projection.channels]
@@ -98,13 +112,16 @@ def clean_batches(
     defects: DefectDraw | None = None,
     fit: Fit | None = None,
 ) -> Iterator[ImageBatch]:
-    """One pass over ``num_images`` images without training: this process's batches, on the device.
+    """One pass over ``num_images`` images without training: yields this process's batches, on the device.
 
-    With ``defects`` the images come with themselves and a defect in them, as in training. They are made square as
-    the set says, or as ``fit`` does.
+    Args:
+        index_at: which images, such as ``selection.train``.
+        title: shown to the user.
+        defects: draws a defect into a copy of each image, as in training; the copies follow the images.
+        fit: how images are made square; None is as the set's config says.
 
     Raises:
-        StopRequested: somebody asked for it.
+        StopRequested: a stop was requested.
         DataError: too many images could not be read.
     """
     processes, plan = session.processes, pass_plan(session, set_name, num_images)
@@ -125,7 +142,7 @@ def clean_batches(
 
 
 def pass_plan(session: Session, set_name: str, num_images: int) -> Plan:
-    """How :func:`clean_batches` walks through its images."""
+    """The plan by which :func:`clean_batches` walks through its images."""
     batch_size, world = session.settings(set_name).batch_size, session.processes.world
     return Plan(num_images, 1, world * batch_size, world, batch_size)
 
@@ -133,10 +150,12 @@ def pass_plan(session: Session, set_name: str, num_images: int) -> Plan:
 def contrast_residuals(
     session: Session, selection: Selection, extractor: TrajectoryExtractor, model: nn.Module, base: str
 ) -> ResidualModel:
-    """What the base model's residuals are like on the domain. Measured once: every resumed run reads the same file.
+    """Statistics of the base model's residuals on the domain. Measured once: resumed runs read the same file.
 
     Raises:
-        StopRequested: the pass starts over next time.
+        StopRequested: a stop was requested; the pass starts over next time.
+        DataError: too many images could not be read.
+        ArtifactError: the file is damaged or was made for another model.
     """
     path = session.rundir.contrast
     detector = new_detector(session, path.parent.name, extractor, model)
@@ -153,7 +172,7 @@ def contrast_residuals(
 
 
 def new_detector(session: Session, name: str, extractor: TrajectoryExtractor, model: nn.Module) -> Detector:
-    """A detector on the device, not fitted yet."""
+    """A detector on the device, not yet fitted."""
     return Detector(name, model, extractor.projection.valid_LD, extractor.resolution).to(session.processes.device)
 
 
@@ -167,16 +186,19 @@ def calibrate(
     base: str,
     whitened: ResidualModel | None = None,
 ) -> None:
-    """Learn what residuals and scores of clean images are like, and save it to ``path``.
+    """Learn the distributions of residuals and scores of clean images, and save them to ``path``.
 
     Residuals are measured on (a bounded sample of) the images trained on; scores on images held out from training,
-    so that the p-values made from them mean what they say. All in float32, as scoring does it.
+    so that the p-values derived from them are valid. Everything is computed in float32, as in scoring.
 
     Args:
-        whitened: has the whitening that the model was trained under; None measures one.
+        base: fingerprint of the model, which the calibration is valid for.
+        whitened: supplies the whitening that the model was trained with; None estimates a new one.
 
     Raises:
-        StopRequested: the passes start over next time.
+        StopRequested: a stop was requested; the passes start over next time.
+        DataError: too many images could not be read.
+        ArtifactError: ``path`` cannot be written.
     """
     detector = new_detector(session, path.parent.name, extractor, model)
     fit_detector(session, set_name, selection, extractor, detector, whitened)
@@ -189,7 +211,7 @@ def calibrate(
     cells, images = detector.cells.histogram, detector.images.histogram
     most = session.config.trajectory.statistics_images
     held_out = min(selection.num_holdout, most) or min(selection.num_train, most)
-    # As scoring will make its images square, whatever they were trained on: else theirs and new scores differ in kind.
+    # Make images square as scoring will, however training did it: otherwise these scores and new ones do not compare.
     fit = session.config.data.domain.fit
     for batch in clean_batches(session, set_name, index_at, held_out, "calibration", fit=fit):
         scores = detector.score(extractor(batch.images))
@@ -201,7 +223,7 @@ def calibrate(
 
 
 def _chose_weights(session: Session) -> bool:
-    """Whether the weights are those that validated best on the held-out images, and not on labelled ones."""
+    """Whether the weights were selected by validation on the held-out images rather than on labelled ones."""
     config = session.config
     chosen = config.validation.keep == "best" or config.early_stopping.patience > 0
     return config.validation.every_epochs > 0 and config.validation.path is None and chosen
@@ -215,7 +237,14 @@ def fit_detector(
     detector: Detector,
     whitened: ResidualModel | None,
 ) -> None:
-    """Learn what residuals of (a bounded sample of) the images trained on are like, in two passes."""
+    """Fit the detector's residual model to (a bounded sample of) the images trained on, in two passes.
+
+    Args:
+        whitened: see :func:`calibrate`.
+
+    Raises:
+        StopRequested, DataError: see :func:`clean_batches`.
+    """
     if whitened is not None:
         detector.residual.load_state_dict(whitened.state_dict())
     moments = _residual_moments(session, set_name, selection, extractor, detector)
@@ -227,7 +256,7 @@ def fit_detector(
 def _residual_moments(
     session: Session, set_name: str, selection: Selection, extractor: TrajectoryExtractor, detector: Detector
 ) -> PlaceMoments:
-    """A pass over (a bounded sample of) the images trained on."""
+    """Moments of the residuals of (a bounded sample of) the images trained on: the first pass."""
     processes, places = session.processes, extractor.resolution**2
     num_images = min(selection.num_train, session.config.trajectory.statistics_images)
     moments = PlaceMoments(places, sum(detector.residual.widths), processes.device)
@@ -241,7 +270,7 @@ def _residual_moments(
 def _fit_places(
     session: Session, set_name: str, selection: Selection, extractor: TrajectoryExtractor, detector: Detector
 ) -> None:
-    """Another pass: what clean images score at each place."""
+    """Fit what clean images usually score at each place: the second pass."""
     processes = session.processes
     num_images = min(selection.num_train, session.config.trajectory.statistics_images)
     usual = BlockMoments(extractor.resolution**2, processes.device)

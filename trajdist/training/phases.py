@@ -1,4 +1,4 @@
-"""A run from its start to its end; Phase 1: statistics, model, loop, calibration, save."""
+"""A run from start to finish; Phase 1: measure statistics, build the model, train, save, calibrate."""
 
 from __future__ import annotations
 
@@ -29,11 +29,20 @@ def run(
     fresh: bool = False,
     profile: bool = False,
 ) -> dict[str, Any]:
-    """Run the phases that are not done yet; returns the summary. Every process of the job calls it.
+    """Run the phases that are not done yet. Every process of the job must call it.
+
+    Args:
+        sources: image sources by name: ``imagenet``, ``domain``, ``domains.NAME``, ``validation``.
+        phases: 1, 2 or both.
+        fresh: start over; an existing run directory is renamed.
+        profile: write a trace of a few steps.
+
+    Returns:
+        The contents of summary.json.
 
     Raises:
-        UserError: its kind tells the exit code.
-        StopRequested: a signal or the STOP file; the same call goes on from the checkpoint.
+        UserError: its subclass determines the exit code.
+        StopRequested: by a signal or the STOP file; the same call resumes from the checkpoint.
     """
     session = open_session(config, sources, fresh, profile)
     at = Position()
@@ -74,7 +83,14 @@ def _record_end(session: Session, at: Position, error: BaseException | None) -> 
 
 
 def phase1(session: Session, at: Position) -> None:
-    """Learn the trajectories of the ImageNet set."""
+    """Train the sequence model on the trajectories of the ImageNet set, and calibrate it.
+
+    Raises:
+        DataError: the images changed, or too many of them could not be read.
+        TrainingError: a loss was not finite.
+        ArtifactError, ConfigError: see :func:`trajdist.training.train.train`.
+        StopRequested: a stop was requested; a new start resumes from the checkpoint, if there is one yet.
+    """
     at.phase = 1
     if is_done(session, 1):
         return

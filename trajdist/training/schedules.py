@@ -1,6 +1,7 @@
-"""Schedules: pure functions of the progress, the share of all images consumed so far.
+"""Schedules: pure functions of the progress, the fraction of all images consumed so far.
 
-Progress, not a step counter, so that another number of processes or a resumed run sees the same curve.
+They take progress rather than a step count, so that a different number of processes or a resumed run sees the same
+curve.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 
 
 def warmup_cosine(progress: float, warmup_fraction: float) -> float:
-    """Factor on the peak learning rate: a linear rise, then half a cosine down to 0 (Loshchilov & Hutter 2017)."""
+    """Factor on the peak learning rate: linear warm-up, then cosine decay to 0 (Loshchilov & Hutter 2017)."""
     if progress < warmup_fraction:
         return progress / warmup_fraction
     return 0.5 * (1.0 + math.cos(math.pi * (progress - warmup_fraction) / (1.0 - warmup_fraction)))

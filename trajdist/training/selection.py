@@ -1,4 +1,4 @@
-"""Which images of a set a phase trains on: drawn from the set, and again from what the run directory remembers."""
+"""Which images of a set a phase trains on: drawn from the set, or again from what the run directory recorded."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from trajdist.sharding import Int64s, Order, Selection
 
 
 def draw(config: Config, phase: int, source: ImageSource) -> Selection:
-    """What a phase trains on.
+    """Draw the images that a phase trains on.
 
     Raises:
-        DataError: nothing is to be trained on.
+        DataError: ``num_samples`` is 0.
     """
     settings = getattr(config.data, SETS[phase])
     if settings.num_samples == 0:
@@ -36,7 +36,7 @@ def _draw(config: Config, phase: int, total: int, order: Order) -> Selection:
 
 
 def facts(source: ImageSource, selection: Selection) -> dict[str, Any]:
-    """What a run remembers of a set: another set is refused, and the order can be drawn again without it."""
+    """What a run records about a set, to refuse a different one and to draw the same order again without the set."""
     known: dict[str, Any] = {"num_images": len(source), "fingerprint": source.fingerprint}
     if selection.member_sizes is not None:
         known["shard_sizes"] = source.shard_sizes()
@@ -46,7 +46,7 @@ def facts(source: ImageSource, selection: Selection) -> dict[str, Any]:
 
 
 def keep(rundir: RunDir, set_name: str, selection: Selection) -> None:
-    """Leave the list of a stratified subset for :func:`recall`: no formula says it without the images' classes."""
+    """Save the list of a stratified subset for :func:`recall`, which cannot redraw it without the images' classes."""
     if selection.stratified and selection.members is not None:
         content = io.BytesIO()
         np.save(content, selection.members, allow_pickle=False)
@@ -54,7 +54,7 @@ def keep(rundir: RunDir, set_name: str, selection: Selection) -> None:
 
 
 def recall(rundir: RunDir, config: Config, phase: int) -> Selection | None:
-    """The selection of a phase that has begun, from the run directory alone; None where it has not.
+    """The selection of a phase that has begun, from the run directory alone; None if it has not begun.
 
     Raises:
         ArtifactError: run.json or the list of the subset is damaged.

@@ -1,4 +1,4 @@
-"""One invocation of a training command: the processes, the run directory, the image sets, and where to report."""
+"""One invocation of a training command: its processes, run directory and image sets, and where it reports."""
 
 from __future__ import annotations
 
@@ -38,7 +38,21 @@ GRACE_S = 60.0
 
 @dataclass
 class Session:
-    """What the phases share."""
+    """State shared by the phases.
+
+    Attributes:
+        sources: image sources by name: ``imagenet``, ``domain``, ``domains.NAME``, ``validation``.
+        processes: the processes of the job: ranks and collectives.
+        rundir: paths and records of the run.
+        stop: set once a signal or the STOP file asks the run to stop.
+        watchdog: ends a process that waits too long for another one.
+        console: for messages and progress bars.
+        reference_world: number of processes that the run began with; it fixes the global batch.
+        profile: whether to trace a few steps.
+        trackers: open experiment trackers, on the main process.
+        extractor: built when first needed, then shared by the phases.
+        domain: name of the domain, if there are several; else empty.
+    """
 
     config: Config
     sources: dict[str, ImageSource]
@@ -55,15 +69,18 @@ class Session:
     domain: str = ""
 
     def say(self, text: str) -> None:
-        """A line for the user, from the main process."""
+        """Show the user a line, from the main process."""
         self.console.print(self.titled(text))
 
     def titled(self, text: str) -> str:
-        """With the domain it is about, where there are several."""
+        """``text`` preceded by the name of the domain, if there are several."""
         return f"{self.domain}: {text}" if self.domain else text
 
     def record(self, at: Position, error: BaseException | None = None, ended: bool = False) -> None:
-        """Write status.json: under way, or how it ended. On a full disk the first error is the one to show."""
+        """Write status.json: still running, or how the run ended.
+
+        If ``error`` is why the run failed, an error in writing the file (such as a full disk) must not replace it.
+        """
         status, why = ("done" if ended else "running"), ""
         if isinstance(error, (StopRequested, KeyboardInterrupt)):
             status, why = "stopped", str(error)
@@ -74,11 +91,11 @@ class Session:
                 self.rundir.write_status(status, at.phase, at.step, why)
 
     def of_domain(self, name: str) -> Session:
-        """The same for one of several domains: with its config and images, in a run directory of its own.
+        """The session of one of several domains: with its own config and images, in its own run directory.
 
         Raises:
-            ConfigError: a changed key that would change the result.
-            ArtifactError: the directory cannot be written, or another run holds it.
+            ConfigError: a key changed that would change the result.
+            ArtifactError: the directory cannot be written, or is in use by another run.
         """
         config = domain_config(self.config, name)
         rundir = RunDir(config.run_dir)
@@ -89,7 +106,7 @@ class Session:
             config=config,
             sources={"domain": self.sources[f"domains.{name}"]},
             rundir=rundir,
-            # One terminal has room for one bar.
+            # A terminal has room for only one progress bar.
             console=make_console(self.processes.is_main, bars=False),
             reference_world=_reference_world(rundir),
             trackers=self.trackers.under(name, int(self.rundir.read_summary().get("phase1", {}).get("steps", 0))),
@@ -97,15 +114,15 @@ class Session:
         )
 
     def naming(self) -> AbstractContextManager[None]:
-        """Of several domains, errors in the block name the one they are about."""
+        """Make user errors raised in the block name the session's domain, if there are several."""
         return naming(self.domain)
 
     def silent(self) -> Session:
-        """The same for a stage within a stage: it says nothing and shows no bar."""
+        """The same session for a nested stage, which prints nothing and shows no progress bar."""
         return replace(self, console=Console(quiet=True))
 
     def settings(self, set_name: str) -> ImageSet:
-        """The keys of a set. Labelled images for validation are read as a domain's are, and as scoring reads them."""
+        """Config of an image set. Labelled validation images use that of the domain, as scoring does."""
         settings: ImageSet = getattr(self.config.data, set_name, self.config.data.domain)
         return settings
 
@@ -113,7 +130,7 @@ class Session:
         """Which images of a set to train on; refuses a set that changed since the run began.
 
         Raises:
-            DataError: other files than before, or nothing left to train on.
+            DataError: the files are not the same as before, or there is nothing to train on.
         """
         source = self.sources[set_name]
         selection = draw(self.config, phase, source)
@@ -132,7 +149,7 @@ class Session:
         return selection
 
     def plan(self, set_name: str, num_images: int, num_epochs: int) -> Plan:
-        """The walk through a set. The global batch is that of the world size the run began with."""
+        """How training walks through a set. The global batch is that of the world size the run began with."""
         settings = getattr(self.config.data, set_name)
         global_batch = self.reference_world * settings.batch_size * settings.gradient_accumulation_steps
         return Plan(num_images, num_epochs, global_batch, self.processes.world, settings.batch_size)
@@ -151,8 +168,14 @@ class Session:
     ) -> DataLoader[ImageBatch]:
         """The loader of a plan, sharded by Accelerate; batches stay on the host until the feed moves them.
 
-        The workers are shared out to ``sharing`` loaders, one at least to each. Images are made square as the set
-        says, or as ``fit`` does.
+        Args:
+            index_at: which image is at which position of an epoch, such as ``selection.train``.
+            cursor: images consumed so far; the loader starts there.
+            draw: chooses the places to train on; None trains on all of them.
+            cache: supplies trajectories of images seen before.
+            defects: draws a defect into a copy of each image.
+            sharing: number of loaders that the workers are divided among, rounded up.
+            fit: how images are made square; None is as the set's config says.
         """
         data = self.config.data
         workers = resolve_workers(data.num_workers, self.processes.local_world, self.processes.device.type)
@@ -174,7 +197,11 @@ class Session:
         return prepared
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """The newest sound checkpoint, chosen by the main process; damaged ones are named."""
+        """The newest intact checkpoint, chosen by the main process, which reports damaged ones; None without any.
+
+        Raises:
+            ArtifactError: it was not written by trajdist.
+        """
         path = None
         if self.processes.is_main:
             path, problems = newest_checkpoint(self.rundir.checkpoints)
@@ -186,7 +213,7 @@ class Session:
 
 @contextmanager
 def naming(domain: str) -> Iterator[None]:
-    """Errors in the block speak of this one of several domains; as they are where it has no name."""
+    """Make user errors raised in the block name ``domain``; if that is empty they pass unchanged."""
     try:
         yield
     except UserError as error:
@@ -199,21 +226,26 @@ def naming(domain: str) -> Iterator[None]:
 
 
 def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, profile: bool) -> Session:
-    """Start the processes, compare them, take the run directory, and check that its config is the one it began with.
+    """Start the processes, check that they agree, claim the run directory, and check the config it began with.
+
+    Every process of the job must call it.
 
     Raises:
-        ConfigError: processes that differ, or a changed key that would change the result.
-        ArtifactError: the directory cannot be written, or another run holds it.
+        ConfigError: the processes differ, a key changed that would change the result, or a tracker is not installed.
+        ArtifactError: the directory cannot be written, or is in use by another run.
+        TrainingError: the processes cannot reach each other.
+        SystemExit: on the other processes, if one of these is raised on the main process only.
     """
     check_installed(config.logging.trackers)
     init_method = compare(config, sources)
     runtime = config.runtime
-    # The watchdog, which can name a lost process, comes before the process group's own timeout, which cannot.
+    # The watchdog, which can name a lost process, must act before the process group's own timeout, which cannot.
     backstop_s = runtime.timeout_s + GRACE_S
     accelerator = start_accelerator(runtime.mixed_precision, backstop_s, runtime.deterministic, init_method)
     processes = Processes(accelerator)
     add_up(processes)
-    # Started again, ``--fresh`` is not meant again. A launcher that lost nothing itself has not counted the restart.
+    # A restart by the launcher must not apply ``--fresh`` again. Ask all processes: a launcher none of whose own
+    # processes failed does not count the restart.
     restarted = processes.any(launcher.has_restarted())
     rundir, console = RunDir(config.run_dir), make_console(processes.is_main)
 
@@ -234,7 +266,12 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
 
 
 def _take(rundir: RunDir, config: Config, world: int) -> None:
-    """Make a run directory this run's."""
+    """Claim a run directory for this run.
+
+    Raises:
+        ConfigError: a key changed that would change the result.
+        ArtifactError: the directory cannot be written, or is in use by another run.
+    """
     rundir.create()
     rundir.lock()
     rundir.sweep()
@@ -252,12 +289,12 @@ def _reference_world(rundir: RunDir) -> int:
 
 
 def _check_same_config(rundir: RunDir, config: Config) -> None:
-    """A run may be resumed with other workers, logs or more epochs, but not with another model."""
+    """Refuse changed keys: a run may be resumed with other workers, logs or more epochs, but not another model."""
     if not rundir.config.exists() or not rundir.has_begun():
         return
     before, now = flatten(read_yaml(rundir.config)), flatten(config.model_dump(mode="json"))
     for key, default, _, may_change in fields():
-        # A key that an older version did not know was as its default.
+        # A key that did not exist in the version that began the run counts as its default.
         began = before.get(key, default)
         if not may_change and began != now[key]:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The figures of a phase in summary.json: whether it is done, and what came of it."""
+"""The figures of a phase in summary.json: whether it is done, and its results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trajdist.training.session import Session
 
 
 def is_done(session: Session, phase: int) -> bool:
-    """Whether a phase is done; one that is to have more epochs now goes on, if nothing was built on it yet."""
+    """Whether a phase is done. If more epochs are wanted now it is not, unless a later phase was built on it."""
     done = session.rundir.read_summary().get(f"phase{phase}")
     if not done:
         return False
@@ -33,7 +33,7 @@ def is_done(session: Session, phase: int) -> bool:
 
 
 def summarise(session: Session, job: Job) -> dict[str, Any]:
-    """The figures of a phase that has just been trained, and what bounds it."""
+    """The figures of a phase that has just been trained, and what limits its speed. All processes must call it."""
     journal, taken = job.journal, seconds(job)
     time = job.clock.seconds()
     advice = diagnose(_facts(session, job, time, taken))
@@ -60,7 +60,7 @@ def summarise(session: Session, job: Job) -> dict[str, Any]:
 
 def _facts(session: Session, job: Job, time: dict[str, float], taken: float) -> Facts:
     config, processes = session.config, session.processes
-    # It draws new defects in every epoch, over the whole of each image.
+    # It draws new defects every epoch and trains on whole images: neither a cache nor fewer places would help.
     contrast = job.phase == 2 and config.domain_adaptation.objective == "contrast"
     workers = resolve_workers(config.data.num_workers, processes.local_world, processes.device.type)
     return Facts(
@@ -80,7 +80,7 @@ def _facts(session: Session, job: Job, time: dict[str, float], taken: float) -> 
 
 
 def finish(session: Session, phase: int, summary: dict[str, Any]) -> None:
-    """Write the phase's summary: from now on it is done."""
+    """Write the phase's summary, which marks it as done. All processes must call it."""
 
     def record() -> None:
         session.rundir.remember(f"records_after_phase{phase}", session.rundir.sync_records(), replace=True)
@@ -90,7 +90,7 @@ def finish(session: Session, phase: int, summary: dict[str, Any]) -> None:
 
 
 def combine(domains: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One summary of domains that were adapted to at once, with each domain's own under ``domains``."""
+    """Combine the summaries of domains that were adapted to at once; each one's own is kept under ``domains``."""
     parts = list(domains.values())
     totals = {key: sum(part[key] for part in parts) for key in ("images", "failures", "trained_parameters")}
     largest = ("epochs", "steps", "seconds", "peak_memory_bytes", "memory_growth_bytes", "num_processes")

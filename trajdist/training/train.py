@@ -1,4 +1,4 @@
-"""The jobs of a phase: built from the config, resumed from their checkpoints if there are any, run through the loop."""
+"""The jobs of a phase: built from the config, resumed from their checkpoints if there are any, and trained."""
 
 from __future__ import annotations
 
@@ -39,10 +39,14 @@ from trajdist.training.validation import Examiner
 
 @dataclass(frozen=True)
 class Task:
-    """A model to train, what it minimises, how fast, and the fingerprint of what it stands on.
+    """A model to train, and how.
 
-    ``defects`` draws what the objective contrasts clean images with; it sees whole images, afresh in every epoch.
-    ``whitened`` has the whitening that the model is trained under, if it is trained under one.
+    Attributes:
+        learning_rate: at its peak.
+        base: fingerprint of what the model builds on: the trajectories in Phase 1, the base model in Phase 2.
+        defects: draws the defects that the objective contrasts clean images with, new ones every epoch; training is
+            then on whole images.
+        whitened: supplies the whitening that the model is trained with, if any.
     """
 
     model: nn.Module
@@ -61,7 +65,12 @@ def reconstruction(config: Config, extractor: TrajectoryExtractor) -> Reconstruc
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a phase: in which run, how far, on which images, and what is trained."""
+    """One training run within a phase.
+
+    Attributes:
+        at: its progress, kept up to date by the loop.
+        selection: the images to train on and those held out.
+    """
 
     session: Session
     at: Position
@@ -71,7 +80,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A training made ready, before there are batches."""
+    """A training that is set up but has no batches yet.
+
+    Attributes:
+        cursor: images consumed so far, where training continues.
+        model, optimizer: as prepared by Accelerate.
+    """
 
     training: Training
     plan: Plan
@@ -85,9 +99,16 @@ class Prepared:
 
 
 def train(extractor: TrajectoryExtractor, trainings: Sequence[Training]) -> list[Job]:
-    """Build the jobs of a phase, resume those that have a checkpoint, and run the loop to the end of them all.
+    """Build the jobs of a phase, resume those that have a checkpoint, and run the loop until all of them are done.
 
-    Several trainings are taught in turn, a micro-batch each, on images that went through the backbone together.
+    Several trainings alternate, one micro-batch each, on images that went through the backbone together.
+
+    Raises:
+        ArtifactError: a checkpoint belongs to another model or to other steps, or could not be written.
+        ConfigError: fewer epochs are wanted than are done, or ``cache.dir`` cannot be written.
+        DataError: there is nothing to validate on, or too many images could not be read.
+        TrainingError: a loss was not finite.
+        StopRequested: a stop was requested; a checkpoint of each job is saved.
     """
     session, phase = trainings[0].session, trainings[0].at.phase
     clock = Clock(session.processes.device)
@@ -121,7 +142,7 @@ def train(extractor: TrajectoryExtractor, trainings: Sequence[Training]) -> list
 
 
 def _named(start: Prepared, walk: Iterator[None]) -> Iterator[None]:
-    """A walk whose errors say whose it is, where there are several."""
+    """A walk whose user errors name their domain, if there are several."""
     with start.training.session.naming():
         yield from walk
 
@@ -133,7 +154,7 @@ def _close_caches(prepared: list[Prepared]) -> None:
 
 
 def _make_ready(training: Training, extractor: TrajectoryExtractor, clock: Clock, sharing: int) -> Prepared:
-    """Model, optimizer, loader and cache of a training; ``sharing`` is how many read images at the same time."""
+    """Set up a training's model, optimizer, loader and cache; ``sharing`` is how many trainings read at once."""
     session, phase, selection, task = training.session, training.at.phase, training.selection, training.task
     config, processes, set_name = session.config, session.processes, SETS[phase]
     plan = session.plan(set_name, selection.num_train, getattr(config.data, set_name).num_epochs)
@@ -146,7 +167,7 @@ def _make_ready(training: Training, extractor: TrajectoryExtractor, clock: Clock
     if isinstance(prepared_model, DistributedDataParallel):
         prepared_model.register_comm_hook(clock, sum_gradients)
     if config.backbone.compile and processes.device.type == "cuda":
-        prepared_model = torch.compile(prepared_model, dynamic=False)  # On CPUs it loses (docs/LOG.md).
+        prepared_model = torch.compile(prepared_model, dynamic=False)  # Slower on CPUs (docs/LOG.md).
     whole = task.defects is not None
     cache = open_cache(session, set_name, extractor) if config.cache.dir and not whole else None
     draw = None if whole else _place_draw(session, phase, extractor)
@@ -173,7 +194,7 @@ def _progress(start: Prepared) -> Progress:
 
 
 def _job(start: Prepared, batches: Pairs, clock: Clock, tick: Callable[[], None], progress: Progress) -> Job:
-    """The job of a training, at the checkpoint if there is one."""
+    """The job of a training, restored from its checkpoint if there is one."""
     training, plan = start.training, start.plan
     session, phase, task = training.session, training.at.phase, training.task
     config = session.config
@@ -218,7 +239,7 @@ def _keeper(config: Config, model: nn.Module) -> Keeper:
 def _examiner(
     session: Session, phase: int, selection: Selection, extractor: TrajectoryExtractor, task: Task
 ) -> Examiner:
-    """Made before Accelerate wraps the model, of which it takes a copy if it has anything to look at.
+    """Create the examiner. Must precede Accelerate's wrapping of the model, which is copied if it will be examined.
 
     Raises:
         DataError: there is nothing to validate on.
@@ -245,27 +266,27 @@ def _examiner(
 
 
 def _profiled(session: Session, phase: int) -> AbstractContextManager[Callable[[], None]]:
-    """The main process's steps are those that are profiled."""
+    """Profile the steps of the main process, if that was asked for."""
     if not session.profile or not session.processes.is_main:
         return nullcontext(nothing)
     return profiling(session.rundir.path / "profile" / f"phase{phase}.json", session.say)
 
 
 def _projection_timed(session: Session, extractor: TrajectoryExtractor, clock: Clock) -> AbstractContextManager[None]:
-    """In a compiled graph the projection is one with the backbone, and counts as that."""
+    """Time the projection separately. A compiled graph fuses it with the backbone, so there it counts as backbone."""
     if session.config.backbone.compile:
         return nullcontext()
     return clock.watching(extractor.projection, "projection", within="backbone")
 
 
 def _place_draw(session: Session, phase: int, extractor: TrajectoryExtractor) -> PlaceDraw | None:
-    """None if every place is trained on."""
+    """Chooses the places to train on; None if that is all of them."""
     total, count = extractor.resolution**2, num_places(session.config, extractor)
     return PlaceDraw(total, count, session.config.seed, phase) if count < total else None
 
 
 def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None:
-    """The checkpoint to resume this phase from, and the records cut back to it.
+    """The checkpoint to resume this phase from, if any; truncates the run's records to match it.
 
     Raises:
         ArtifactError: the checkpoint belongs to another model.
@@ -286,10 +307,10 @@ def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None
 
 
 def _cursor_of(checkpoint: Checkpoint, plan: Plan, set_name: str) -> int:
-    """Where to go on.
+    """Where to continue, in images consumed.
 
     Raises:
-        ArtifactError: the checkpoint was made with other steps.
+        ArtifactError: the checkpoint was made with another global batch.
         ConfigError: fewer epochs are wanted than are done.
     """
     cursor = int(checkpoint.state["cursor"])

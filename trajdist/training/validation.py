@@ -1,9 +1,9 @@
-"""Validation inside training: the loss of held-out clean images, and how well labelled images are told apart.
+"""Validation during training: the loss on held-out clean images, and AUROCs on labelled images.
 
-The weights are copied into a model of its own, outside Accelerate: the one in training is not touched. In float32, as
-scoring does it. Every process calls it; all sums are exact, so that all find the same.
+The weights are copied into a separate model outside Accelerate, so the model in training is not touched. Computed in
+float32, as in scoring. All processes take part; all sums are exact, so all of them get the same results.
 
-Shape suffixes: B images, H W grid, S pixels per side.
+Shape suffixes: B images, H W grid, N rows (places of all images), L blocks, D channels, S pixels per side.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ NUM_PICTURES = 4
 
 @dataclass(frozen=True)
 class Examiner:
-    """What looks at a phase's weights between its epochs.
+    """Examines a phase's weights between its epochs.
 
     Attributes:
-        model: of the same make as the one in training; weights are copied into it.
+        set_name: of the image set that the phase trains on.
+        model: of the same architecture as the one in training; weights are copied into it.
+        defects: draws the defects that the objective needs, if any.
+        whitened: supplies the whitening that the model is trained with, if any.
         labelled: the labelled images, or None.
-        whitened: has the whitening that the model is trained under, if it is trained under one.
     """
 
     session: Session
@@ -59,12 +61,13 @@ class Examiner:
 
     @torch.no_grad()
     def validate(self, weights: Tensors) -> dict[str, Any]:
-        """Loss, recon and kl of the held-out images, and the AUROCs of the labelled ones.
+        """Loss, recon and kl of the held-out images, and the AUROCs on the labelled ones. All processes must call it.
 
         Raises:
-            StopRequested: somebody asked for it.
+            StopRequested: a stop was requested.
             TrainingError: the loss is not finite.
-            DataError: too many images could not be read, or a mask could not.
+            DataError: too many images, or a mask, could not be read.
+            SystemExit: a mask could not be read on another process.
         """
         self._load(weights)
         found = self._held_out() if self.selection.num_holdout else {}
@@ -72,9 +75,9 @@ class Examiner:
 
     @torch.no_grad()
     def draw(self, weights: Tensors) -> list[Picture]:
-        """Each of a few held-out images beside its map of squared errors, on one process alone.
+        """A few held-out images, each next to its map of squared errors: uint8 ``[S, width, 3]`` each.
 
-        The ends of the colours are those of all maps of this call.
+        Runs on one process alone. All maps of a call share one colour scale.
         """
         self._load(weights)
         pixels_BSS3 = self._few_images()
@@ -121,7 +124,7 @@ class Examiner:
         return torch.stack([counted.sum(), bad.sum(), *(fixed_point(part, batch.weights) for part in losses)])
 
     def _told_apart(self, labelled: LabelledFolder) -> dict[str, Any]:
-        """Calibrated anew, as the phase's end does it: these are the figures that ``evaluate`` would find."""
+        """AUROCs after a calibration as at the end of the phase: the figures that ``evaluate`` would report."""
         session, processes = self.session.silent(), self.session.processes
         detector = new_detector(session, "validation", self.extractor, self._reconstructing())
         fit_detector(session, self.set_name, self.selection, self.extractor, detector, self.whitened)
@@ -135,7 +138,7 @@ class Examiner:
         return counts.conclude()
 
     def _few_images(self) -> pictures.Pixels:
-        """The first held-out images that can be read (of those trained on, where none are held out), uint8."""
+        """The first readable held-out images (training images if none are held out), uint8 ``[B, S, S, 3]``."""
         config, source, selection = self.session.config, self.session.sources[self.set_name], self.selection
         index_at = selection.holdout if selection.num_holdout else selection.train
         most = selection.num_holdout or selection.num_train
@@ -144,7 +147,7 @@ class Examiner:
         for index in index_at(0, np.arange(min(most, 4 * NUM_PICTURES))).tolist():
             try:
                 found.append(to_square(source.load(index, size), size, fit))
-            except Exception:  # Hostile bytes make decoders raise anything; the loader names the image.
+            except Exception:  # Corrupt data makes decoders raise anything; the loader reports the image.
                 continue
             if len(found) == NUM_PICTURES:
                 break
@@ -152,7 +155,7 @@ class Examiner:
 
 
 class _Counts:
-    """Scores of the labelled images and of their pixels."""
+    """Histograms of the scores of labelled images and of their pixels."""
 
     def __init__(self, labelled: LabelledFolder, session: Session) -> None:
         self._labelled, self._processes = labelled, session.processes
@@ -161,7 +164,7 @@ class _Counts:
         self._pixels = PixelScores()
 
     def add(self, start: int, cells_BHW: torch.Tensor, weights_B: torch.Tensor) -> None:
-        """A batch whose first image is number ``start``; a mask that cannot be read ends all processes."""
+        """Add a batch whose first image has index ``start``; a mask that cannot be read ends all processes."""
         maps_BSS = residuals.upsample(cells_BHW, self._size).cpu()
         scores_B = residuals.image_scores(cells_BHW.flatten(1)).cpu()
         slots = weights_B.nonzero().flatten().tolist()
@@ -175,7 +178,7 @@ class _Counts:
         self._processes.all_do(count)
 
     def conclude(self) -> dict[str, Any]:
-        """Called by all processes together."""
+        """The number of labelled images and the AUROCs, over all processes. All of them must call it."""
         for histogram in self._images.values():
             histogram.all_reduce(self._processes.sum_from_host)
         self._pixels.all_reduce(self._processes.sum_from_host)
