@@ -171,7 +171,7 @@ def adopt_phase1(session: Session) -> None:
         # Check before copying anything: the user can then correct the config and run the command again.
         _check_same_model(session.config, folder / rundir.trajectory.name, folder / rundir.model.name)
         for target in targets:
-            copied = target.with_suffix(".tmp")
+            copied = target.with_name(f".{target.name}.tmp")
             shutil.copyfile(folder / target.name, copied)
             sync_file(copied)
             copied.rename(target)

@@ -20,7 +20,6 @@ from trajdist.runtime.clock import Clock
 from trajdist.runtime.processes import to_device
 
 Pair = tuple[ImageBatch, torch.Tensor]
-Pairs = Generator[Pair, None, None]
 # One batch of each stream, keyed by stream number.
 Round = dict[int, ImageBatch]
 
@@ -49,6 +48,25 @@ class Stream:
     writer: CacheWriter | None = None
 
 
+class Branch:
+    """The batches of one stream of a feed; closing it, at any time, stops further reading from that stream."""
+
+    def __init__(self, feed: Feed, number: int) -> None:
+        self._feed, self._number = feed, number
+
+    def __iter__(self) -> Branch:
+        return self
+
+    def __next__(self) -> Pair:
+        pair = self._feed.next_of(self._number)
+        if pair is None:
+            raise StopIteration
+        return pair
+
+    def close(self) -> None:
+        self._feed.leave(self._number)
+
+
 class Feed:
     """Pairs the batches of one or several streams with their trajectories, float32.
 
@@ -75,18 +93,19 @@ class Feed:
         self._rounds = self._read()
         self._passes = self._ahead() if device.type == "cuda" else (self._run(batches) for batches in self._rounds)
 
-    def of(self, number: int) -> Pairs:
-        """Yield the batches of stream ``number``. Consume several streams in turn, or batches pile up.
+    def of(self, number: int) -> Branch:
+        """The batches of stream ``number``. Consume several streams in turn, or batches pile up."""
+        return Branch(self, number)
 
-        Closing the generator, once it has started, stops further reading from that stream.
-        """
+    def next_of(self, number: int) -> Pair | None:
+        """The next batch of a stream, or None at its end."""
         waiting = self._waiting[number]
-        try:
-            while waiting or self._advance(number):
-                yield waiting.popleft()
-        finally:
-            self._left.add(number)
-            waiting.clear()
+        return waiting.popleft() if waiting or self._advance(number) else None
+
+    def leave(self, number: int) -> None:
+        """Stop reading from a stream."""
+        self._left.add(number)
+        self._waiting[number].clear()
 
     def _advance(self, number: int) -> bool:
         """Run one more pass for all streams; returns whether this one has a batch now."""

@@ -19,7 +19,7 @@ from trajdist.runtime.watchdog import Watchdog
 from trajdist.saved.checkpoint import CheckpointWriter, Tensors
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Plan
-from trajdist.training.feed import Pairs
+from trajdist.training.feed import Branch
 from trajdist.training.journal import Journal
 from trajdist.training.keeper import Keeper
 from trajdist.training.objectives import Objective
@@ -101,7 +101,7 @@ class Job:
     accelerator: Accelerator
     processes: Processes
     plan: Plan
-    batches: Pairs
+    batches: Branch
     model: nn.Module
     objective: Objective
     optimizer: torch.optim.Optimizer

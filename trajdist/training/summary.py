@@ -27,7 +27,8 @@ def is_done(session: Session, phase: int) -> bool:
     if checkpoint and checkpoint.state["phase"] == phase:
         session.say(f"phase {phase} has {epochs} epochs and goes on to {wanted}")
         return False
-    why = "" if wanted <= epochs else f"; for {wanted} epochs start over with --fresh, Phase 2 is built on these"
+    reason = "Phase 2 is built on these" if phase == 1 else "there is no checkpoint to go on from"
+    why = "" if wanted <= epochs else f"; for {wanted} epochs start over with --fresh: {reason}"
     session.say(f"phase {phase} is done ({epochs} epochs): nothing to repeat{why}")
     return True
 

@@ -26,7 +26,7 @@ from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter, Tensors
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.training.caching import open_cache, open_writer
-from trajdist.training.feed import Feed, Pairs, Stream, num_places
+from trajdist.training.feed import Branch, Feed, Stream, num_places
 from trajdist.training.job import Job, Position, Recipe, Rhythm
 from trajdist.training.journal import Journal
 from trajdist.training.keeper import Keeper
@@ -193,7 +193,7 @@ def _progress(start: Prepared) -> Progress:
     return Progress(session.console, title, start.plan.total_images, start.cursor)
 
 
-def _job(start: Prepared, batches: Pairs, clock: Clock, tick: Callable[[], None], progress: Progress) -> Job:
+def _job(start: Prepared, batches: Branch, clock: Clock, tick: Callable[[], None], progress: Progress) -> Job:
     """The job of a training, restored from its checkpoint if there is one."""
     training, plan = start.training, start.plan
     session, phase, task = training.session, training.at.phase, training.task
