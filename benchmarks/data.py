@@ -1,14 +1,14 @@
-"""Images/s per core, from where images may lie and by which decoder. Ratios from one run, interleaved.
+"""Images/s per core by storage format and by decoder. Measurements are interleaved in one run.
 
     python benchmarks/data.py --images DIR [--count 200] [--rounds 5] [--size 224] [--json FILE]
 
-Reading: the same photographs as a folder, as tar shards with the files as they are, and as ``trajdist pack
---short-side 256`` makes them; the packed ones also from an S3 server on this machine, over the network and by way of
-the local cache; and WebDataset's own loader on the same shards with the same decoding. Everything is in the page cache.
-Decoding: bytes in memory to a uint8 square by several libraries.
+Reading: the same photographs as a folder, as tar shards of the unchanged files ("tar"), and as tar shards written with
+``trajdist pack --short-side 256`` ("packed"); the packed shards also from an S3 server on this machine, directly and
+through the local cache; and WebDataset's own loader on the same shards with the same decoding. Everything is in the
+page cache. Decoding: bytes in memory to a square uint8 image, by several libraries.
 
-Photographs smaller than twice ``--size`` are scaled up first (JPEG, quality 95), as those of ImageNet are larger than
-samples of it usually are; ``--as-they-are`` leaves them.
+Photographs are saved as JPEG at quality 95 first. Those smaller than twice ``--size`` are scaled up, because the images
+of ImageNet are usually larger than those in samples of it; ``--as-they-are`` keeps their size.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Work = Callable[[], int]
 
 
 def enlarge(images: str, folder: Path, count: int, short_side: int) -> Path:
-    """``count`` photographs as JPEG files, at least so large."""
+    """Save up to ``count`` images as JPEGs whose short side is at least ``short_side`` pixels."""
     source = open_source(images, "--images")
     folder.mkdir()
     for index in range(min(count, len(source))):
@@ -76,7 +76,7 @@ def webdataset_reads(folder: Path, size: int) -> Work:
 
 @contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
-    """The shards of a folder in moto's server; their URL."""
+    """Serve a folder's shards from moto's S3 server; yields their URL."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -97,7 +97,7 @@ def s3_server(folder: Path) -> Iterator[str]:
 
 
 def decoders(files: list[bytes], size: int) -> dict[str, Work]:
-    """Each makes a square of every file."""
+    """Decoders by name; each decodes every file to a square."""
 
     def with_pillow(draft: bool) -> Work:
         return lambda: sum(to_square(decode(raw, size if draft else None), size, "crop").ndim == 3 for raw in files)
@@ -128,7 +128,7 @@ def decoders(files: list[bytes], size: int) -> dict[str, Work]:
 
 
 def interleaved(ways: dict[str, Work], rounds: int) -> dict[str, list[float]]:
-    """Images/s of each way in each round; a round before them warms up."""
+    """Images/s of each workload in each round, after a warm-up round."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for turn, (name, work) in itertools.product(range(rounds + 1), ways.items()):
         started = time.perf_counter()
@@ -139,7 +139,7 @@ def interleaved(ways: dict[str, Work], rounds: int) -> dict[str, list[float]]:
 
 
 def summary(rates: dict[str, list[float]], base: str) -> dict[str, Any]:
-    """Medians, and the ratio to ``base`` with its extremes over the rounds."""
+    """Median images/s, and the ratio to ``base`` within each round: median, minimum and maximum."""
     found = {}
     for name, values in rates.items():
         ratios = [one / other for one, other in zip(values, rates[base], strict=True)]

@@ -1,15 +1,15 @@
-"""Does memory stay flat over any number of images? Steady and peak memory against the number of images.
+"""Does memory use stay flat? Steady-state and peak memory against the number of images.
 
     python benchmarks/memory.py [--counts 250 500 1000 2000 4000] [--plot docs/memory.png] [--json FILE] [key=value ...]
 
-Three ways to train an epoch on the same images (a folder, repeated): ``stream`` and ``collect`` of
-benchmarks/reference.py, and ``trajdist train``. Each measurement is a process of its own. A thread reads its memory
-every 20 ms: the resident set, and on CUDA the bytes allocated on the device. *Steady* is the mean over the second half
-of the training (of ``collect``, over its training as well, when all is collected), *peak* the most of the whole
-process; trajdist's is also given for each of its parts. Decoding processes are not counted, they are the same for all.
+Three ways to train for one epoch on the same images (a folder, repeated): ``stream`` and ``collect`` from
+benchmarks/reference.py, and ``trajdist train``. Each measurement runs in its own process. A thread samples its memory
+every 20 ms: the resident set size, and on CUDA the bytes allocated on the device. *Steady* is the mean over the second
+half of training (for ``collect``, the training after all trajectories have been collected); *peak* is the maximum over
+the whole process, and is also reported for each stage. Decoding workers are not counted: they are the same for all.
 
-Without further keys the network is ResNet-18 at 64 pixels, which is quick; ``backbone.name=resnet50
-data.image_size=224`` is the real one. Needs matplotlib for the plot.
+By default the network is ResNet-18 at 64 pixels, which is quick; use ``backbone.name=resnet50 data.image_size=224`` for
+a realistic size. The plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SAMPLE_EVERY_S = 0.02
 
 @dataclass
 class Sampler:
-    """Reads this process's memory in the background and notes in which part of the run it is."""
+    """Samples this process's memory from a background thread, along with the current stage of the run."""
 
     part: Callable[[], str]
     readings: list[tuple[float, str, int, int]] = field(default_factory=list)
@@ -57,7 +57,11 @@ class Sampler:
             self.readings.append((time.monotonic(), self.part(), process.memory_info().rss, on_device))
 
     def result(self, training: str) -> dict[str, Any]:
-        """Steady and peak bytes of the host, of the device if there is one, and of each part."""
+        """Steady and peak bytes on the host and, if used, the device, and the peak in each stage.
+
+        Args:
+            training: the name of the training stage.
+        """
         self._over.set()
         self._thread.join()
         times = [at for at, part, _, _ in self.readings if part == training]
@@ -77,7 +81,7 @@ class Sampler:
 
 
 def measure(way: str, images: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """One measurement, in this process."""
+    """Take one measurement in this process."""
     import torch
 
     torch.set_num_threads(1)
@@ -90,7 +94,7 @@ def measure(way: str, images: str, overrides: Sequence[str]) -> dict[str, Any]:
 def measure_trajdist(run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
     from trajdist.cli import main as trajdist
 
-    # The files of a run tell how far it is; the latest one first.
+    # The stage is inferred from the files that the run has written, latest stage first.
     made = {"calibration": "phase1/model.safetensors", "training": "metrics.jsonl", "start": "config.yaml"}
     statistics_done = run_dir / "phase1" / "trajectory.safetensors"
 
@@ -124,7 +128,7 @@ def measure_reference(way: str, images: Path, overrides: Sequence[str]) -> dict[
 
 
 def in_a_process(way: str, images: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """One measurement in a fresh process, which has nothing of another one's memory."""
+    """Take one measurement in a fresh process, unaffected by the memory of earlier ones."""
     command = [sys.executable, __file__, "--measure", way, str(images), *overrides]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -132,7 +136,7 @@ def in_a_process(way: str, images: Path, overrides: Sequence[str]) -> dict[str, 
 
 
 def middle(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The median of several processes: the gaps of a heap differ from one to the next."""
+    """The median over several processes: heap fragmentation varies between them."""
     kinds = measured[0]
     return {
         kind: {name: statistics.median(one[kind][name] for one in measured) for name in ("steady", "peak")}
@@ -142,7 +146,7 @@ def middle(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]], kind: str) -> Table:
-    """Steady and peak MiB; a row for each number of images."""
+    """Steady and peak MiB, one row per number of images."""
     made = Table(title=f"memory of the {kind}, MiB: steady / peak", title_justify="left")
     made.add_column("images", justify="right")
     for way in WAYS:
@@ -154,7 +158,7 @@ def table(results: dict[str, dict[str, Any]], kind: str) -> Table:
 
 
 def plot(results: dict[str, dict[str, Any]], kind: str, path: Path) -> None:
-    """Peak (line) and steady memory (dashes) over the number of images."""
+    """Plot peak (solid) and steady (dashed) memory against the number of images."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -173,7 +177,7 @@ def plot(results: dict[str, dict[str, Any]], kind: str, path: Path) -> None:
 
 
 def growth(results: dict[str, dict[str, Any]], kind: str) -> dict[str, dict[str, float]]:
-    """What each way adds from the fewest to the most images: steady bytes in all, and per image."""
+    """Growth in steady memory from the fewest to the most images: bytes in total and per image."""
     found = {}
     for way, by_count in results.items():
         few, many = min(by_count, key=int), max(by_count, key=int)

@@ -1,11 +1,11 @@
-"""How well does it detect? Trains the quality config, evaluates it on two labelled sets, and compares with two
+"""Detection quality: trains the quality config, evaluates it on two labelled sets, and compares it with two
 memory-hungry baselines on the same backbone, images and grid.
 
     python benchmarks/quality.py --imagenet DIR --patch DIR --road DIR --out DIR [--seeds 0 1]
 
-``--imagenet`` is a folder of clean photographs for Phase 1; ``--patch`` a labelled set (MVTec layout) of such
-photographs; ``--road`` a labelled set of a domain with ``train/good`` to adapt on. Nothing is tuned on the labels,
-and images that are trained on are never scored. Prints a table; writes ``quality.json``.
+``--imagenet`` is a folder of clean photographs for Phase 1; ``--patch`` a labelled set (MVTec layout) of similar
+photographs; ``--road`` a labelled set of a target domain with ``train/good`` to adapt on. Nothing is tuned on the
+labels, and training images are never scored. Prints a table and writes ``quality.json``.
 """
 
 from __future__ import annotations
@@ -33,20 +33,23 @@ from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.metrics import PixelScores, curve
 
 SIZE, BATCH = 224, 32
-BANK_CELLS, BANK_BLOCKS = 20_000, (5, 11)  # Two middle blocks, counted from zero.
-CROPPED: set[str] = set()  # Fingerprints of the sets of photographs.
+BANK_CELLS, BANK_BLOCKS = 20_000, (5, 11)  # Two middle blocks, zero-based.
+CROPPED: set[str] = set()  # Fingerprints of the sets to be cropped.
 Cells = Callable[[torch.Tensor], torch.Tensor]
 
 
 def trajdist(*arguments: str) -> float:
-    """Run the command line; returns its seconds."""
+    """Run a trajdist command; returns its duration in seconds."""
     started = time.monotonic()
     subprocess.run([sys.executable, "-m", "trajdist", *arguments], check=True)
     return time.monotonic() - started
 
 
 def batches(source: ImageSource) -> Iterator[torch.Tensor]:
-    """All images; photographs are cropped and labelled or domain images squashed, as trajdist does it."""
+    """All images in batches, uint8 ``[B, 3, S, S]``.
+
+    As in trajdist, photographs are cropped, and labelled and domain images squashed.
+    """
     fit: Fit = "crop" if source.fingerprint in CROPPED else "squash"
     for start in range(0, len(source), BATCH):
         numbers = range(start, min(start + BATCH, len(source)))
@@ -55,14 +58,14 @@ def batches(source: ImageSource) -> Iterator[torch.Tensor]:
 
 
 def pooled(extractor: TrajectoryExtractor, images: torch.Tensor) -> list[torch.Tensor]:
-    """All blocks of a batch, float32 ``[B, P, C]`` each. (The baselines hold what trajdist lets go.)"""
+    """All blocks of a batch, float32 ``[B, P, C]`` each. (Unlike trajdist, the baselines keep all blocks.)"""
     found: list[torch.Tensor] = []
     extractor.backbone(images, lambda block, map_BCHW: found.append(pool(map_BCHW, extractor.resolution)))
     return found
 
 
 def gaussians(extractor: TrajectoryExtractor, clean: ImageSource) -> Cells:
-    """One Gaussian per block (the idea of PaDiM, Defard et al. 2021, without places); squared distances summed."""
+    """One Gaussian per block for all places (cf. PaDiM, Defard et al. 2021); sums squared Mahalanobis distances."""
     moments = [BlockMoments(block.channels, torch.device("cpu")) for block in extractor.backbone.blocks]
     for images in batches(clean):
         for moment, rows in zip(moments, pooled(extractor, images), strict=True):
@@ -81,7 +84,7 @@ def gaussians(extractor: TrajectoryExtractor, clean: ImageSource) -> Cells:
 
 
 def nearest_neighbour(extractor: TrajectoryExtractor, clean: ImageSource) -> Cells:
-    """Distance to the nearest of many clean cells kept in memory (the idea of PatchCore, Roth et al. 2022)."""
+    """Distance to the nearest neighbour in a memory bank of clean cells (cf. PatchCore, Roth et al. 2022)."""
 
     def features(images: torch.Tensor) -> torch.Tensor:
         blocks = pooled(extractor, images)
@@ -95,7 +98,7 @@ def nearest_neighbour(extractor: TrajectoryExtractor, clean: ImageSource) -> Cel
 
 
 def auroc_of(cells: Cells, dataset: LabelledFolder, side: int) -> dict[str, float | None]:
-    """Image AUROC of the hottest cell and pixel AUROC of the interpolated map."""
+    """Image AUROC of the maximum cell score, and pixel AUROC of the interpolated map."""
     images = {True: ScoreHistogram(), False: ScoreHistogram()}
     pixels, position = PixelScores(), 0
     for batch in batches(dataset):

@@ -1,8 +1,10 @@
-"""What trajdist is measured against: the same training in the plainest PyTorch, one batch at a time or collected first.
+"""The baseline for trajdist: the same training in plain PyTorch, either streaming or collecting all trajectories first.
 
-Images, backbone, blocks, grid and model are those of a trajdist config. Activations stay NCHW and float32, all of a
-batch's are kept in a list until the last one is there, channels are averaged in groups, Adam trains every place, and
-each step reads its loss. The C library's allocator is as every program finds it.
+Images, backbone, blocks, grid and model come from a trajdist config. Activations stay NCHW float32; those of a batch
+are kept in a list until the forward pass is complete; channels are reduced by averaging groups; Adam trains on every
+place; and each step reads its loss. The C library's allocator keeps its default settings.
+
+Shape suffixes: B images, C channels, S pixels per side, N places of a batch, L blocks, D channels of a trajectory.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ M_MMAP_THRESHOLD = -3
 
 @contextlib.contextmanager
 def usual_allocator() -> Iterator[None]:
-    """Undoes for a while what trajdist sets; glibc's own thresholds rise to these when large blocks are freed."""
+    """Temporarily undo trajdist's allocator settings, with the values that glibc's dynamic thresholds grow to."""
     usual = {allocator.M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 * 2**20, allocator.M_TRIM_THRESHOLD: 64 * 2**20}
     with contextlib.suppress(AttributeError):
         for name, value in usual.items():
@@ -48,7 +50,7 @@ def usual_allocator() -> Iterator[None]:
 
 
 def repeated(images: str | None, count: int, folder: Path) -> Path:
-    """A folder of ``count`` images: those of ``images`` (by default photographs of scikit-image), over and over."""
+    """A folder of ``count`` images, repeating those of ``images`` (by default scikit-image's photographs)."""
     folder.mkdir()
     source = open_source(images or "skimage:photos", "IMAGES")
     files = []
@@ -61,7 +63,7 @@ def repeated(images: str | None, count: int, folder: Path) -> Path:
 
 
 class Pixels(Dataset[torch.Tensor]):
-    """Normalised float images ``[3, S, S]`` of a folder."""
+    """The images of a folder, normalised float32 ``[3, S, S]``."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self._source, self._size, self._fit = open_source(str(folder), "IMAGES"), config.data.image_size, "crop"
@@ -76,7 +78,7 @@ class Pixels(Dataset[torch.Tensor]):
 
 
 def plain_network(name: str, weights: str, seed: int) -> nn.Module:
-    """The network as its library builds it, before trajdist touches it."""
+    """The network as its library builds it, without trajdist's modifications."""
     build: Any = {"efficientnet_lite0": lambda: backbones._efficientnet_lite0(weights)}.get(name)
     if build is None:
         library = backbones._timm if name.startswith("timm:") else backbones._torchvision
@@ -88,10 +90,10 @@ def plain_network(name: str, weights: str, seed: int) -> nn.Module:
 
 @dataclass
 class Reference:
-    """The two plain ways to train ``model`` on a folder.
+    """Plain PyTorch training of ``model`` on a folder, in two variants.
 
     Attributes:
-        part: what it is doing: ``start``, ``collecting`` or ``training``.
+        part: the current stage: ``start``, ``collecting`` or ``training``.
     """
 
     config: Config
@@ -104,7 +106,7 @@ class Reference:
 
     @torch.no_grad()
     def trajectories(self, images_BCSS: torch.Tensor) -> torch.Tensor:
-        """``[B * places, L, D]``"""
+        """The trajectories of a batch, float32 ``[N, L, D]``, N = B x places."""
         kept: list[torch.Tensor] = []
         handles = [
             self.network.get_submodule(block.name).register_forward_hook(
@@ -128,7 +130,7 @@ class Reference:
         return loss.item()
 
     def stream(self) -> float:
-        """Seconds of an epoch, batch by batch."""
+        """Train for one epoch, computing trajectories batch by batch; returns seconds."""
         started, self.part = time.perf_counter(), "training"
         optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
         for images in self.loader:
@@ -136,7 +138,7 @@ class Reference:
         return time.perf_counter() - started
 
     def collect(self, epochs: int = 1) -> tuple[float, float]:
-        """Seconds of collecting all trajectories, and of so many epochs over them."""
+        """Collect all trajectories, then train on them for ``epochs``; returns the seconds of each part."""
         started, self.part = time.perf_counter(), "collecting"
         collected = torch.cat([self.trajectories(images).cpu() for images in self.loader])
         between, self.part = time.perf_counter(), "training"
@@ -153,7 +155,7 @@ class Reference:
 
 
 def reference(config: Config, extractor: TrajectoryExtractor, folder: Path) -> Reference:
-    """The plain trainings of a config; ``extractor`` says which blocks there are."""
+    """The baseline for a config, with the blocks of ``extractor``."""
     settings, device = config.backbone, torch.device(device_type())
     workers = resolve_workers(config.data.num_workers, 1, device.type)
     loader = DataLoader(Pixels(config, folder), config.data.imagenet.batch_size, shuffle=True, num_workers=workers)

@@ -1,11 +1,11 @@
-"""Weak scaling: N processes with a thread each and the same number of images each. Ratios from one run, interleaved.
+"""Weak scaling: N single-threaded processes with a fixed number of images each. Jobs are interleaved in one run.
 
     python benchmarks/scaling.py --images DIR [--processes 1 2] [--rounds 3] [--json FILE] [CONFIG] [key=value ...]
 
 Every job is ``trajdist train`` on the CPU (CONFIG: default, with random weights), decoding in the training process
-itself, so that N processes are busy with N cores. Efficiency is images/s of N processes over N times those of one.
-The time that a process waits for data is the run's own figure; that of an all-reduce of the model's gradients is
-measured apart, because in training it overlaps with the backward pass.
+itself, so that N processes keep N cores busy. Efficiency is images/s of N processes divided by N times those of one
+(of the first count of ``--processes``). The time spent waiting for data is as reported by the run; the time of an
+all-reduce of the model's gradients is measured separately, because in training it overlaps with the backward pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"
 
 
 def launch(num_processes: int, *command: str) -> None:
-    """Run a module in several processes; one process needs no launcher."""
+    """Run Python with this command line in several processes; a single one needs no launcher."""
     launcher: list[str] = []
     if num_processes > 1:
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -38,7 +38,7 @@ def launch(num_processes: int, *command: str) -> None:
 
 
 def train(arguments: argparse.Namespace, num_processes: int) -> dict[str, Any]:
-    """One training; its summary of Phase 1."""
+    """Run one training; returns its Phase 1 summary."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "run_dir": f"{folder}/run",
@@ -55,7 +55,7 @@ def train(arguments: argparse.Namespace, num_processes: int) -> dict[str, Any]:
 
 
 def all_reduce_s(num_processes: int, num_bytes: int) -> float:
-    """Seconds of one all-reduce of so many bytes."""
+    """Median seconds of an all-reduce of ``num_bytes``."""
     if num_processes == 1:
         return 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ def all_reduce_s(num_processes: int, num_bytes: int) -> float:
 
 
 def time_all_reduce(num_bytes: int, out: Path) -> None:
-    """One process of those that :func:`all_reduce_s` starts."""
+    """Run by each process that :func:`all_reduce_s` starts; rank 0 writes the seconds to ``out``."""
     import torch
 
     torch.distributed.init_process_group("gloo")

@@ -1,10 +1,11 @@
-"""How close does scoring come to the backbone's forward alone? Ratios of one process, interleaved, on the same images.
+"""How close does scoring come to the cost of the backbone's forward pass? Interleaved in one process, same images.
 
     python benchmarks/scoring.py --run RUN_DIR --images DIR [--rounds 5] [--json FILE]
 
-For each round: the plain network's forward alone (channels last, as torchvision or timm builds it, images decoded
-beforehand), the same with BatchNorm folded, and ``trajdist score`` without pictures and with all of them, decoding
-included. Prints images per second (median over the rounds), ratios with their spread, and what the arithmetic allows.
+In each round: the forward pass of the plain network (channels last, as its library builds it, images decoded in
+advance), the same with BatchNorm folded, and ``trajdist score`` with no pictures and with all of them, including
+decoding. Prints images/s (medians over the rounds), ratios with their range, and the upper bound on the ratio that
+follows from the numbers of floating-point operations. Backbones from timm are not supported.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ BATCH = 32
 
 
 def plain_network(run_dir: str) -> torch.nn.Module:
-    """The run's network as it is built, before trajdist touches it."""
+    """The run's network as its library builds it, without trajdist's modifications."""
     document = bundle.read(RunDir(run_dir).trajectory, bundle.TrajectoryDocument)
     build = {"efficientnet_lite0": lambda weights: backbones._efficientnet_lite0(weights)}.get(
         document.backbone, lambda weights: backbones._torchvision(document.backbone, weights)
@@ -46,7 +47,7 @@ def plain_network(run_dir: str) -> torch.nn.Module:
 
 
 def folded_network(job: Scoring) -> torch.nn.Module:
-    """The same network as trajdist runs it, head included."""
+    """The same network as trajdist runs it, including its head."""
     return job.scorer.extractor.backbone.network
 
 
@@ -63,7 +64,7 @@ def forward_all(network: torch.nn.Module, images_BCSS: torch.Tensor) -> None:
 
 
 def score_all(arguments: argparse.Namespace, overlays: str) -> float:
-    """Seconds of a whole scoring, from its first batch to its last."""
+    """Seconds of a scoring job from its first batch to its last, without loading the run."""
     with tempfile.TemporaryDirectory() as out:
         job = opened(arguments, out, overlays)
         return seconds(lambda: score(job))
@@ -75,7 +76,7 @@ def opened(arguments: argparse.Namespace, out: str, overlays: str) -> Scoring:
 
 
 def flops_per_image(job: Scoring, image_1CSS: torch.Tensor) -> tuple[int, int]:
-    """Floating-point operations of the backbone's forward, and of everything after it."""
+    """Floating-point operations of the backbone's forward pass, and of everything after it."""
     with FlopCounterMode(display=False) as network, torch.no_grad():
         folded_network(job)(image_1CSS.float())
     with FlopCounterMode(display=False) as all_of_it, torch.no_grad():
@@ -108,7 +109,7 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in works}
     for name, work in itertools.chain.from_iterable([works.items()] * (arguments.rounds + 1)):
         rates[name].append(count / work())
-    # The first round warms up.
+    # The first round is warm-up.
     rates = {name: values[1:] for name, values in rates.items()}
     result = {
         "images": count,
@@ -126,7 +127,7 @@ def main() -> None:
 
 
 def ratio(ones: list[float], others: list[float]) -> dict[str, float]:
-    """Median, least and greatest of the rounds' ratios."""
+    """Median, minimum and maximum of the ratios within each round."""
     ratios = [one / other for one, other in zip(ones, others, strict=True)]
     return {"median": statistics.median(ratios), "least": min(ratios), "greatest": max(ratios)}
 

@@ -1,11 +1,12 @@
-"""How long until a command does something? Seconds, each in fresh processes; medians with spread.
+"""Start-up time in seconds, each measurement in a fresh process; medians with range.
 
     python benchmarks/startup.py [--rounds 5] [--json FILE] [CONFIG] [key=value ...]
 
-``trajdist --help``, ``import torch``, ``import trajdist.training.phases`` (torch and all that training needs), the
-same and the backbone built, and ``trajdist train`` to its first line of metrics.jsonl, which follows the first step.
-CONFIG is by default ResNet-50 with random weights on 32 photographs of scikit-image. "own" is what the run takes beyond
-imports and building: statistics over those images, their eigenvectors, the model, and the step.
+Measures ``trajdist --help``, ``import torch``, ``import trajdist.training.phases`` (torch and everything else that
+training needs), the same plus building the backbone, and ``trajdist train`` until the first line of metrics.jsonl,
+which follows the first step. By default the config is ResNet-50 with random weights on 32 of scikit-image's
+photographs. "own" is the run's time beyond imports and building the backbone: statistics over those images, their
+eigenvectors, the model, and the step.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ new_extractor(load_config(sys.argv[1], sys.argv[2:]))
 
 
 def seconds(*arguments: str) -> float:
-    """Of a Python process from its start to its end."""
+    """Wall time of a Python process from start to exit."""
     started = time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 
 def first_step(config: list[str]) -> float:
-    """From the start of ``trajdist train`` to its first line of metrics."""
+    """Seconds from the start of ``trajdist train`` to its first line of metrics."""
     with tempfile.TemporaryDirectory() as folder:
         metrics = Path(folder, "run", "metrics.jsonl")
         command = [sys.executable, "-m", "trajdist", "train", *config, f"run_dir={metrics.parent}"]
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while not (metrics.exists() and metrics.stat().st_size):
-            if process.poll() is not None and not metrics.exists():
+            if process.poll() is not None:
                 raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
             time.sleep(POLL_S)
         taken = time.perf_counter() - started
@@ -58,7 +59,7 @@ def first_step(config: list[str]) -> float:
 
 def measure(config: list[str], rounds: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
-    # The first round reads the files from the disk.
+    # The first round, which loads the files into the page cache, is discarded.
     for number in range(rounds + 1):
         one = {
             "trajdist --help": seconds("-m", "trajdist", "--help"),

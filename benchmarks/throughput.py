@@ -1,20 +1,22 @@
-"""How close does training come to what the frozen backbone's forward alone costs? One process, one run, interleaved.
+"""How close does training come to the cost of the frozen backbone's forward pass? Interleaved in one process.
 
     python benchmarks/throughput.py [--backbones resnet50 ...] [--models autoencoder ...] [--images DIR] [--count 256]
                                     [--rounds 3] [--json FILE] [key=value ...]
 
-In every round, on the same images and batches (images/s; medians over the rounds; ratios within a round, with spread):
+In every round, on the same images and batch size (images/s; medians over the rounds; ratios within a round, with
+their range):
 
-(a) limit      the forward alone: channels last, BatchNorm folded, up to the last block, compiled if the config says so,
-               on batches that are decoded beforehand, memory kept between batches as trajdist keeps it
+(a) limit      the forward pass alone: channels last, BatchNorm folded, up to the last block, compiled if the config
+               says so, on batches decoded in advance, with trajdist's allocator settings
 (b) stream     the plain streaming loop of benchmarks/reference.py
-(c) collect    all trajectories first, then the training on them
-(d) trajdist   an epoch of ``trajdist train``, its loop alone; with its start, statistics and calibration in brackets
-(e) cached     the same once cache.dir has the trajectories
+(c) collect    collect all trajectories first, then train on them
+(d) trajdist   the training loop of one epoch of ``trajdist train``; the row "whole command" includes start-up,
+               statistics and calibration
+(e) cached     the same once cache.dir contains the trajectories
 
-"arithmetic" is the share of the floating-point operations of a step that are the backbone's: (d) / (a) can reach it
-where the model's operations are as fast as the backbone's. Backbones have random weights unless ``backbone.weights``
-says otherwise; speed does not depend on them.
+"arithmetic" is the backbone's fraction of the floating-point operations of a step: the value that (d) / (a) reaches if
+the model's operations run as fast as the backbone's. Backbones have random weights unless ``backbone.weights`` is set;
+speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -65,13 +67,13 @@ MODELS = {
     "transformer": ["model.type=transformer", "model.hidden_dim=128", "train.cell_fraction=0.25"],
 }
 EPOCHS = 3
-# Enough to make a projection from; it does not change the speed of an epoch.
+# Enough to fit a projection; it does not affect the speed of an epoch.
 STATISTICS_IMAGES = 32
 
 
 @dataclass
 class Case:
-    """One backbone with one model: its config's overrides, and the works to time."""
+    """One backbone with one model: its config overrides, and the workloads to time."""
 
     overrides: list[str]
     config: Config
@@ -82,11 +84,11 @@ class Case:
     folder: Path
 
     def limit(self) -> float:
-        """Seconds of the forward alone over all images."""
+        """Seconds of the forward pass alone over all images."""
         return seconds(lambda: [self.forward(batch) for batch in self.batches] and synchronize())
 
     def train(self, name: str, *overrides: str) -> tuple[float, float]:
-        """Seconds of an epoch's loop, and of the whole command."""
+        """Run ``trajdist train`` for one epoch; returns the seconds of its loop and of the whole command."""
         run_dir = self.folder / name
         started = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -94,7 +96,7 @@ class Case:
         if code:
             raise SystemExit(f"{printed.getvalue()}\ntrajdist ended with {code}")
         whole = time.perf_counter() - started
-        # One process has no launcher to tell it that a run is over.
+        # The command ran in this process: collect its reference cycles before the next measurement.
         gc.collect()
         return float(json.loads((run_dir / "summary.json").read_text())["phase1"]["seconds"]), whole
 
@@ -124,7 +126,7 @@ def open_case(backbone: str, model: str, arguments: argparse.Namespace, images: 
 
 
 def decoded(config: Config, images: Path) -> list[torch.Tensor]:
-    """The images as uint8 batches, on the device."""
+    """The images as uint8 batches ``[B, 3, S, S]`` on the device."""
     source, size = open_source(str(images), "IMAGES"), config.data.imagenet.batch_size
     data = SlotDataset(source, lambda epoch, positions: positions, config.data.image_size, "crop")
     slots = [Slots(0, start, min(start + size, len(source)), size) for start in range(0, len(source), size)]
@@ -132,7 +134,7 @@ def decoded(config: Config, images: Path) -> list[torch.Tensor]:
 
 
 def forward_alone(extractor: TrajectoryExtractor, compile: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The backbone up to its last block, whose output is what a compiler must not leave out."""
+    """The backbone up to its last block; returns that output, lest the compiler eliminate the computation."""
 
     @torch.no_grad()
     def forward(images_BCSS: torch.Tensor) -> torch.Tensor:
@@ -164,7 +166,7 @@ def synchronize() -> None:
 
 
 def gflop_per_image(case: Case) -> dict[str, float]:
-    """Floating-point operations of the backbone's forward, of pooling and projection, and of the model's step."""
+    """GFLOP per image of the backbone's forward pass, of pooling and projection, and of a step of the model."""
     extractor, config = case.extractor, case.config
     image = case.batches[0][:1]
     with FlopCounterMode(display=False) as backbone:
@@ -186,7 +188,7 @@ def gflop_per_image(case: Case) -> dict[str, float]:
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """All works once a round; a round before them warms up."""
+    """Time every workload once per round, after a warm-up round."""
     count, cache = sum(len(batch) for batch in case.batches), f"cache.dir={case.folder / 'cache'}"
     rates: dict[str, list[float]] = {}
     for _ in range(rounds + 1):

@@ -68,13 +68,13 @@ def hold(path: Path) -> int | None:
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
-        # A lock of the process, not of the open file: decoding workers must not outlive their trainer with it.
+        # A POSIX record lock belongs to the process: forked workers that outlive the trainer must not keep it.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         os.close(descriptor)
         return None
     except OSError:
-        pass  # Some network file systems have no locks.
+        pass  # Some network file systems do not support locks.
     return descriptor
 
 

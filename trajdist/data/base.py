@@ -1,4 +1,4 @@
-"""What a source of images is: a numbered, ordered list that any process can read at random; and what sources share."""
+"""The image source interface (an ordered list with random access from any process) and helpers for its subclasses."""
 
 from __future__ import annotations
 
@@ -17,44 +17,52 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 class ImageSource(ABC):
-    """A numbered list of images. What has a body here need not be written again."""
+    """An indexed list of images. Subclasses implement the abstract methods and may override the rest."""
 
     fingerprint: str
-    """Changes when the list does: names and order, not contents."""
+    """Hash of the names and their order, not of the contents."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What people call image ``index``: its path below the folder."""
+        """The name of image ``index`` as shown to users, such as its path relative to the folder."""
 
     @abstractmethod
     def load(self, index: int, size: int | None) -> Image.Image:
-        """Decode image ``index`` to RGB; ``size`` is a hint as for :func:`trajdist.data.decode.decode`."""
+        """Decode image ``index`` to RGB; ``size`` is a hint as for :func:`trajdist.data.decode.decode`.
+
+        Raises:
+            Exception: whatever reading or decoding raises.
+        """
 
     def classes(self) -> npt.NDArray[np.int64] | None:
-        """The class of each image, ``[N]``; None where nobody knows."""
+        """The class of each image, int64 ``[N]``; None if unknown."""
         return None
 
     def shard_sizes(self) -> list[int]:
-        """Images in each shard, in order; one shard where reading at random costs no more."""
+        """Images per shard, in order; a single shard if random access is as cheap as sequential access."""
         return [len(self)]
 
     def stamp(self) -> str | None:
-        """Changes when contents do, as far as sizes and times tell; None where they never do."""
+        """Hash that changes with the contents, as far as file sizes and times reveal it; None if they cannot change."""
         return None
 
 
 class EncodedSource(ImageSource):
-    """A source of image files."""
+    """A source whose images are encoded files."""
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The file of image ``index``, as it is."""
+        """The encoded bytes of image ``index``.
+
+        Raises:
+            Exception: whatever the file system or the store raises.
+        """
 
     def path(self, index: int) -> str:
-        """Where that file is within its folder or shard: its class, if it has one, and its own name."""
+        """The file's path within its folder or shard, including the class folder if there is one."""
         return self.name(index)
 
     def load(self, index: int, size: int | None) -> Image.Image:
@@ -62,7 +70,7 @@ class EncodedSource(ImageSource):
 
 
 class Names:
-    """A million names in one buffer (about 60 bytes each), which worker processes share."""
+    """A list of names packed into one buffer (about 60 bytes per name) that worker processes share."""
 
     def __init__(self, names: Iterable[str]) -> None:
         buffer, digest = bytearray(), hashlib.sha256()
@@ -87,7 +95,7 @@ class Names:
 
 
 def numbered(classes: Iterable[str]) -> npt.NDArray[np.int64] | None:
-    """Classes by number, in order of appearance; None where all are of one class."""
+    """Number the class names in order of first appearance, int64 ``[N]``; None if there are fewer than two classes."""
     numbers: dict[str, int] = {}
     found = np.fromiter((numbers.setdefault(name, len(numbers)) for name in classes), np.int64)
     return found if len(numbers) > 1 else None

@@ -1,9 +1,9 @@
-"""Trajectories of images that were seen before, on disk in bfloat16.
+"""On-disk cache of image trajectories in bfloat16.
 
-One sparse file with a record per image, at the image's number times the record's size, and a file with a byte per
-image that says whether its record is there. That byte is set after the record has reached the disk, so a kill at any
-moment costs records, never their truth; any number of processes, of any later world size, read and add. Files are
-read and not mapped: pages of a map would count as the memory of the process.
+One sparse file holds a fixed-size record per image, at offset image number x stride; a second file holds one presence
+byte per image. The presence byte is set only after the record has been synced to disk, so a kill at any moment may lose
+records but never exposes a corrupt one. Any number of processes may read and add, also in later runs with another world
+size. Files are read rather than memory-mapped, because mapped pages would count towards the process's memory.
 
 Shape suffixes: B images, P places, K chosen places, L blocks, D channels of a trajectory.
 """
@@ -31,19 +31,19 @@ PAGE = 4096
 GIB = 2**30
 # macOS has no fdatasync.
 SYNC = getattr(os, "fdatasync", os.fsync)
-# When batches wait, records are made durable in groups of this many bytes.
+# While batches are queued, sync only after this many bytes of records.
 SYNC_BYTES = 64 * 2**20
-# Batches that wait for the disk; with more the training waits.
+# Batches queued for writing; when the queue is full, training blocks.
 QUEUE = 2
 
 
 class Cached(NamedTuple):
-    """Which slots of a batch the cache has.
+    """Cache lookup of a batch: h slots hit, the others missed.
 
     Attributes:
-        trajectories: bfloat16 ``[h, K, L, D]`` of the slots ``hits``.
-        hits, misses: int64, slot numbers; the batch's images are those of ``misses``, perhaps padded.
-        numbers: of the images in ``misses``; -1 for one that cannot be used.
+        trajectories: bfloat16 ``[h, K, L, D]`` of the slots in ``hits``; K is P if all places are read.
+        hits, misses: int64, slot numbers; the batch contains only the images in ``misses``, possibly padded.
+        numbers: int64, image numbers of ``misses``; -1 for an image that could not be used.
     """
 
     trajectories: torch.Tensor
@@ -53,11 +53,12 @@ class Cached(NamedTuple):
 
 
 class TrajectoryCache:
-    """The records of one image set under one extractor. Cheap to send to worker processes.
+    """The records of one image set under one extractor. Cheap to pickle for worker processes.
 
     Args:
-        folder: the parent of the caches; this one's name follows from ``key``.
-        key: everything a trajectory depends on, written beside the records.
+        folder: parent folder of all caches; this cache's subfolder is named by a hash of the other arguments.
+        key: everything a trajectory depends on; saved beside the records.
+        num_images: images in the set.
         shape: ``(P, L, D)``.
     """
 
@@ -65,7 +66,7 @@ class TrajectoryCache:
         self.folder = folder / fingerprint({}, {**key, "num_images": num_images, "shape": list(shape)})[:16]
         self.num_images, self.shape, self._key = num_images, shape, dict(key)
         self.record_bytes = 2 * int(np.prod(shape))
-        # No page belongs to two records: network file systems cache by the page.
+        # Page-aligned, so no page is shared by two records: network file systems cache whole pages.
         self.stride = -(-self.record_bytes // PAGE) * PAGE
         self._open: dict[str, int] = {}
 
@@ -73,10 +74,10 @@ class TrajectoryCache:
         return {**self.__dict__, "_open": {}}
 
     def create(self) -> None:
-        """Make the folder and its files, unless they are there.
+        """Create the folder and its files if they do not exist.
 
         Raises:
-            ConfigError: the folder cannot be written.
+            ConfigError: the folder is not writable.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,14 +91,14 @@ class TrajectoryCache:
             ) from None
 
     def __len__(self) -> int:
-        """Number of images whose records are there."""
+        """Number of images that have a record."""
         count, descriptor = 0, self._descriptor("present")
         for start in range(0, self.num_images, 2**20):
             count += os.pread(descriptor, 2**20, start).count(b"\1")
         return count
 
     def read(self, number: int, record_PLD: npt.NDArray[np.uint16]) -> bool:
-        """Fill ``record_PLD`` (uint16, the bits of bfloat16) with an image's record; False if there is none."""
+        """Read an image's record into ``record_PLD`` (uint16, the bits of bfloat16); False if missing or unreadable."""
         try:
             if os.pread(self._descriptor("present"), 1, number) != b"\1":
                 return False
@@ -106,11 +107,19 @@ class TrajectoryCache:
             return False
 
     def write(self, number: int, record_PLD: npt.NDArray[np.uint16]) -> None:
-        """Write a record; it is not there yet, see :meth:`commit`."""
+        """Write a record (uint16 ``[P, L, D]``, the bits of bfloat16); it becomes visible with :meth:`commit`.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         write_at(self._descriptor("records"), record_PLD.data, number * self.stride)
 
     def commit(self, numbers: list[int]) -> None:
-        """Make written records durable, then say that they are there."""
+        """Sync written records to disk, then mark them as present.
+
+        Raises:
+            OSError: they cannot be written.
+        """
         SYNC(self._descriptor("records"))
         for number in numbers:
             os.pwrite(self._descriptor("present"), b"\1", number)
@@ -122,7 +131,7 @@ class TrajectoryCache:
 
 
 def look_up(cache: TrajectoryCache, numbers: Int64s, places_BK: torch.Tensor | None) -> Cached:
-    """Read what the cache has of these images, one per slot; ``places_BK`` None takes all places."""
+    """Look up the images ``numbers``, one per slot; ``places_BK`` (int64) selects places, None reads all of them."""
     hits: list[int] = []
     misses: list[int] = []
     found: list[npt.NDArray[np.uint16]] = []
@@ -145,16 +154,19 @@ def look_up(cache: TrajectoryCache, numbers: Int64s, places_BK: torch.Tensor | N
 
 
 def padded(count: int, slots: int) -> int:
-    """``count`` rounded up to a quarter of the slots: few sizes of batch, each compiled and tuned once."""
+    """Round ``count`` up to a multiple of a quarter of the slots: few batch sizes, each compiled and tuned once."""
     quarter = -(-slots // 4)
     return min(slots, -(-count // quarter) * quarter)
 
 
 class CacheWriter:
-    """Adds to a cache in a thread of its own. When the room is used up or the disk fails it stops adding, and says so.
+    """Adds to a cache from a background thread. Stops when its quota is used up or a write fails.
 
     Args:
-        room: images that this process may add.
+        room: the number of images that this process may add.
+
+    Attributes:
+        ended: why writing stopped; empty until then.
     """
 
     def __init__(self, cache: TrajectoryCache, room: int) -> None:
@@ -166,7 +178,7 @@ class CacheWriter:
         self._thread.start()
 
     def add(self, numbers: torch.Tensor, trajectories_BPLD: torch.Tensor) -> None:
-        """Keep these images' trajectories, bfloat16 on any device; numbers below 0 are left out."""
+        """Queue the trajectories of these images, bfloat16 on any device; images with negative numbers are skipped."""
         if self.ended:
             return
         cuda = trajectories_BPLD.is_cuda
@@ -175,7 +187,7 @@ class CacheWriter:
         self._waiting.put((numbers.tolist(), on_host, torch.cuda.current_stream().record_event() if cuda else None))
 
     def close(self) -> str:
-        """Write what waits; returns why the cache stopped growing, if it did."""
+        """Flush the queue; returns why the cache stopped growing, or an empty string."""
         self._waiting.put(None)
         self._thread.join()
         return self.ended
@@ -189,7 +201,7 @@ class CacheWriter:
                     self._cache.commit(written)
                     written = []
             self._cache.commit(written)
-        except Exception as error:  # Whatever it is, the training must not wait for this thread for ever.
+        except Exception as error:  # Whatever went wrong, training must not block on this thread.
             self._stop(f"the cache in {str(self._cache.folder)!r} cannot be written ({one_line(error)})")
 
     def _write(self, numbers: list[int], trajectories_BPLD: torch.Tensor, copied: torch.cuda.Event | None) -> list[int]:
@@ -207,7 +219,7 @@ class CacheWriter:
 
     def _stop(self, why: str) -> None:
         self.ended = why
-        # Whoever waits for room in the queue must not wait for ever.
+        # Keep draining the queue so that a blocked producer is released.
         while True:
             with contextlib.suppress(queue.Empty):
                 if self._waiting.get(timeout=1.0) is None:

@@ -1,4 +1,7 @@
-"""Image bytes -> upright RGB -> uint8 square. Pillow decodes, torch resizes."""
+"""Image bytes -> upright RGB -> square uint8 array. Pillow decodes, torch resizes.
+
+Shape suffixes: C channels, H W pixels; a leading 1 is a batch of one.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from PIL import Image, ImageOps
 from trajdist.errors import one_line
 
 Fit = Literal["squash", "crop"]
-# Goes up with every change of the pixels that an image becomes: caches of the old ones do not count.
+# Bump whenever decoding or resizing produces different pixels: it invalidates trajectory caches.
 TRANSFORM = 2
-# What is a warning and what an error is one for all threads of a process. Opening reads no more than the header.
+# Warning filters are process-global, hence the lock. It is held briefly: opening reads only the header.
 _OPENING = threading.Lock()
 
 
@@ -24,11 +27,12 @@ def decode(raw: bytes, size: int | None = None) -> Image.Image:
     """Decode JPEG, PNG, BMP, WebP or TIFF to an upright RGB image.
 
     Args:
-        raw: the file's bytes.
-        size: the size in pixels that the caller will resize to; large JPEGs are then decoded at a reduced scale.
+        raw: the encoded file.
+        size: the side in pixels that the caller will resize to; lets large JPEGs be decoded at a reduced scale.
 
     Raises:
-        Exception: whatever Pillow raises for a damaged, huge or unknown file.
+        OSError: the file is empty.
+        Exception: whatever Pillow raises for a damaged, huge or unrecognised file.
     """
     if not raw:
         raise OSError("the file is empty")
@@ -36,16 +40,16 @@ def decode(raw: bytes, size: int | None = None) -> Image.Image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image: Image.Image = Image.open(io.BytesIO(raw))
     if size is not None:
-        # Twice the size leaves the antialiasing filter enough to work with.
+        # Twice the target size leaves enough detail for the antialiasing filter.
         image.draft("RGB", (2 * size, 2 * size))
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)  # Else it copies images that stand upright already.
+    ImageOps.exif_transpose(image, in_place=True)  # Otherwise it copies images that are already upright.
     return to_rgb(image)
 
 
 def reason(error: Exception) -> str:
-    """Why an image cannot be used, in a line."""
-    # Pillow puts the address of its buffer into the message of an unknown format.
+    """Why an image cannot be used, in one line."""
+    # Pillow's message for an unknown format contains the buffer's address.
     text = one_line(error).split(" <_io")[0]
     return f"{type(error).__name__}: {text}"
 
@@ -62,7 +66,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Deep grey levels to 0..255: by type for 16-bit integers, by range for floats in 0..1."""
+    """Scale grey levels of more than 8 bits to 0..255.
+
+    16-bit types, and wider integers with values above 255, are scaled from 0..65535; floats from 0..1 if they lie in
+    that range. All else is taken as 0..255 already.
+    """
     values = pixels.astype(np.float64)
     if pixels.dtype.kind == "f":
         values *= 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
@@ -76,7 +84,8 @@ def to_square(
 ) -> npt.NDArray[np.uint8]:
     """Resize an RGB image to uint8 ``[size, size, 3]``, a grey one to ``[size, size]``.
 
-    Antialiased by default; masks take ``NEAREST``. ``crop`` takes the largest square in the middle, to whole pixels.
+    ``squash`` ignores the aspect ratio; ``crop`` first takes the largest centre square, rounded to whole pixels.
+    Resampling is antialiased by default; use ``NEAREST`` for masks.
     """
     if fit == "crop":
         side = min(image.size)
@@ -90,10 +99,10 @@ def to_square(
 
 
 def _resize(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
-    """Pillow's antialiased bilinear filter to within one grey level, by torch in about a third of the time."""
+    """torch's antialiased bilinear resize: within one grey level of Pillow's, in about a third of the time."""
     import torch
 
-    # Permuted last, so that torch sees it as channels last and leaves it so.
+    # A permuted view is channels-last to torch, which keeps that layout.
     pixels_1CHW = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(pixels_1CHW, (size, size), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()

@@ -1,8 +1,8 @@
-"""Held-out crops with defects drawn in, in MVTec layout: something to evaluate the quickstart on.
+"""Held-out crops with synthetic defects, in MVTec layout: a labelled set for evaluating the quickstart.
 
     python -m trajdist.data.defects skimage:gravel/heldout DIR
 
-Every defect is a pure function of the crop's number; the ground truth is what was drawn.
+Each defect is a pure function of the crop's index; the ground truth is the set of pixels it changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Draw = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
 def scratch(image: Image.Image, random: np.random.Generator) -> Image.Image:
-    """A thin crooked line, darker or brighter than the surface."""
+    """A thin jagged line, very dark or very bright."""
     points = np.cumsum(np.vstack([random.uniform(50, 170, 2), random.uniform(-26, 26, (6, 2))]), 0)
     mask = Image.new("L", image.size)
     ImageDraw.Draw(mask).line([tuple(point) for point in points.tolist()], 255, int(random.integers(3, 6)), "curve")
@@ -32,7 +32,7 @@ def scratch(image: Image.Image, random: np.random.Generator) -> Image.Image:
 
 
 def stain(image: Image.Image, random: np.random.Generator) -> Image.Image:
-    """A soft-edged discoloured spot."""
+    """A discoloured spot with a soft edge."""
     x, y, radius = *random.uniform(50, 174, 2), random.uniform(14, 26)
     mask = Image.new("L", image.size)
     ImageDraw.Draw(mask).ellipse((x - radius, y - 0.7 * radius, x + radius, y + 0.7 * radius), 255)
@@ -42,7 +42,7 @@ def stain(image: Image.Image, random: np.random.Generator) -> Image.Image:
 
 
 def foreign(image: Image.Image, random: np.random.Generator) -> Image.Image:
-    """A hard-edged object with a texture of its own."""
+    """A foreign object: a hard-edged square with a checked texture of its own."""
     side = int(random.integers(22, 40))
     x, y = (int(value) for value in random.integers(20, SIDE - 20 - side, 2))
     checks = np.kron(random.integers(0, 2, (4, 4)), np.ones((side // 4 + 1, side // 4 + 1)))[:side, :side, None]
@@ -58,7 +58,7 @@ DEFECTS: dict[str, Draw] = {"foreign": foreign, "scratch": scratch, "stain": sta
 
 
 def write_labelled(source: ImageSource, folder: Path) -> None:
-    """Write every crop as a good one and, in turn, with one of the defects; masks cover all changed pixels."""
+    """Write every crop twice, clean and with a defect (kinds alternate); masks cover all visibly changed pixels."""
     kinds = list(DEFECTS)
     for kind in ("good", *kinds):
         (folder / "test" / kind).mkdir(parents=True, exist_ok=True)

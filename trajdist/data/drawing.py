@@ -1,6 +1,7 @@
-"""Defects drawn into clean images, of many kinds and none in particular: what Phase 2 learns to tell from clean places.
+"""Generic synthetic defects drawn into clean images; the contrast objective of Phase 2 learns to tell them from clean
+places.
 
-Shape suffixes: S pixels per side.
+Shape suffixes: S pixels per side, P places.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class DefectDraw:
-    """Draws a defect into an image: a function of the image's position in its epoch, whatever the batch.
+    """Draws a defect into an image, as a pure function of the image's position in its epoch, independent of batching.
 
     Attributes:
-        resolution: places per side, on which the coverage is given.
+        resolution: places per side of the grid on which coverage is reported.
+        seed, phase: select the random stream.
     """
 
     resolution: int
@@ -30,7 +32,7 @@ class DefectDraw:
     phase: int
 
     def __call__(self, image_SS3: Pixels, epoch: int, position: int) -> tuple[Pixels, Floats]:
-        """The image with a defect, and which share of each place it covers, ``[P]``."""
+        """The image with a defect, uint8 ``[S, S, 3]``, and the fraction of each place it covers, float32 ``[P]``."""
         random = np.random.default_rng(key64(self.seed, self.phase, 3, epoch, position))
         drawn_SS3, cover_SS = draw_defect(image_SS3, random)
         share = Image.fromarray(cover_SS).resize((self.resolution, self.resolution), Image.Resampling.BOX)
@@ -38,7 +40,11 @@ class DefectDraw:
 
 
 def draw_defect(image_SS3: Pixels, random: np.random.Generator) -> tuple[Pixels, Floats]:
-    """A crooked line or a blob, soft at its edge and more or less transparent; and its cover, 0 to 1, ``[S, S]``."""
+    """Draw a jagged line or a blob with a soft edge and random opacity.
+
+    Returns:
+        The image, uint8 ``[S, S, 3]``, and the defect's coverage, float32 ``[S, S]`` from 0 to 1 (before opacity).
+    """
     side = len(image_SS3)
     shape = _line(side, random) if random.random() < 0.5 else _blob(side, random)
     cover_SS = np.asarray(shape.filter(ImageFilter.GaussianBlur(random.uniform(0.3, 1.5) * side / 224)), np.float32)
@@ -51,7 +57,7 @@ def draw_defect(image_SS3: Pixels, random: np.random.Generator) -> tuple[Pixels,
 
 
 def _line(side: int, random: np.random.Generator) -> Image.Image:
-    """A random walk that keeps its direction for a while."""
+    """A random walk with correlated direction."""
     angle, point = random.uniform(0, 2 * np.pi), random.uniform(0, side, 2)
     points = [tuple(point.tolist())]
     for _ in range(int(random.integers(4, 24))):
@@ -65,7 +71,7 @@ def _line(side: int, random: np.random.Generator) -> Image.Image:
 
 
 def _blob(side: int, random: np.random.Generator) -> Image.Image:
-    """Where a smooth random field is high, inside a circle."""
+    """A smooth random field thresholded at its median, within a circle."""
     field = Image.fromarray(random.standard_normal((int(random.integers(3, 9)),) * 2).astype(np.float32))
     heights_SS = np.asarray(field.resize((side, side), Image.Resampling.BICUBIC))
     centre, radius = random.uniform(20, 204, 2) * side / 224, random.uniform(15, 50) * side / 224
@@ -75,25 +81,25 @@ def _blob(side: int, random: np.random.Generator) -> Image.Image:
 
 
 def _shade(image_SS3: Floats, random: np.random.Generator) -> Floats:
-    """Lighter or darker."""
+    """The image, lighter or darker."""
     shift = random.uniform(30, 110) * random.choice([-1.0, 1.0]) + random.normal(0, 12, 3)
     return image_SS3 + shift.astype(np.float32)
 
 
 def _colour(image_SS3: Floats, random: np.random.Generator) -> Floats:
-    """One colour."""
+    """A uniform colour."""
     return np.broadcast_to(random.uniform(0, 255, 3).astype(np.float32), image_SS3.shape)
 
 
 def _texture(image_SS3: Floats, random: np.random.Generator) -> Floats:
-    """Coloured noise of some grain: what comes from elsewhere."""
+    """Coloured noise of random grain: foreign material."""
     grain = int(random.integers(2, max(3, len(image_SS3) // 3)))
     noise = Image.fromarray(random.integers(0, 256, (grain, grain, 3), dtype=np.uint8))
     return np.asarray(noise.resize(image_SS3.shape[:2], Image.Resampling.BICUBIC), np.float32)
 
 
 def _moved(image_SS3: Floats, random: np.random.Generator) -> Floats:
-    """The image's own content from another place, turned, lighter or darker."""
+    """The image itself, rotated by a multiple of 90 degrees, shifted, and lighter or darker."""
     side = len(image_SS3)
     turned_SS3 = np.rot90(image_SS3, int(random.integers(4)))
     shift = random.integers(side // 8, side - side // 8, 2).tolist()

@@ -1,7 +1,7 @@
-"""Hugging Face data sets as a source, read with the library ``datasets``; images stay encoded in its Arrow files.
+"""Hugging Face datasets as a source, read with the ``datasets`` library; images stay encoded in its Arrow files.
 
-``hf:NAME:SPLIT`` names one of the hub, ``hf:imagefolder:DIR`` (or another loader of files) what lies in a folder,
-``hf:DIR`` or ``hf:DIR:SPLIT`` what ``save_to_disk`` wrote.
+``hf:NAME:SPLIT`` is a dataset on the hub, ``hf:imagefolder:DIR`` (or another of :data:`LOADERS`) a local folder, and
+``hf:DIR`` or ``hf:DIR:SPLIT`` the output of ``save_to_disk``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ LOADERS = ("imagefolder", "webdataset", "parquet", "arrow")
 
 
 class HubDataset(EncodedSource):
-    """A map-style data set with a column of images; the first such column counts.
+    """A map-style dataset with an image column; the first one is used, and the first ClassLabel column as the class.
 
     Args:
-        path: as above.
-        key: the config key or argument it came from, for the errors.
+        path: one of the forms above.
+        key: the config key or argument that it came from, for error messages.
 
     Raises:
-        DataError: the library is missing, the data set cannot be loaded, or it has no column of images.
+        DataError: the library is missing, the dataset cannot be loaded, no split is chosen, or it has no images.
     """
 
     def __init__(self, path: str, key: str) -> None:
@@ -37,7 +37,7 @@ class HubDataset(EncodedSource):
             raise DataError(f"{key}={path!r} needs the package datasets: pip install 'trajdist[hf]'.") from None
         try:
             data = _load(path.removeprefix("hf:"))
-        except Exception as error:  # The library raises errors of many kinds.
+        except Exception as error:  # datasets raises errors of many types.
             raise DataError(f"{key}={path!r} cannot be loaded ({one_line(error)}).") from None
         if isinstance(data, datasets.DatasetDict):
             raise DataError(
@@ -56,7 +56,7 @@ class HubDataset(EncodedSource):
         return len(self._data)
 
     def name(self, index: int) -> str:
-        """The file it came from, if the data set knows, behind its number."""
+        """The zero-padded index, followed by the original file name if the dataset has it."""
         path = self._data[index][self._column]["path"]
         return f"{index:08d}" + (f"-{Path(path).name}" if path else "")
 

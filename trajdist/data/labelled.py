@@ -1,7 +1,7 @@
 """Labelled images in the layout of MVTec AD (Bergmann et al. 2019).
 
-``test/good/*``, ``test/<defect>/*``, and ``ground_truth/<defect>/<stem>_mask.png`` or ``<stem>.png``, in which
-everything but 0 is defect.
+``test/good/*``, ``test/<defect>/*``, and the masks ``ground_truth/<defect>/<stem>_mask.png`` or ``<stem>.png``, whose
+non-zero pixels are defective.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ LAYOUT = "test/good/*, test/<defect>/* and ground_truth/<defect>/<name>_mask.png
 
 
 class LabelledFolder(EncodedSource):
-    """The test images, sorted by path, that knows what is wrong.
+    """The test images, sorted by path, with their defect kinds and masks.
 
     Args:
-        root: the folder with ``test`` and ``ground_truth`` in it.
-        key: the argument it came from, for the errors.
+        root: the folder that contains ``test`` and ``ground_truth``.
+        key: the argument that it came from, for error messages.
+        read_retries: how often a read is retried after a transient I/O error.
 
     Attributes:
         kinds: "good", then the defects in alphabetical order.
 
     Raises:
-        DataError: no test folder, no good images, an image outside a class folder, a defect image without a mask.
+        DataError: no test folder, no good images, an image that is not directly in a class folder, or a defect image
+            without a mask.
     """
 
     def __init__(self, root: Path, key: str, read_retries: int = 0) -> None:
@@ -61,7 +63,7 @@ class LabelledFolder(EncodedSource):
         return len(self._images)
 
     def name(self, index: int) -> str:
-        """The path below the root, such as ``test/crack/003.png``."""
+        """The path relative to the root, such as ``test/crack/003.png``."""
         return os.path.join("test", self._images.name(index))
 
     def read(self, index: int) -> bytes:
@@ -75,12 +77,12 @@ class LabelledFolder(EncodedSource):
         return PurePath(self.name(index)).parts[1]
 
     def mask(self, index: int, size: int, fit: Fit) -> npt.NDArray[np.bool_]:
-        """Bool ``[size, size]``, where the defect is, resized to lie on the image as the loader resizes that.
+        """The defect mask, bool ``[size, size]``, resized like the loader resizes the image so that the two align.
 
-        All false for a good image. Nearest neighbour: a thin defect may vanish at a small size.
+        All false for a good image. Resampled by nearest neighbour, so thin defects may vanish at small sizes.
 
         Raises:
-            DataError: the mask cannot be read, or has another aspect ratio than its image.
+            DataError: the mask or its image cannot be read, or their aspect ratios differ.
         """
         path = self._mask_path(index)
         if path is None:
@@ -88,9 +90,9 @@ class LabelledFolder(EncodedSource):
         try:
             mask = _read_mask(read_bytes(path, self._retries))
             width, height = _upright_size(read_bytes(self._root / self.name(index), self._retries))
-        except Exception as error:  # Hostile bytes make decoders raise anything.
+        except Exception as error:  # Decoders can raise anything on malformed bytes.
             raise DataError(f"the mask {str(path)!r} or its image cannot be read ({error}): restore it.") from None
-        # A mask is its image scaled, sides rounded to whole pixels.
+        # A mask may be a scaled version of its image; allow for rounding of its sides to whole pixels.
         if 2 * abs(mask.width * height - mask.height * width) > width + height:
             raise DataError(
                 f"the mask {str(path)!r} is {mask.width} x {mask.height} pixels but its image {width} x {height}: "
@@ -114,12 +116,12 @@ class LabelledFolder(EncodedSource):
 
 
 def _files_in(folder: Path) -> frozenset[str]:
-    """Listed once: asking for each file takes long on a network file system."""
+    """One listing: a stat per file is slow on network file systems."""
     return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
 
 
 def _upright_size(raw: bytes) -> tuple[int, int]:
-    """Width and height as :func:`trajdist.data.decode.decode` would give them, from the header alone."""
+    """Width and height of what :func:`trajdist.data.decode.decode` would return, from the header alone."""
     with Image.open(io.BytesIO(raw)) as image:
         width, height = image.size
         lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
@@ -127,10 +129,10 @@ def _upright_size(raw: bytes) -> tuple[int, int]:
 
 
 def _read_mask(raw: bytes) -> Image.Image:
-    """Grey levels, 255 where any channel is not 0; transparency is dropped."""
+    """An 8-bit grey image, 255 where any channel is non-zero; alpha is ignored."""
     with Image.open(io.BytesIO(raw)) as image:
         mask = ImageOps.exif_transpose(image)
-    # Deep greys stay as they are: a conversion to eight bits would round small values to 0.
+    # Leave high-bit-depth greys alone: converting them to 8 bits would round small values to 0.
     if mask.mode not in ("1", "L", "I", "F") and not mask.mode.startswith("I;16"):
         mask = mask.convert("RGB")
     marked = np.asarray(mask) > 0

@@ -1,6 +1,8 @@
-"""Batches: a map-style data set under a batch sampler whose order is a pure function of the plan.
+"""Batches: a map-style dataset and a batch sampler whose order is a pure function of the plan.
 
-Accelerate deals the sampler's micro-batches out to the processes, one each in turn; see :mod:`trajdist.sharding`.
+Accelerate deals the sampler's micro-batches to the processes round-robin; see :mod:`trajdist.sharding`.
+
+Shape suffixes: B slots, K chosen places, P places, S pixels per side.
 """
 
 from __future__ import annotations
@@ -23,24 +25,24 @@ from trajdist.data.drawing import DefectDraw
 from trajdist.sharding import Int64s, PlaceDraw, Plan, Slots, digest
 
 IndexAt = Callable[[int, Int64s], Int64s]
-# Workers or threads of one process: each may hold a decoded image of any size.
+# Cap on workers or threads per process: each may hold a decoded image of any size.
 MOST_READERS = 16
 T = TypeVar("T")
 U = TypeVar("U")
 
 
 class ImageBatch(NamedTuple):
-    """What one process gets in one micro-batch. Empty slots are grey images of weight 0.
+    """One process's micro-batch. Empty slots are grey images of weight 0.
 
     Attributes:
         images: uint8 ``[B, 3, S, S]``, channels last in memory.
         weights: float32 ``[B]``, 1 for an image, 0 for an empty slot.
-        digest: int64, :func:`trajdist.sharding.digest` of the numbers of the images in it.
-        failures: ``(index, reason)`` of each image that could not be used; its slot is empty.
-        places: int64 ``[B, K]``, the places to train on; None is all of them.
-        cached: what the trajectory cache has of the batch; ``images`` are then those that it has not.
-        coverage: float32 ``[B, P]``, share of each place that a drawn defect covers; ``images`` are then ``2 B``, the
-            clean ones first.
+        digest: int64 scalar, :func:`trajdist.sharding.digest` of the numbers of the usable images.
+        failures: ``(number, reason)`` of each image that could not be used; its slot is empty.
+        places: int64 ``[B, K]``, the places to train on; None for all of them.
+        cached: the trajectory cache's hits and misses; if given, ``images`` contains only the misses (padded).
+        coverage: float32 ``[B, P]``, fraction of each place covered by a synthetic defect; if given, ``images`` has
+            ``2 B`` entries: the clean images, then the same images with defects.
     """
 
     images: torch.Tensor
@@ -56,7 +58,14 @@ class SlotDataset(Dataset[ImageBatch]):
     """Reads whole micro-batches: :class:`Slots` in, :class:`ImageBatch` out.
 
     Args:
-        threads: read the images of a batch at the same time; below 2 the caller's own thread does.
+        source: the images.
+        index_at: maps an epoch and positions in it to image numbers.
+        size: side of the square images, in pixels.
+        fit: how images are made square.
+        draw: chooses the places to train on; None for all.
+        cache: looked up before images are decoded.
+        defects: draws a defect into a copy of each image.
+        threads: decode a batch's images in this many threads; below 2, in the calling thread.
     """
 
     def __init__(
@@ -74,7 +83,7 @@ class SlotDataset(Dataset[ImageBatch]):
         self._draw, self._cache, self._defects, self._threads = draw, cache, defects, threads
 
     def __getitems__(self, slots: Slots) -> ImageBatch:
-        # The DataLoader hands a whole batch of the sampler to this method when it exists.
+        # The DataLoader passes a whole batch from the sampler to this method if it exists.
         numbers = self._index_at(slots.epoch, np.arange(slots.start, slots.stop))
         places = torch.from_numpy(self._draw(slots)) if self._draw else None
         cached = look_up(self._cache, numbers, places) if self._cache is not None else None
@@ -94,14 +103,14 @@ class SlotDataset(Dataset[ImageBatch]):
         return ImageBatch(images, weights, torch.tensor(digest(numbers[usable])), failures, places, cached, coverage)
 
     def _load(self, numbers: Int64s, size: int) -> tuple[npt.NDArray[np.uint8], list[tuple[int, str]]]:
-        """``size`` squares, grey beyond the images and where one cannot be used; and why it cannot."""
+        """uint8 ``[size, S, S, 3]``, grey for padding and unusable images, and ``(number, reason)`` of the latter."""
         pixels = np.full((size, self._size, self._size, 3), 128, np.uint8)
 
         def load(slot: int) -> list[tuple[int, str]]:
             number = int(numbers[slot])
             try:
                 pixels[slot] = to_square(self._source.load(number, self._size), self._size, self._fit)
-            except Exception as error:  # Hostile bytes make decoders raise anything; the image is named and left out.
+            except Exception as error:  # Decoders can raise anything on malformed bytes; report and skip.
                 return [(number, reason(error))]
             return []
 
@@ -111,7 +120,7 @@ class SlotDataset(Dataset[ImageBatch]):
     def _with_defects(
         self, draw: DefectDraw, pixels: npt.NDArray[np.uint8], slots: Slots
     ) -> tuple[npt.NDArray[np.uint8], torch.Tensor]:
-        """The images followed by themselves with defects, and what the defects cover."""
+        """The images, then copies with defects, uint8 ``[2 B, S, S, 3]``, and the coverage, float32 ``[B, P]``."""
 
         def drawn_at(slot: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
             return draw(pixels[slot], slots.epoch, slots.start + slot)
@@ -125,7 +134,7 @@ class SlotDataset(Dataset[ImageBatch]):
 
 
 def in_threads(work: Callable[[T], U], items: Iterable[T], threads: int) -> list[U]:
-    """The results in order; with fewer than two threads the caller's own does it all."""
+    """Map ``work`` over ``items`` in a thread pool; results in order. Fewer than two threads: in the calling thread."""
     if threads < 2:
         return [work(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
@@ -133,10 +142,12 @@ def in_threads(work: Callable[[T], U], items: Iterable[T], threads: int) -> list
 
 
 class SlotSampler(BatchSampler):
-    """Yields the micro-batches of all processes in turn, from the cursor on, through all epochs without a break."""
+    """Yields all processes' micro-batches in round-robin order, from the cursor to the end of the last epoch."""
 
     def __init__(self, plan: Plan, cursor: int = 0) -> None:
         self._plan, self._cursor = plan, cursor
+        # For Accelerate's BatchSamplerShard: it yields a round of batches only if the last one's length (Slots.__len__)
+        # equals batch_size, and drop_last stops it from completing a final round by concatenating batches as lists.
         self.batch_size, self.drop_last = plan.slots, True
 
     def __iter__(self) -> Iterator[Any]:
@@ -162,7 +173,12 @@ def build_loader(
     defects: DefectDraw | None = None,
     threads: int = 0,
 ) -> DataLoader[ImageBatch]:
-    """The loader over all processes' micro-batches, for ``accelerator.prepare`` to shard."""
+    """The loader over all processes' micro-batches, for ``accelerator.prepare`` to shard.
+
+    Args:
+        cursor: images consumed so far; must lie between two steps.
+        size, fit, draw, cache, defects, threads: as for :class:`SlotDataset`.
+    """
     return DataLoader(
         SlotDataset(source, index_at, size, fit, draw, cache, defects, threads),
         batch_sampler=SlotSampler(plan, cursor),
@@ -178,7 +194,7 @@ def _as_is(batch: object) -> ImageBatch:
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the process group is the training process's to answer; it ends its workers itself."""
+    """Leave signals sent to the process group to the training process, which shuts its workers down itself."""
     import signal
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -186,14 +202,15 @@ def _ignore_signals(worker: int) -> None:
 
 
 def processors() -> int:
-    """Processors that this process may use."""
+    """CPUs available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_workers(setting: int | str, local_world: int, device_type: str) -> int:
-    """``auto``: the processors this job may use, shared out, less those that compute; at most 16 per process.
+    """Worker processes per training process.
 
-    On a CPU the network's own threads compute, and a worker beside them would only hold them up.
+    ``auto`` is the process's share of the CPUs less its compute threads, at most :data:`MOST_READERS`. When training on
+    the CPU, all torch threads compute and extra workers would only compete with them.
     """
     if isinstance(setting, int):
         return setting
@@ -202,5 +219,5 @@ def resolve_workers(setting: int | str, local_world: int, device_type: str) -> i
 
 
 def resolve_threads(setting: int | str, workers: int) -> int:
-    """Threads of the training process that read: with ``auto`` and no workers, as many as compute in between."""
+    """Decoding threads in the training process: with ``auto`` and no workers, one per torch thread, else 0."""
     return min(MOST_READERS, torch.get_num_threads()) if setting == "auto" and not workers else 0

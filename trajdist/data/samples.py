@@ -1,8 +1,8 @@
-"""Photographs and textures that scikit-image's wheel ships: an embedded data set that needs no download.
+"""Photographs and textures shipped in scikit-image's wheel: a built-in dataset that needs no download.
 
-``skimage:photos`` are crops of colour photographs, ``skimage:gravel``, ``skimage:grass`` and ``skimage:brick`` crops of
-one texture. Crops come from the left 70 % of a picture; ``/heldout`` behind the name takes them from the right 30 %
-instead, which no training crop touches.
+``skimage:photos`` is crops of colour photographs; ``skimage:gravel``, ``skimage:grass`` and ``skimage:brick`` are crops
+of a single texture. Crops come from the left 70 % of a picture; with ``/heldout`` appended, from the right 30 %, which
+no training crop overlaps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ TRAIN_SHARE = 0.7
 
 
 class SamplePhotos(ImageSource):
-    """Seeded crops, each a pure function of its number."""
+    """Square crops, each a pure function of its index.
+
+    Args:
+        path: one of the names above.
+        key: the config key or argument that it came from, for error messages.
+
+    Raises:
+        DataError: an unknown name, or scikit-image is not installed.
+    """
 
     def __init__(self, path: str, key: str) -> None:
         collection, _, part = path.removeprefix("skimage:").partition("/")
@@ -57,7 +65,7 @@ class SamplePhotos(ImageSource):
         return image.crop(self._box(image.size, picture, crop))
 
     def _box(self, picture_size: tuple[int, int], picture: int, crop: int) -> tuple[int, int, int, int]:
-        """A random square in this part's share of the picture; both parts draw their sizes alike."""
+        """A random square within this split's part of the picture; both splits use the same distribution of sizes."""
         width, height = picture_size
         border = round(width * TRAIN_SHARE)
         left, right = (border, width) if self._heldout else (0, border)

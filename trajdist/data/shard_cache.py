@@ -1,7 +1,8 @@
-"""Remote shards on a disk of this machine, for all processes on it: bounded, least recently used first out.
+"""Local disk cache of remote shards, shared by all processes on a machine; bounded, with LRU eviction.
 
-A shard is in the folder whole or not at all. Whoever downloads one holds a lock of its name meanwhile, so that a killed
-download is known by its free lock; whoever reads one may lose its name to somebody else's download, never its bytes.
+A shard appears in the folder complete or not at all. A downloader holds a lock named after the shard, so a partial file
+whose lock is free belongs to a killed download. An eviction may unlink a shard that another process is reading; its
+open file descriptor stays valid.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class ShardCache:
     """Copies of remote shards.
 
     Args:
-        folder: where they are; made if need be.
-        limit_gib: the most that they take together.
+        folder: where they are kept; created if missing.
+        limit_gib: limit on their total size, in GiB.
 
     Raises:
-        ArtifactError: the folder cannot be written.
+        ArtifactError: the folder is not writable.
     """
 
     def __init__(self, folder: Path, limit_gib: float) -> None:
@@ -44,10 +45,12 @@ class ShardCache:
             ) from None
 
     def path_of(self, url: str, version: Version, retries: int) -> Path:
-        """A copy of a shard, downloaded first where there is none.
+        """The local copy of a shard, downloaded first if missing.
+
+        Another process may evict the copy at any time, so be prepared for ``FileNotFoundError`` when opening it.
 
         Raises:
-            OSError: the disk is full, or the folder is gone.
+            OSError: the disk is full, or the folder has disappeared.
             Exception: whatever the store raises.
         """
         digest = hashlib.sha256(f"{url}\n{version.size}\n{version.tag}".encode()).hexdigest()
@@ -57,7 +60,7 @@ class ShardCache:
                 if not copy.exists():
                     self._download(url, version, copy, retries)
         with suppress(FileNotFoundError):
-            os.utime(copy)  # The time of the last use.
+            os.utime(copy)  # The mtime is the time of last use, for eviction.
         return copy
 
     def _download(self, url: str, version: Version, copy: Path, retries: int) -> None:
@@ -73,7 +76,7 @@ class ShardCache:
             raise
 
     def _reserve(self, part: Path, size: int) -> None:
-        """Begin a file of its final size, when there is room; other downloads end or die, so this ends."""
+        """Wait for room, then create the file at its final size. Terminates because other downloads finish or die."""
         while not self._try_to_reserve(part, size):
             time.sleep(0.05)
 
@@ -109,10 +112,10 @@ class ShardCache:
 
     @contextmanager
     def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:
-        """Hold a lock by name; ``wait=False`` yields False where somebody else holds it."""
+        """Hold the lock ``name``; with ``wait=False``, yields False if it is already held."""
         with open(self._folder / f".{name}.lock", "a") as file:
             try:
-                # A lock of the open file: threads and forked processes exclude each other as well.
+                # flock belongs to the open file description, so it excludes other threads and forked processes too.
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 yield False

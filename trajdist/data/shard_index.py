@@ -1,7 +1,7 @@
-"""What is where in a tar shard, as WebDataset lays one out: ``KEY.jpg``, and perhaps ``KEY.cls`` beside it.
+"""Member index of a tar shard in WebDataset's layout: ``KEY.jpg``, optionally with ``KEY.cls``.
 
-A shard is walked once. Its index is kept beside it as ``SHARD.index.json``, or in a cache folder where nobody may write
-there, and is made anew when size or time (or ETag) of the shard change.
+A shard is scanned once. The index is saved next to it as ``SHARD.index.json``, or in a cache folder if that location is
+not writable, and is rebuilt when the shard's size or modification time (or ETag) changes.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from trajdist.files import write_bytes
 
 BLOCK = tarfile.BLOCKSIZE
 SUFFIX = ".index.json"
-LARGEST_CLASS = 256  # bytes of a .cls member
+LARGEST_CLASS = 256  # bytes; larger .cls members are ignored
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 
 
 class ShardIndex(BaseModel):
-    """The images of one shard, in its order.
+    """The images of one shard, in archive order.
 
     Attributes:
-        version: of the shard when it was walked.
-        names: the members' names.
-        offsets: of their first byte, in bytes from the shard's beginning.
-        sizes: in bytes.
-        classes: what ``KEY.cls`` says of each, or else its folder within the shard.
-        left_out: by name, image members that are not used, and why.
+        version: size in bytes and tag of the shard when it was scanned.
+        names: member names.
+        offsets: of each member's first content byte, from the start of the shard.
+        sizes: of the contents, in bytes.
+        classes: the content of ``KEY.cls``, or else the member's folder within the shard.
+        left_out: image members that are skipped, by name, and why.
     """
 
     FORMAT: ClassVar[int] = 1
@@ -52,7 +52,7 @@ class ShardIndex(BaseModel):
 
     @property
     def is_whole(self) -> bool:
-        """Whether it can be what :func:`walk` wrote: a list for each fact, and no member beyond the shard."""
+        """Whether it is well-formed: the known format, lists of equal length, and no member outside the shard."""
         same = len(self.names) == len(self.offsets) == len(self.sizes) == len(self.classes)
         pairs = zip(self.offsets, self.sizes, strict=False)
         return (
@@ -63,7 +63,7 @@ class ShardIndex(BaseModel):
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """WebDataset's key, the name up to the first dot of its last part, and the rest in lower case.
+    """Split a member name into WebDataset's key (up to the first dot of the base name) and lower-case extension.
 
     >>> split_key("cats/0001.mask.PNG")
     ('cats/0001', 'mask.png')
@@ -74,10 +74,10 @@ def split_key(name: str) -> tuple[str, str]:
 
 
 def load_index(shard: str, folder: Path) -> ShardIndex:
-    """The index of a shard: as it lies beside it or in ``folder``, or made now and left there.
+    """The index of a shard: the one saved next to it or in ``folder`` if still valid, else built and saved now.
 
     Raises:
-        DataError: a shard that is damaged, compressed or cut short.
+        DataError: the shard is damaged, compressed or truncated.
         Exception: whatever the file system or the store raises.
     """
     version = storage.version(shard)
@@ -104,20 +104,24 @@ def _cached_name(shard: str) -> str:
 def _parse(read: Callable[[], bytes]) -> ShardIndex | None:
     try:
         index = ShardIndex.model_validate_json(read())
-    except Exception:  # Not there, not to be read (each store has errors of its own), or not an index.
+    except Exception:  # Missing, unreadable (every store has its own errors), or not an index.
         return None
     return index if index.is_whole else None
 
 
 def _is_of(index: ShardIndex, shard: str, version: Version) -> bool:
-    """An index that was uploaded with its shard knows no ETag; each read checks the member's header in any case."""
+    """Whether an index belongs to this version of the shard.
+
+    An index uploaded along with its shard has no ETag, so only the size is compared: every read checks the member's
+    header anyway.
+    """
     size, tag = index.version
     uploaded = storage.is_url(shard) and tag.startswith(storage.LOCAL_TAG)
     return size == version.size and (uploaded or tag == version.tag)
 
 
 def keep_index(index: ShardIndex, shard: str, folder: Path) -> None:
-    """Where it can be kept: beside the shard, else in the folder. Without either, the next process walks the shard."""
+    """Save the index next to the shard, else in ``folder``; if neither works, the next process has to scan again."""
     content = index.model_dump_json().encode()
     places = [] if storage.is_url(shard) else [Path(shard + SUFFIX)]
     for place in (*places, folder / _cached_name(shard)):
@@ -128,10 +132,15 @@ def keep_index(index: ShardIndex, shard: str, folder: Path) -> None:
 
 
 def walk(file: IO[bytes], shard: str, version: Version) -> ShardIndex:
-    """Read all headers of a shard.
+    """Scan all member headers of a shard.
+
+    Args:
+        file: the shard, opened at its start; must be seekable.
+        shard: its path or URL, for error messages.
+        version: recorded in the index.
 
     Raises:
-        DataError: it is damaged, compressed or cut short.
+        DataError: it is damaged, compressed or truncated.
     """
     start = file.read(BLOCK)
     file.seek(0)
@@ -143,7 +152,7 @@ def walk(file: IO[bytes], shard: str, version: Version) -> ShardIndex:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 found.add(tar, member)
-                tar.members = []  # type: ignore[attr-defined]  # It would keep them all.
+                tar.members = []  # type: ignore[attr-defined]  # Or it keeps them all.
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{shard!r} is damaged or cut short ({error}): copy or pack it again.") from None
@@ -152,7 +161,11 @@ def walk(file: IO[bytes], shard: str, version: Version) -> ShardIndex:
 
 
 def _check_end(file: IO[bytes], end: int, shard: str, version: Version) -> None:
-    """tarfile takes damage in the middle for the end."""
+    """Check the end-of-archive marker: tarfile mistakes damage in the middle for the end.
+
+    Raises:
+        DataError: the marker is missing, or more data follows it.
+    """
     file.seek(end)
     mark = file.read(BLOCK)
     if len(mark) < BLOCK:
@@ -171,7 +184,7 @@ class _Image(NamedTuple):
 
 
 class _Walk:
-    """Members as they come."""
+    """Collects an index while the members are scanned."""
 
     def __init__(self) -> None:
         self._images: dict[str, _Image] = {}
@@ -179,7 +192,7 @@ class _Walk:
         self._left_out: dict[str, str] = {}
 
     def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        """Take a member for an image, a class, or neither."""
+        """Record a member as an image or a class label; ignore any other."""
         key, extension = split_key(member.name)
         if os.path.basename(member.name).startswith("."):
             return
@@ -200,7 +213,7 @@ class _Walk:
         if reason is None:
             self._images[key] = _Image(_printable(member.name), member.offset_data, member.size)
         else:
-            # A name that comes again must not hide the first complaint.
+            # The offset keeps duplicates of a name apart, so that each one is reported.
             self._left_out[f"{member.name} at byte {member.offset}"] = reason
 
     def index(self, version: Version) -> ShardIndex:
@@ -215,5 +228,5 @@ class _Walk:
 
 
 def _printable(name: str) -> str:
-    """JSON takes no names that are no UTF-8."""
+    """JSON cannot hold names that are not valid UTF-8."""
     return name.encode(errors="backslashreplace").decode()

@@ -1,6 +1,6 @@
-"""Tar shards in WebDataset's layout, on disk or in an object store, read at random by their indexes.
+"""Tar shards in WebDataset's layout, on disk or in an object store, with random access through their indexes.
 
-Nothing is ever unpacked onto the disk, so that no name or link of a shard can reach outside it.
+Nothing is ever extracted to disk, so no member name or link in a shard can cause path traversal.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ SHOWN = 5
 
 
 class TarShards(EncodedSource):
-    """The images of tar shards, shard after shard; see :mod:`trajdist.data.shard_index` for what counts as one.
+    """The images of tar shards, shard after shard; see :mod:`trajdist.data.shard_index` for what counts as an image.
 
     Args:
-        paths: of the shards, or URLs.
-        key: the config key or argument they came from, for the errors.
+        paths: paths or URLs of the shards.
+        key: the config key or argument that they came from, for error messages.
         access: retries, and where remote shards are cached.
 
     Raises:
-        DataError: no images; or a shard that is missing, may not be read, is damaged, or is larger than the cache.
-        ArtifactError: the cache folder cannot be written.
+        DataError: no images; a shard that is missing, unreadable or damaged; or a cache too small for the shards that
+            are read at the same time.
+        ArtifactError: the cache folder is not writable.
     """
 
     def __init__(self, paths: Sequence[str], key: str, access: Access) -> None:
@@ -82,7 +83,7 @@ class TarShards(EncodedSource):
         return int(self._ends[-1])
 
     def _find(self, index: int) -> tuple[int, int]:
-        """Number of the shard, and of the image within it."""
+        """Index of the shard, and of the image within it."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, index - int(self._ends[shard]) + len(self._shards[shard].names)
 
@@ -97,10 +98,10 @@ class TarShards(EncodedSource):
         return self._shards[shard].names[member]
 
     def read(self, index: int) -> bytes:
-        """The member of image ``index``.
+        """The encoded bytes of image ``index``.
 
         Raises:
-            OSError: the shard is no longer what was indexed.
+            OSError: the shard has changed since it was indexed.
             Exception: whatever the store raises.
         """
         shard, member = self._find(index)
@@ -109,14 +110,14 @@ class TarShards(EncodedSource):
         try:
             content = storage.read_exactly(place, start, BLOCK + size, self._access.retries)
         except FileNotFoundError:
-            # Between the look at the cache and the reading, somebody needed the room.
+            # Evicted from the cache between the lookup and the read.
             content = storage.read_exactly(self._paths[shard], start, BLOCK + size, self._access.retries)
         if _size_in(content[:BLOCK]) != size:
             raise OSError(f"{self._shown[shard]} has changed since it was indexed")
         return content[BLOCK:]
 
     def _place(self, shard: int) -> str:
-        """Where to read a shard: a copy on this machine if there is a cache with room for it."""
+        """Where to read a shard from: the local copy if there is a cache with room for it."""
         name = self._paths[shard]
         if self._cache is None or not storage.is_url(name):
             return name
@@ -125,10 +126,10 @@ class TarShards(EncodedSource):
         except OSError as error:
             if not error.errno:
                 raise
-            return name  # A full disk makes it slow, not wrong.
+            return name  # With a full disk, read remotely: slower but correct.
 
     def classes(self) -> npt.NDArray[np.int64] | None:
-        """What the ``.cls`` members say, or else the folders within the shards."""
+        """From the ``.cls`` members, or else the folders within the shards; see :func:`numbered`."""
         return numbered(name for shard in self._shards for name in shard.classes)
 
     def shard_sizes(self) -> list[int]:
@@ -140,7 +141,7 @@ class TarShards(EncodedSource):
 
 
 def _size_in(header: bytes) -> int:
-    """What a tar header says of its member's size; -1 where it is no header."""
+    """The member size in a tar header; -1 if it is not a header."""
     try:
         return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
     except tarfile.TarError:
@@ -148,13 +149,13 @@ def _size_in(header: bytes) -> int:
 
 
 def _shown(paths: Sequence[str]) -> Sequence[str]:
-    """File names, or whole ones where two shards have the same."""
+    """Base names, or the full paths if base names are not unique."""
     short = [os.path.basename(path) for path in paths]
     return short if len(set(short)) == len(short) else paths
 
 
 class _Shard:
-    """An index in little memory."""
+    """A compact in-memory index."""
 
     def __init__(self, index: ShardIndex) -> None:
         self.version = Version(*index.version)
@@ -165,7 +166,11 @@ class _Shard:
 
 
 def _open_shards(paths: list[str], key: str, access: Access) -> list[_Shard]:
-    """Processes of one job begin at different shards, so that each finds the others' indexes."""
+    """Load all indexes; processes of one job start at different shards, so that each can reuse the others' indexes.
+
+    Raises:
+        DataError: a shard is missing, unreadable, damaged, compressed or truncated.
+    """
     folder = Path(access.cache_dir or "~/.cache/trajdist").expanduser()
     first = launcher.rank() * len(paths) // launcher.world() % len(paths)
     failed = threading.Event()
@@ -175,7 +180,7 @@ def _open_shards(paths: list[str], key: str, access: Access) -> list[_Shard]:
             return path, None
         try:
             return path, _Shard(storage.retrying(lambda: load_index(path, folder), access.retries))
-        except Exception as error:  # Each store raises errors of its own.
+        except Exception as error:  # Every store has its own errors.
             failed.set()
             raise error if isinstance(error, UserError) else storage.refusal(key, path, error) from None
 

@@ -1,6 +1,6 @@
-"""Bytes by name: files of this machine, and URLs that fsspec opens (``s3://``, ``gs://``, ``https://``, ``memory://``).
+"""Byte-level access to local files and to URLs supported by fsspec (``s3://``, ``gs://``, ``https://``, ``memory://``).
 
-What fails in passing is tried again with growing pauses; what cannot get better is one sentence.
+Transient errors are retried with exponential backoff; permanent ones are reported to the user in one sentence.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from trajdist.errors import DataError, UserError, one_line
 
 T = TypeVar("T")
 PASSING_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENETUNREACH}
-# A URL that is not there, may not be read or cannot be understood stays so; anything else a network does may pass.
+# Missing, forbidden or malformed URLs are permanent errors; any other network error may be transient.
 LASTING_ERRORS = (FileNotFoundError, PermissionError, ImportError, NotImplementedError, ValueError, TypeError)
 LASTING_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError"}
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
-PIECE = 2**23  # bytes of a download at a time
+PIECE = 2**23  # bytes per download request
 OPEN_FILES = 16
 LOCAL_TAG = "mtime:"
 
 
 @dataclass(frozen=True)
 class Access:
-    """How images are reached; see ``data.read_retries``, ``data.cache_dir`` and ``data.cache_gib``."""
+    """How to read images; see ``data.read_retries``, ``data.cache_dir`` and ``data.cache_gib``."""
 
     retries: int = 0
     cache_dir: str | None = None
     cache_gib: float = 100.0
     window: int = 16
-    """Shards that are read at the same time."""
+    """Shards that are read at the same time; 0 for all."""
 
 
 class Version(NamedTuple):
-    """Tells two contents of one name apart."""
+    """Identifies the contents of a file, to detect changes under the same name."""
 
     size: int
     tag: str
-    """The time of the last change, or what the store says instead (ETag)."""
+    """The modification time, or the store's equivalent (ETag)."""
 
 
 def is_url(name: str) -> bool:
@@ -57,12 +57,12 @@ def has_pattern(name: str) -> bool:
 
 
 def expand(pattern: str) -> list[str]:
-    """Names that a pattern stands for, sorted, each once: braces (``{000..127}``, ``{a,b}``), then ``*``.
+    """Expand braces (``{000..127}``, ``{a,b}``), then globs; returns the names sorted and without duplicates.
 
-    Names without ``*`` need not exist.
+    Names without wildcards need not exist. URLs are globbed only if they contain ``*``.
 
     Raises:
-        Exception: whatever the store of a URL raises when it is asked for a list.
+        Exception: whatever the store raises when a URL is listed.
 
     >>> expand("s3://bucket/set-{08..10}.tar")
     ['s3://bucket/set-08.tar', 's3://bucket/set-09.tar', 's3://bucket/set-10.tar']
@@ -98,10 +98,10 @@ def _remote_glob(url: str) -> list[str]:
 
 
 def version(name: str) -> Version:
-    """Size and tag of a file as it is now.
+    """The current size in bytes and tag of a file.
 
     Raises:
-        Exception: it is not there, or cannot be reached.
+        Exception: it is missing or cannot be reached.
     """
     if not is_url(name):
         stat = os.stat(name)
@@ -112,13 +112,13 @@ def version(name: str) -> Version:
 
 
 def read(name: str, start: int, length: int) -> bytes:
-    """Some bytes of a file, fewer where it ends before.
+    """``length`` bytes of a file from offset ``start``; fewer at the end of the file.
 
     Raises:
         Exception: whatever the file system raises.
     """
     if not is_url(name):
-        # Held while it is read: another thread may have it fall out of the list of open files, which closes it.
+        # Keep a reference during the read: another thread may evict the file from the LRU cache, which closes it.
         file = _opened(name)
         return os.pread(file.descriptor, length, start)
     content: bytes = _filesystem(name).cat_file(name, start=start, end=start + length)
@@ -126,7 +126,7 @@ def read(name: str, start: int, length: int) -> bytes:
 
 
 def read_whole(url: str) -> bytes:
-    """A small remote file.
+    """The contents of a small remote file.
 
     Raises:
         Exception: whatever the store raises.
@@ -136,10 +136,11 @@ def read_whole(url: str) -> bytes:
 
 
 def read_exactly(name: str, start: int, length: int, retries: int) -> bytes:
-    """As :func:`read`, tried again; a transfer that was cut short is a passing error, a local file's end is not.
+    """Like :func:`read`, but returns all ``length`` bytes; a short read is retried like a transient error.
 
     Raises:
-        Exception: whatever the file system raised at last; ``OSError`` where the file ends before.
+        OSError: the file is shorter than that.
+        Exception: whatever the file system raised last.
     """
 
     def once() -> bytes:
@@ -153,7 +154,11 @@ def read_exactly(name: str, start: int, length: int, retries: int) -> bytes:
 
 
 def open_file(name: str) -> IO[bytes]:
-    """For reading from front to back, in constant memory."""
+    """Open a file for sequential reading in constant memory.
+
+    Raises:
+        Exception: whatever the file system raises.
+    """
     if not is_url(name):
         return open(name, "rb")
     file: IO[bytes] = _filesystem(name).open(name, "rb", block_size=PIECE, cache_type="readahead")
@@ -161,7 +166,11 @@ def open_file(name: str) -> IO[bytes]:
 
 
 def retrying(work: Callable[[], T], retries: int) -> T:
-    """The result of ``work``, which is tried again ``retries`` times after errors that may pass."""
+    """Call ``work``, retrying up to ``retries`` times after transient errors, 0.1 s, 0.4 s, 1.6 s, ... apart.
+
+    Raises:
+        Exception: whatever ``work`` raised last.
+    """
     for attempt in range(retries + 1):
         try:
             return work()
@@ -175,14 +184,14 @@ def retrying(work: Callable[[], T], retries: int) -> T:
 def _may_pass(error: Exception) -> bool:
     if isinstance(error, (*LASTING_ERRORS, UserError)) or type(error).__name__ in LASTING_NAMES:
         return False
-    # Libraries of the network raise OSErrors without a number, or errors of their own.
+    # Network libraries raise OSErrors without an errno, or exceptions of their own.
     return not isinstance(error, OSError) or not error.errno or error.errno in PASSING_ERRORS
 
 
 def refusal(key: str, name: str, error: Exception) -> DataError:
-    """A sentence for a name that cannot be read."""
+    """The user-facing error for a file that cannot be read; ``key`` is the config key or argument that named it."""
     shown, reason = f"{key}: {name!r}", one_line(error, 200) or type(error).__name__
-    # Over plain HTTP any refusal is reported as a file that is not there; its cause knows better.
+    # fsspec reports any HTTP error status as FileNotFoundError; the cause has the actual status.
     status = getattr(error.__cause__, "status", None)
     if isinstance(error, FileNotFoundError) and status in (None, 404, 410):
         return DataError(f"{shown} does not exist: check the name, and that all shards were copied.")
@@ -195,12 +204,16 @@ def refusal(key: str, name: str, error: Exception) -> DataError:
 
 
 def read_bytes(path: Path, retries: int) -> bytes:
-    """A whole local file; an I/O error of the passing kind is tried again with growing pauses."""
+    """The contents of a local file, with retries after transient errors.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     return retrying(path.read_bytes, retries)
 
 
 class _File:
-    """Closed when nobody reads from it any more, so that any thread may drop it from the list of open files."""
+    """A file descriptor closed with its last reference, so that any thread may evict it while another one reads."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -216,7 +229,7 @@ def _opened(path: str) -> _File:
 
 
 def _filesystem(url: str) -> Any:
-    """fsspec keeps one for each process and thread: none is carried through a fork."""
+    """fsspec caches one instance per process and thread, so none is carried through a fork."""
     import fsspec
 
     return fsspec.core.url_to_fs(url)[0]

@@ -1,6 +1,8 @@
-"""A trained run as files, ``phase1/trajectory.safetensors`` and ``phase1/model.safetensors``, and as modules.
+"""Saving and loading a trained run: ``phase1/trajectory.safetensors`` and ``phase1/model.safetensors``.
 
-Both carry what they are in their metadata, checked against this schema before anything is built from it.
+The metadata of each file describes its contents; it is validated against the schemas here before anything is built.
+
+Shape suffixes: L blocks, D channels of a trajectory.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from trajdist.models.registry import build_model
 from trajdist.plugins import known_model
 from trajdist.saved.rundir import RunDir
 
-# Sub-cells side by side: their covariance in float64 takes 8 bytes times the square of this, half a GiB.
+# Limit on concatenated sub-cell channels: their float64 covariance takes 8 bytes x this squared, half a GiB.
 MOST_CHANNELS = 2**13
 
 
@@ -34,7 +36,7 @@ class Document(BaseModel):
 
 
 class TrajectoryDocument(Document):
-    """What trajectories are made of."""
+    """Describes how trajectories are computed; metadata of ``trajectory.safetensors``."""
 
     kind: Literal["trajectory"] = "trajectory"
     backbone: str
@@ -54,7 +56,7 @@ class TrajectoryDocument(Document):
 
 
 class ModelDocument(Document):
-    """What a sequence model is, and which trajectories it belongs to."""
+    """Describes a sequence model and the trajectories it was trained on; metadata of ``model.safetensors``."""
 
     kind: Literal["model"] = "model"
     type: Annotated[str, AfterValidator(known_model)]
@@ -72,10 +74,10 @@ D = TypeVar("D", bound=Document)
 
 
 def read(path: Path, schema: type[D]) -> D:
-    """The checked metadata of an artifact.
+    """Read and validate the metadata of an artifact.
 
     Raises:
-        ArtifactError: missing, damaged, or not such an artifact.
+        ArtifactError: missing, damaged, or another kind of artifact.
     """
     document = read_document(path)
     try:
@@ -109,10 +111,11 @@ def trajectory_document(config: Config, extractor: TrajectoryExtractor, num_imag
 
 
 def new_extractor(config: Config) -> TrajectoryExtractor:
-    """Backbone and empty projection as the config says.
+    """Build the backbone and an unfitted projection from the config.
 
     Raises:
-        ConfigError: sub-cells that no block has, or too many of them.
+        ConfigError: the backbone cannot be built, no block is fine enough for the sub-cells, or their channels exceed
+            :data:`MOST_CHANNELS`.
     """
     settings = config.backbone
     size = config.data.image_size
@@ -141,10 +144,11 @@ def save_trajectory(path: Path, extractor: TrajectoryExtractor, document: Trajec
 
 
 def load_extractor(path: Path, weights: str | None = None) -> TrajectoryExtractor:
-    """Rebuild the extractor of a run; ``weights`` overrides where the backbone's weights are read from.
+    """Rebuild a run's extractor; ``weights`` overrides where the backbone's weights are read from.
 
     Raises:
-        ArtifactError: a damaged file, or a backbone whose weights are not those of the run.
+        ArtifactError: the file is missing or damaged, or the backbone's weights are not those of the run.
+        ConfigError: the backbone cannot be built.
     """
     document = read(path, TrajectoryDocument)
     weights = weights or document.weights
@@ -153,10 +157,15 @@ def load_extractor(path: Path, weights: str | None = None) -> TrajectoryExtracto
 
 
 def with_projection(path: Path, backbone: Backbone, weights: str) -> TrajectoryExtractor:
-    """The extractor of a run, of its backbone, which is at hand, and its saved projection.
+    """Build a run's extractor from an already loaded backbone and the saved projection.
+
+    Args:
+        path: the run's ``trajectory.safetensors``.
+        backbone: must have the run's weights.
+        weights: where they came from, for the error message.
 
     Raises:
-        ArtifactError: a damaged file, or a backbone whose weights are not those of the run.
+        ArtifactError: the file is missing or damaged, or the backbone's weights are not those of the run.
     """
     document = read(path, TrajectoryDocument)
     if backbone.fingerprint != document.backbone_fingerprint:
@@ -172,9 +181,9 @@ def with_projection(path: Path, backbone: Backbone, weights: str) -> TrajectoryE
 
 
 def trajectory_fingerprint(extractor: TrajectoryExtractor) -> str:
-    """Identifies backbone, blocks, grid and projection together."""
+    """Hash of the backbone, blocks, grid and projection together."""
     facts = {"backbone": extractor.backbone.fingerprint, "spatial_resolution": extractor.resolution}
-    if extractor.subcells > 1:  # Older runs know of none.
+    if extractor.subcells > 1:  # Omitted by default to match fingerprints of older runs.
         facts["subcells"] = extractor.subcells
     return fingerprint(extractor.projection.state_dict(), facts)
 
@@ -197,7 +206,11 @@ def save_model(path: Path, model: nn.Module, document: ModelDocument) -> None:
 
 
 def load_model(path: Path) -> tuple[nn.Module, ModelDocument]:
-    """Rebuild the sequence model of a run; shapes are checked before any memory is taken."""
+    """Rebuild a run's sequence model; shapes are checked before memory is allocated.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
     document = read(path, ModelDocument)
     with torch.device("meta"):
         model = new_model(document)
@@ -206,10 +219,10 @@ def load_model(path: Path) -> tuple[nn.Module, ModelDocument]:
 
 
 def check_trajectories(rundir: RunDir, document: ModelDocument, extractor: TrajectoryExtractor) -> None:
-    """Refuse a model that was trained on other trajectories than the ones at hand.
+    """Check that a model was trained on the trajectories that ``extractor`` computes.
 
     Raises:
-        ArtifactError: they are not of the same run.
+        ArtifactError: they are not from the same run.
     """
     if document.trajectory_fingerprint != trajectory_fingerprint(extractor):
         raise ArtifactError(
@@ -219,5 +232,5 @@ def check_trajectories(rundir: RunDir, document: ModelDocument, extractor: Traje
 
 
 def base_fingerprint(model: nn.Module, document: ModelDocument) -> str:
-    """Identifies a base model with all that lies under it; adapters carry it."""
+    """Hash of a base model and everything it depends on; stored with adapters."""
     return fingerprint(model.state_dict(), document.model_dump())

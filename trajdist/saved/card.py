@@ -1,4 +1,4 @@
-"""The model card of an adapter: README.md with the front matter that the Hugging Face hub reads."""
+"""The model card of an adapter: a README.md with the YAML front matter that the Hugging Face hub reads."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import yaml
 from trajdist import __version__
 from trajdist.config import Config
 
-# No base_model: the hub takes it for the name of a repository, and the base is the run's own Phase 1.
+# No base_model: the hub expects a repository name there, but the base is the run's own Phase 1 model.
 FRONT = {"library_name": "peft", "tags": ["trajdist", "anomaly-detection", "lora", "image"]}
 
 
 def adapter_card(config: Config, base: str, data: dict[str, Any], summary: dict[str, Any]) -> str:
-    """Markdown: what the adapter stands on, what it has seen, how it was trained and what came of it.
+    """Render the card as Markdown: base model, data, training settings and results.
 
     Args:
-        config: of the run.
+        config: the run's config.
         base: fingerprint of the base model.
-        data: number of images trained on and held out, and the fingerprint of their list.
-        summary: figures of Phase 2.
+        data: ``trained_on`` and ``held_out`` image counts, ``fingerprint`` of the image list, and ``num_processes``.
+        summary: the Phase 2 entry of ``summary.json``.
     """
     lora, adaptation = config.domain_adaptation.lora, config.domain_adaptation
     sections = {

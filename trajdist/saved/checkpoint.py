@@ -1,4 +1,4 @@
-"""Checkpoints: written beside, hashed, renamed; the newest one whose hashes hold is the one to resume from.
+"""Checkpoints: written to a temporary folder, hashed and renamed; resume from the newest one whose hashes match.
 
 ``checkpoints/step-NNNNNNNN/`` holds ``model.safetensors`` (the trained weights), ``optimizer.safetensors``,
 ``state.json`` (cursor, counters, config) and ``manifest.json`` with the size and SHA-256 of the others.
@@ -27,14 +27,14 @@ from trajdist.files import read_json, sha256, sync_file, sync_folder, write_byte
 
 Tensors = dict[str, torch.Tensor]
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-# Only where something is kept beside the weights in training: their average, the best ones.
+# Optional: extra copies of the weights, such as their moving average and the best ones so far.
 KEPT = "kept.safetensors"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is needed to go on: trained weights, optimizer tensors, and the JSON state."""
+    """What is needed to resume: trained weights, optimizer tensors, the JSON state, and extra weights in ``kept``."""
 
     model: Tensors
     optimizer: Tensors
@@ -42,13 +42,13 @@ class Checkpoint:
     kept: Tensors = field(default_factory=dict)
 
     def files(self) -> dict[str, Tensors]:
-        """What each safetensors file holds."""
+        """The contents of each safetensors file."""
         files = {"model.safetensors": self.model, "optimizer.safetensors": self.optimizer}
         return files | ({KEPT: self.kept} if self.kept else {})
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread while training goes on; keeps the newest ``keep``."""
+    """Writes checkpoints from a background thread during training; keeps the newest ``keep``."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
@@ -56,26 +56,26 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, number: int, checkpoint: Checkpoint) -> None:
-        """Take a copy of everything now, write it soon. Waits for the write before this one.
+        """Copy everything to host memory now and write it in the background, after waiting for the previous write.
 
         Raises:
-            ArtifactError: the write before this one failed.
+            ArtifactError: the previous write failed.
         """
         self.finish()
-        # The books in the state go on while it is written.
+        # Training keeps updating the journal's totals in the state during the write.
         state = copy.deepcopy(checkpoint.state)
         copied = Checkpoint(_copied(checkpoint.model), _copied(checkpoint.optimizer), state, _copied(checkpoint.kept))
         self._pending = self._thread.submit(self._write, number, copied)
 
     def failed(self) -> bool:
-        """Whether a write has failed by now; :meth:`finish` says how."""
+        """Whether the pending write has failed already; :meth:`finish` raises its error."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def finish(self) -> None:
-        """Wait until all is on disk.
+        """Wait for the pending write.
 
         Raises:
-            ArtifactError: it could not be written; the last good checkpoint is still there.
+            ArtifactError: it failed; the last good checkpoint is still there.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -87,12 +87,12 @@ class CheckpointWriter:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            # Straight from the tensors into the file: nothing of their size is held beside them.
+            # save_file writes the tensors directly, without a serialised copy in memory.
             for name, tensors in checkpoint.files().items():
                 save_file(tensors, temporary / name)
             (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=2), encoding="utf-8")
             for name in _files(temporary):
-                # safetensors makes files that nobody else can read, whatever the umask says.
+                # safetensors creates files readable only by the owner, whatever the umask.
                 shutil.copymode(temporary / "state.json", temporary / name)
                 sync_file(temporary / name)
             write_bytes(temporary / "manifest.json", json.dumps(_manifest(temporary), indent=2).encode())
@@ -117,7 +117,7 @@ def _copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def _files(folder: Path) -> tuple[str, ...]:
-    """The files of a checkpoint that is being written."""
+    """The names of the files in a checkpoint that is being written."""
     return (*FILES, KEPT) if (folder / KEPT).exists() else FILES
 
 
@@ -129,12 +129,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_contents(folder: Path, checkpoint: Checkpoint) -> None:
-    """The hashes are those of the files; here the files are held against the memory they came from, after the hashing.
+    """Compare the files with what is in memory: the hashes only describe what was written, right or wrong.
 
-    A tensor at a time: a second copy of all of them may not fit.
+    Done after hashing, and piecewise, as a second copy of all tensors might not fit into memory.
 
     Raises:
-        ArtifactError: a file that reads back as something else than was written.
+        ArtifactError: a file does not read back as it was written.
     """
     same = (folder / "state.json").read_text(encoding="utf-8") == json.dumps(checkpoint.state, indent=2)
     wrong = [] if same else ["state.json"]
@@ -153,9 +153,9 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose manifest holds, and a sentence for each newer one that is damaged.
+    """The newest intact checkpoint, and a sentence about each newer one that is damaged.
 
-    Damaged ones are renamed: left where they are, they would count among the newest to keep.
+    Damaged checkpoints are renamed: otherwise they would count towards the number to keep.
     """
     problems: list[str] = []
     for _, path in sorted(_numbered(folder), reverse=True):
@@ -170,7 +170,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def _set_aside(path: Path) -> str:
-    """Rename a damaged checkpoint, if possible; returns its name."""
+    """Rename a damaged checkpoint if possible; returns its (new) name."""
     number, aside = 1, path.with_name(f"damaged-{path.name}")
     while aside.exists():
         number, aside = number + 1, path.with_name(f"damaged-{path.name}-{number}")
@@ -182,7 +182,7 @@ def _set_aside(path: Path) -> str:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. File names come from here, never from the manifest."""
+    """Check sizes and hashes; returns what is wrong, or None. File names in the manifest are never trusted as paths."""
     try:
         manifest = read_json(path / "manifest.json")
         for name in (*FILES, KEPT) if KEPT in manifest["files"] else FILES:
@@ -201,7 +201,7 @@ def verify(path: Path) -> str | None:
 
 
 class Totals(BaseModel):
-    """A :class:`trajdist.training.journal.Sums` in a file."""
+    """A serialised :class:`trajdist.training.journal.Sums`."""
 
     model_config = ConfigDict(extra="forbid")
     images: int
@@ -214,7 +214,7 @@ class Totals(BaseModel):
 
 
 class Books(BaseModel):
-    """The state of a :class:`trajdist.training.journal.Journal`."""
+    """The serialised state of a :class:`trajdist.training.journal.Journal`."""
 
     model_config = ConfigDict(extra="forbid")
     line: Totals
@@ -226,7 +226,7 @@ class Books(BaseModel):
 
 
 class Validated(BaseModel):
-    """The state of a :class:`trajdist.training.keeper.Keeper`."""
+    """The serialised state of a :class:`trajdist.training.keeper.Keeper`."""
 
     model_config = ConfigDict(extra="forbid")
     epoch: int = Field(ge=0)
@@ -236,7 +236,7 @@ class Validated(BaseModel):
 
 
 class State(BaseModel):
-    """``state.json``."""
+    """Schema of ``state.json``."""
 
     model_config = ConfigDict(extra="forbid")
     base: str
@@ -254,10 +254,10 @@ class State(BaseModel):
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a verified checkpoint.
+    """Read a checkpoint that :func:`verify` has accepted.
 
     Raises:
-        ArtifactError: its hashes hold, but somebody else than trajdist wrote it.
+        ArtifactError: the hashes match, but the contents are not what this version writes.
     """
     try:
         state = State.model_validate(read_json(path / "state.json")).model_dump()
@@ -271,10 +271,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_fits(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a checkpoint of another model, before anything of it is used.
+    """Check that a checkpoint matches the model and optimizer, before any of it is loaded.
 
     Raises:
-        ArtifactError: the first tensor that is missing, unknown or of another shape.
+        ArtifactError: a tensor is missing, unexpected or of the wrong shape; names the first one.
     """
     parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
     moments = {
@@ -282,7 +282,7 @@ def check_fits(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], opti
         for number, weight in enumerate(parameters)
         for name in ("step", "exp_avg", "exp_avg_sq")
     }
-    # Before its first step the optimizer has no state.
+    # The optimizer has no state before its first step.
     pairs = [(checkpoint.model, {name: weight.shape for name, weight in weights.items()})]
     pairs += [(checkpoint.optimizer, moments)] if checkpoint.optimizer else []
     for found, expected in pairs:
@@ -290,10 +290,10 @@ def check_fits(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], opti
 
 
 def check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], what: str) -> None:
-    """Refuse tensors of a checkpoint that are not those of ``what``.
+    """Check the names and shapes of a checkpoint's tensors; ``what`` is their owner, for the error message.
 
     Raises:
-        ArtifactError: the first tensor that is missing, unknown or of another shape.
+        ArtifactError: a tensor is missing, unexpected or of the wrong shape; names the first one.
     """
     shapes = {name: tensor.shape for name, tensor in found.items()}
     wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
@@ -305,13 +305,13 @@ def check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
-    """AdamW's state as flat tensors, ``"{parameter}.{name}"``, numbered as the optimizer numbers its parameters."""
+    """AdamW's state flattened to ``"{parameter index}.{name}"``, with the optimizer's own parameter indices."""
     state = optimizer.state_dict()["state"]
     return {f"{number}.{name}": value for number, entry in state.items() for name, value in entry.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Undo :func:`optimizer_tensors`; the learning rate is set by the schedule."""
+    """Inverse of :func:`optimizer_tensors`. The learning rate is not restored: the schedule sets it."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         number, _, name = key.partition(".")

@@ -1,4 +1,4 @@
-"""The run directory: where a run writes, and how. Only the main process writes."""
+"""The run directory: its layout, and how a run writes to it. Only the main process writes."""
 
 from __future__ import annotations
 
@@ -63,32 +63,32 @@ class RunDir:
         return self.path / "phase2" / "contrast.safetensors"
 
     def domains(self) -> list[Path]:
-        """Run directories of the domains that were adapted to at once; usually none."""
+        """Run directories of the domains of a joint adaptation, sorted; usually none."""
         return sorted(path.parent for path in self.path.glob("domains/*/config.yaml"))
 
     def subset(self, set_name: str) -> Path:
-        """Numbers of the images of a stratified subset."""
+        """File of the image numbers of a stratified subset."""
         return self.path / f"subset-{set_name}.npy"
 
     def calibration(self, phase: int) -> Path:
         return self.path / f"phase{phase}" / "calibration.safetensors"
 
     def has_begun(self) -> bool:
-        """Whether anything is there that follows from the config."""
+        """Whether the run has produced anything that depends on its config."""
         return any(
             any(self.path.glob(made)) for made in ("phase1/*.safetensors", "checkpoints/*", "subset-*.npy", "domains/*")
         )
 
     def create(self) -> None:
-        """Make the folder.
+        """Create the folders.
 
         Raises:
-            ArtifactError: the path cannot be made or written to.
+            ArtifactError: they cannot be created or are not writable.
         """
         with self._writing("made"):
             for folder in (self.path, self.path / "phase1"):
                 folder.mkdir(parents=True, exist_ok=True)
-            # An empty list says that every image could be used.
+            # An empty file means that every image was usable.
             self.bad_images.touch()
 
     @contextmanager
@@ -101,7 +101,7 @@ class RunDir:
             ) from None
 
     def sweep(self) -> None:
-        """Remove what a killed process left half written. Only for the holder of the lock."""
+        """Remove partial files left by a killed process. Call only while holding the lock."""
         for folder in (self.path, self.path / "phase1", self.path / "phase2", self.checkpoints):
             for leftover in folder.glob(".*.tmp"):
                 if leftover.is_dir():
@@ -113,13 +113,18 @@ class RunDir:
         write_bytes(self.config, text.encode())
 
     def append(self, file: Path, *records: dict[str, Any]) -> None:
-        """Append JSON lines."""
+        """Append records as JSON lines.
+
+        Raises:
+            ArtifactError: the file cannot be written.
+            ValueError: a record contains NaN or infinity.
+        """
         text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
         with _recording(file), open(file, "a", encoding="utf-8") as handle:
             handle.write(text)
 
     def sync_records(self) -> dict[str, int]:
-        """Make the records survive a crash; returns their sizes, which a checkpoint remembers."""
+        """Sync the metrics and ledger to disk; returns their sizes in bytes by name, to be stored in a checkpoint."""
         sizes = {}
         for file in (self.metrics, self.ledger):
             with _recording(file), open(file, "ab") as handle:
@@ -128,21 +133,25 @@ class RunDir:
         return sizes
 
     def rewind_records(self, sizes: dict[str, int]) -> None:
-        """Cut off what was recorded after a checkpoint: those steps are taken again."""
+        """Truncate the metrics and ledger to their sizes at a checkpoint: the steps after it will be repeated."""
         for file in (self.metrics, self.ledger):
             with _recording(file):
                 if file.exists() and file.stat().st_size > sizes.get(file.name, 0):
                     os.truncate(file, sizes.get(file.name, 0))
 
     def mend(self, file: Path) -> None:
-        """Cut off a last line that a crash cut short, so that the next one begins a line."""
+        """Remove an incomplete last line left by a crash, so that the next record starts on a new line."""
         with _recording(file):
             whole = file.read_bytes() if file.exists() else b""
             if whole and not whole.endswith(b"\n"):
                 os.truncate(file, whole.rfind(b"\n") + 1)
 
     def recall(self, key: str) -> Any:
-        """What run.json has under ``key``, or None."""
+        """The value of ``key`` in run.json, or None.
+
+        Raises:
+            ArtifactError: run.json is damaged.
+        """
         path = self.path / "run.json"
         facts = read_json(path) if path.exists() else {}
         if not isinstance(facts, dict):
@@ -150,17 +159,21 @@ class RunDir:
         return facts.get(key)
 
     def remember(self, key: str, value: Any, replace: bool = False) -> None:
-        """Write ``value`` under ``key`` of run.json, unless the key is there."""
+        """Set ``key`` in run.json, unless it already has a value and ``replace`` is false.
+
+        Raises:
+            ArtifactError: run.json is damaged or cannot be written.
+        """
         if replace or self.recall(key) is None:
             path = self.path / "run.json"
             facts = read_json(path) if path.exists() else {}
             write_json(path, {**facts, key: value})
 
     def lock(self) -> None:
-        """Hold the folder until :meth:`unlock` or the end of the process, where the file system can lock.
+        """Lock the folder until :meth:`unlock` or process exit; no-op on file systems without locks.
 
         Raises:
-            ArtifactError: another run holds it, or it cannot be written.
+            ArtifactError: another run holds the lock, or the folder is not writable.
         """
         with self._writing("written"):
             self._lock = hold(self.path / ".lock")
@@ -175,10 +188,10 @@ class RunDir:
             self._lock = None
 
     def move_away(self) -> Path | None:
-        """Rename an old run directory so that a fresh one can take its place; returns where it went.
+        """Rename an old run directory to make way for a new one; returns its new path, None if there was none.
 
         Raises:
-            ArtifactError: another run is at work in it, or it cannot be renamed.
+            ArtifactError: another run is using it, or it cannot be renamed.
         """
         if not self.path.exists():
             return None
@@ -192,18 +205,22 @@ class RunDir:
         return aside
 
     def write_status(self, status: str, phase: int, step: int, why: str = "") -> None:
-        """``status`` is running, stopped, done or failed."""
+        """Write status.json; ``status`` is "running", "stopped", "done" or "failed"."""
         document = {"status": status, "phase": phase, "step": step, "why": why, "time": time.time()}
         write_json(self.path / "status.json", document)
 
     def read_status(self) -> str:
-        """running, stopped, done or failed; "unknown" before the first."""
+        """The last written status: "running", "stopped", "done" or "failed"; "unknown" if there is none."""
         path = self.path / "status.json"
         document = read_json(path) if path.exists() else {}
         return str(document.get("status", "unknown")) if isinstance(document, dict) else "unknown"
 
     def read_summary(self) -> dict[str, Any]:
-        """Summaries of the finished phases; empty when none is."""
+        """Summaries of the finished phases, by phase; empty if there are none.
+
+        Raises:
+            ArtifactError: summary.json is damaged.
+        """
         path = self.path / "summary.json"
         summary = read_json(path) if path.exists() else {}
         if not isinstance(summary, dict):

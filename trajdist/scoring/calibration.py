@@ -1,9 +1,9 @@
-"""What clean images score, and what follows for a new one: conformal p-values and thresholds, in constant memory.
+"""Conformal p-values and thresholds from the scores of clean images, in constant memory.
 
-Guarantee: if a new clean image and the n calibration images are exchangeable (drawn alike, in no telling order; none
-of them trained on), then P(p <= alpha) <= alpha for every alpha, whatever the model and however few the images (Vovk,
-Gammerman & Shafer 2005; Bates et al. 2023). It holds on average over calibration sets, per image or per cell, not for
-the largest of many cells. Nothing is promised for clean images of another kind.
+Guarantee: if a new clean image and the n calibration images are exchangeable (drawn from the same distribution, none of
+them trained on), then P(p <= alpha) <= alpha for every alpha, for any model and any n (Vovk, Gammerman & Shafer 2005;
+Bates et al. 2023). It is marginal over calibration sets and holds per image or per cell, not for the maximum over many
+cells. It does not extend to clean images from another distribution.
 
 Shape suffixes: K bins.
 """
@@ -19,13 +19,14 @@ from trajdist.scoring.histogram import ScoreHistogram, bins_of, lower_edges
 
 
 class QuantileSketch:
-    """The scores of clean images, or of their cells: filled first, then asked.
+    """The distribution of scores of clean images, or of their cells. Fill first, then query: results are cached.
 
-    Asked in bins of :mod:`trajdist.scoring.histogram`; all of the bin that a score is in counts as at least that
-    score. So a p-value is never smaller than the exact one and never larger than the exact one of a score 0.1 % lower.
+    Resolution is that of the bins of :mod:`trajdist.scoring.histogram`: every clean score in the same bin as a score
+    counts as >= it. So p-values are conservative: never smaller than the exact one, and never larger than the exact
+    one of a score 0.1 % lower.
 
     Attributes:
-        histogram: holds the counts; add to it and reduce it over the processes before the first question.
+        histogram: the counts; update and all-reduce it before the first query.
     """
 
     def __init__(self, histogram: ScoreHistogram) -> None:
@@ -38,12 +39,12 @@ class QuantileSketch:
 
     @property
     def least_rate(self) -> Decimal:
-        """The smallest false-alarm rate that n scores can answer for, 1 / (n + 1), rounded up to two digits."""
+        """The smallest false-alarm rate that n scores support, 1 / (n + 1), rounded up to two significant digits."""
         return Context(prec=2, rounding=ROUND_CEILING).divide(Decimal(1), Decimal(self.count + 1))
 
     @cached_property
     def _at_least_K(self) -> torch.Tensor:
-        """float64 ``[K]``: how many clean scores are in a bin or above it, on the CPU."""
+        """Number of clean scores in each bin or above it, float64 ``[K]`` on the CPU."""
         return self.histogram.counts_K.flip(0).cumsum(0).flip(0)
 
     @cached_property
@@ -51,9 +52,9 @@ class QuantileSketch:
         return (1 + self._at_least_K) / (self.count + 1)
 
     def p_values(self, scores: torch.Tensor) -> torch.Tensor:
-        """float64, in the shape of ``scores``, on the CPU: ``(1 + #{clean >= score}) / (n + 1)``, falling in the score.
+        """Conformal p-values ``(1 + #{clean >= score}) / (n + 1)``, float64 on the CPU, same shape as ``scores``.
 
-        No p-value is smaller than ``1 / (n + 1)``. NaN counts as the largest score.
+        Non-increasing in the score, and at least ``1 / (n + 1)``. NaN counts as the largest score.
         """
         return self._p_values_K[bins_of(scores).cpu()]
 
@@ -61,9 +62,9 @@ class QuantileSketch:
         """The smallest threshold whose p-value is at most ``false_alarm_rate`` (0 to 1).
 
         ``score >= threshold`` and ``p_value <= false_alarm_rate`` are the same decision for every finite score.
-        Infinite where ``false_alarm_rate < 1 / (n + 1)``: n clean scores are too few to declare anything at this rate;
-        it takes ``1 / false_alarm_rate - 1``.
+        Infinite if ``false_alarm_rate < 1 / (n + 1)``: n clean scores are too few to flag anything at this rate; it
+        takes at least ``1 / false_alarm_rate - 1``.
         """
         passing = (self._p_values_K <= false_alarm_rate).nonzero()
-        # The bin that begins at infinity is empty: it is the first to pass only where n is too small for this rate.
+        # The bin that starts at infinity is always empty: it is the first to pass only if n is too small for the rate.
         return float(lower_edges(passing[0])) if len(passing) else float("inf")

@@ -1,13 +1,13 @@
-"""A stream of scores in constant memory: a histogram whose bins are the leading bits of a float32.
+"""Constant-memory histogram of a stream of scores; the bin number is the leading bits of the float32.
 
-The bits of an IEEE 754 float, read as an integer, are in the order of the floats (negative ones with their bits
-flipped). Cut to the sign, the exponent and ``MANTISSA_BITS`` bits of the mantissa, they number bins of constant
-*relative* width: nothing has to be known of the range of the scores, histograms of different processes add up, and
-every bin edge is a float32, so what is counted at an edge is exact. DDSketch (Masson, Rim & Lee 2019) rests on the
-same idea, with logarithms.
+The bits of an IEEE 754 float, read as an integer, sort like the float (with the bits of negative ones flipped).
+Truncated to the sign, exponent and ``MANTISSA_BITS`` bits of the mantissa, they number bins of constant *relative*
+width: the range of the scores need not be known in advance, histograms of different processes can be added, and every
+bin edge is a float32, so counts at or above an edge are exact. DDSketch (Masson, Rim & Lee 2019) uses the same idea
+with logarithms.
 
 Error: two scores share a bin only if they differ by less than ``2**-MANTISSA_BITS`` (0.1 %) of the smaller magnitude
-(by less than 2e-41 below the smallest normal float, 1.2e-38). Scores with a large common offset should be centred.
+(by less than 2e-41 below the smallest normal float, 1.2e-38). Centre scores that have a large common offset.
 
 Shape suffixes: N scores, K bins, E edges.
 """
@@ -33,34 +33,34 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 def bins_of(scores: torch.Tensor) -> torch.Tensor:
-    """int64, the bin of each score, in any shape; infinities and NaN (as +inf) count as the largest float."""
-    # Adding 0 turns -0.0 into 0.0: equal scores, equal bins.
+    """Bin of each score, int64, same shape; infinities are clamped to the largest finite floats, NaN counts as +inf."""
+    # Adding 0 turns -0.0 into 0.0, so that equal scores get equal bins.
     finite = torch.nan_to_num(scores.float(), nan=LARGEST, posinf=LARGEST, neginf=-LARGEST) + 0.0
     return (_flip(finite.view(torch.int32)) >> SHIFT).long() + NUM_BINS // 2
 
 
 def lower_edges(bins: torch.Tensor) -> torch.Tensor:
-    """float32, the smallest score of each bin: ``score >= edge`` exactly where ``bins_of(score) >= bin``."""
+    """Smallest score of each bin, float32, same shape: ``score >= edge`` if and only if ``bins_of(score) >= bin``."""
     return _flip(((bins - NUM_BINS // 2) << SHIFT).int()).view(torch.float32)
 
 
 def _flip(bits: torch.Tensor) -> torch.Tensor:
-    """Float bits to integers in the order of the floats, and back."""
+    """Map float bits (int32) to integers that sort like the floats; its own inverse."""
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 class ScoreHistogram:
-    """How many scores, or how much weight, fell into each bin: 4 MiB whatever the number of scores.
+    """Count, or total weight, of the scores in each bin: 4 MiB for any number of scores.
 
     Attributes:
-        counts_K: float64 ``[NUM_BINS]``, on the CPU; whole numbers are exact up to 2**53.
+        counts_K: float64 ``[NUM_BINS]`` on the CPU; integer counts are exact up to 2**53.
     """
 
     def __init__(self) -> None:
         self.counts_K = torch.zeros(NUM_BINS, dtype=torch.float64)
 
     def update(self, scores: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add scores of any shape; ``weights`` has the same shape, a score of weight 0 does not count."""
+        """Add scores of any shape; ``weights`` has the same shape, and a score of weight 0 is ignored."""
         bins_N = bins_of(scores).flatten().cpu()
         weights_N = torch.ones_like(bins_N) if weights is None else weights.flatten()
         self.counts_K.index_add_(0, bins_N, weights_N.to(self.counts_K))
@@ -71,25 +71,25 @@ class ScoreHistogram:
         return total
 
     def all_reduce(self, sum_over_processes: Reduce) -> None:
-        """Make this the histogram of all processes' scores."""
+        """Sum the histograms of all processes, in place."""
         self.counts_K = sum_over_processes(self.counts_K)
 
     def occupied(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lower edges (float32, rising) and counts (float64) of the bins that hold something."""
+        """Lower edges (float32, ascending) and counts (float64) of the non-empty bins."""
         bins = self.counts_K.nonzero().flatten()
         return lower_edges(bins), self.counts_K[bins]
 
     def to_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """For a safetensors file: ``{name}.edges`` and ``{name}.counts`` of the occupied bins."""
+        """For a safetensors file: ``{name}.edges`` and ``{name}.counts`` of the non-empty bins."""
         edges, counts = self.occupied()
         return {f"{name}.edges": edges, f"{name}.counts": counts}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], name: str, path: Path) -> ScoreHistogram:
-        """The histogram that :meth:`to_tensors` wrote; ``path`` is the file they came from, for the error.
+        """Inverse of :meth:`to_tensors`; ``path`` is the file that the tensors came from, for error messages.
 
         Raises:
-            ArtifactError: a tensor is missing, of another type or shape, or holds what no histogram holds.
+            ArtifactError: a tensor is missing, has the wrong dtype or shape, or is not from a valid histogram.
         """
         edges, counts = tensors.get(f"{name}.edges"), tensors.get(f"{name}.counts")
         if edges is None or counts is None:
@@ -109,10 +109,10 @@ class ScoreHistogram:
 
 
 def plot_bins(histograms: Mapping[str, ScoreHistogram], num_bins: int = 60) -> tuple[Doubles, dict[str, Doubles]]:
-    """Coarse bins for a picture of several histograms: edges ``[num_bins + 1]`` and counts ``[num_bins]`` by name.
+    """Rebin several histograms for a plot: common edges ``[num_bins + 1]``, and counts ``[num_bins]`` by name.
 
-    Edges grow geometrically where all scores are positive and span more than a factor of 20. Each fine bin goes whole
-    into the coarse bin that holds its lower edge.
+    Edges are spaced geometrically if all scores are positive and span more than a factor of 20, else evenly. Each fine
+    bin is assigned as a whole to the coarse bin that contains its lower edge.
     """
     filled = {name: [part.double().numpy() for part in entry.occupied()] for name, entry in histograms.items()}
     every_edge = np.concatenate([edges for edges, _ in filled.values()] or [np.zeros(0)])
@@ -121,7 +121,7 @@ def plot_bins(histograms: Mapping[str, ScoreHistogram], num_bins: int = 60) -> t
         high = low + max(abs(low), 1.0)
     space = np.geomspace if 0 < 20 * low < high else np.linspace
     coarse_E = np.asarray(space(low, high, num_bins + 1), np.float64)
-    # Rounding may put an end of the range just inside: nothing is to fall out.
+    # Rounding may leave an end just inside the range, which would drop scores.
     coarse_E[0], coarse_E[-1] = low, high
     counts = {name: np.histogram(edges, coarse_E, weights=weights)[0] for name, (edges, weights) in filled.items()}
     return coarse_E, counts

@@ -1,10 +1,10 @@
-"""How well scores tell anomalous from clean, from histograms alone: constant memory, and processes add up.
+"""Detection metrics computed from score histograms: constant memory, and additive over processes.
 
-Within a bin of :mod:`trajdist.scoring.histogram` scores count as tied; between bins nothing is lost. So each confusion
-matrix used here is the exact one of its threshold, and only thresholds inside a bin are left out: the best F1 is
+Scores in the same bin of :mod:`trajdist.scoring.histogram` count as tied; the order of bins is exact. So every
+confusion matrix used here is exact for its threshold, and only thresholds inside a bin are missing: the best F1 is
 never overstated, AUROC is off by at most half of :attr:`Curve.tied_share`, AUPRO by at most ``tied_share / limit``.
 
-Shape suffixes: B images, S pixels a side, T thresholds.
+Shape suffixes: B images, S pixels per side, T thresholds, M pixels of a mask.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ AUPRO_LIMIT = 0.3
 
 @dataclass(frozen=True)
 class Curve:
-    """What falls at every threshold, from the strictest to the loosest.
+    """Weight of both classes at each threshold, from the strictest to the loosest.
 
     Attributes:
-        thresholds_T: float64, falling; what scores at least this much is called anomalous.
-        anomalous_T: float64, anomalous weight between this threshold and the one before.
-        clean_T: float64, clean weight, likewise.
+        thresholds_T: float64, descending; a score >= threshold is classified as anomalous.
+        anomalous_T: float64, anomalous weight from this threshold up to the previous one.
+        clean_T: float64, likewise for clean weight.
     """
 
     thresholds_T: Doubles
@@ -46,26 +46,26 @@ class Curve:
 
     @property
     def false_positive_rate_T(self) -> Doubles:
-        """The share of clean scores called anomalous; NaN without clean scores."""
+        """The fraction of clean scores classified as anomalous; NaN without clean scores."""
         return _running_share(self.clean_T)
 
     @property
     def precision_T(self) -> Doubles:
-        """The share of what is called anomalous that is; 0 where nothing is."""
+        """The fraction of scores classified as anomalous that are truly anomalous; 0 if none are classified so."""
         found_T = self.anomalous_T.cumsum()
         called_T = found_T + self.clean_T.cumsum()
         return np.divide(found_T, called_T, out=np.zeros_like(found_T), where=called_T > 0)
 
     @property
     def tied_share(self) -> float:
-        """The share of the pairs of an anomalous and a clean score that fall into one bin."""
+        """The fraction of (anomalous, clean) pairs whose scores share a bin."""
         pairs = self.anomalous_T.sum() * self.clean_T.sum()
         return float(self.anomalous_T @ self.clean_T / pairs) if pairs else 0.0
 
     def area(self, limit: float = 1.0) -> float | None:
-        """Area under recall over the false positive rate from 0 to ``limit``, divided by ``limit``; ties count half.
+        """Area under the ROC curve for false positive rates from 0 to ``limit``, divided by ``limit``; ties count half.
 
-        None where there are no anomalous or no clean scores.
+        None without both classes.
         """
         if not self.anomalous_T.any() or not self.clean_T.any():
             return None
@@ -77,13 +77,13 @@ class Curve:
         return float((np.diff(rates) * (recalls[1:] + recalls[:-1])).sum() / 2 / limit)
 
     def average_precision(self) -> float | None:
-        """Precision at each threshold, weighted by the recall it adds; None without anomalous scores."""
+        """Precision at each threshold weighted by the increase in recall; None without anomalous scores."""
         if not self.anomalous_T.any():
             return None
         return float(self.precision_T @ self.anomalous_T / self.anomalous_T.sum())
 
     def best_f1(self) -> tuple[float, float] | None:
-        """The largest F1 and its threshold (the strictest where several reach it); None without anomalous scores."""
+        """The largest F1 and its threshold (the strictest in case of ties); None without anomalous scores."""
         if not self.anomalous_T.any():
             return None
         called_T = (self.anomalous_T + self.clean_T).cumsum()
@@ -92,18 +92,18 @@ class Curve:
         return float(f1_T[best]), float(self.thresholds_T[best])
 
     def roc_points(self, count: int = 200) -> Points:
-        """At most ``count`` points (false positive rate, recall) from (0, 0) to (1, 1); none without both classes."""
+        """At most ``count`` points (false positive rate, recall) from (0, 0) to (1, 1); empty without both classes."""
         if not self.anomalous_T.any() or not self.clean_T.any():
             return []
         return [(0.0, 0.0), *_thin(self.false_positive_rate_T, self.recall_T, count - 1)]
 
     def pr_points(self, count: int = 200) -> Points:
-        """At most ``count`` points (recall, precision) for a plot; none without anomalous scores."""
+        """At most ``count`` points (recall, precision) for a plot; empty without anomalous scores."""
         return _thin(self.recall_T, self.precision_T, count) if self.anomalous_T.any() else []
 
 
 def curve(anomalous: ScoreHistogram, clean: ScoreHistogram) -> Curve:
-    """The curve of two histograms."""
+    """The curve of two histograms, one threshold per non-empty bin."""
     bins_T = (anomalous + clean).counts_K.nonzero().flatten().flip(0)
     anomalous_T, clean_T = (histogram.counts_K[bins_T].numpy() for histogram in (anomalous, clean))
     return Curve(lower_edges(bins_T).double().numpy(), anomalous_T, clean_T)
@@ -111,12 +111,12 @@ def curve(anomalous: ScoreHistogram, clean: ScoreHistogram) -> Curve:
 
 def _running_share(weights_T: Doubles) -> Doubles:
     running_T = weights_T.cumsum()
-    # Divided by its own last value, not by a sum in another order: it ends at exactly 1.
+    # Divided by its own last value, not by a sum in another order, so that it ends at exactly 1.
     return running_T / running_T[-1] if running_T.any() else np.full_like(running_T, np.nan)
 
 
 def _thin(across_T: Doubles, up_T: Doubles, count: int) -> Points:
-    """Up to ``count`` points of a curve, evenly spread along its length, both ends among them."""
+    """Up to ``count`` points spaced evenly along a curve, including both ends."""
     steps = np.abs(np.diff(across_T)) + np.abs(np.diff(up_T))
     length_T = np.concatenate([[0.0], steps.cumsum()])
     kept = np.unique(np.searchsorted(length_T, np.linspace(0, length_T[-1], count)))
@@ -124,7 +124,7 @@ def _thin(across_T: Doubles, up_T: Doubles, count: int) -> Points:
 
 
 class PixelScores:
-    """Scores of the pixels of labelled images: clean, anomalous, and anomalous with equal weight for each region."""
+    """Histograms of pixel scores of labelled images: clean, anomalous, and anomalous with equal weight per region."""
 
     def __init__(self) -> None:
         self.clean, self.anomalous, self.regions = (ScoreHistogram() for _ in range(3))
@@ -144,25 +144,26 @@ class PixelScores:
         return total
 
     def all_reduce(self, sum_over_processes: Reduce) -> None:
-        """Make these the scores of all processes' pixels."""
+        """Sum the histograms of all processes, in place."""
         for histogram in (self.clean, self.anomalous, self.regions):
             histogram.all_reduce(sum_over_processes)
 
     def curve(self) -> Curve:
-        """Every pixel counts the same."""
+        """The curve with equal weight for every pixel."""
         return curve(self.anomalous, self.clean)
 
     def aupro(self, limit: float = AUPRO_LIMIT) -> float | None:
-        """Per-region overlap, integrated over false positive rates up to ``limit`` (Bergmann et al. 2019, 2021).
+        """Area under the per-region overlap (PRO) curve for false positive rates up to ``limit``, divided by ``limit``.
 
-        The overlap of a threshold is the share of a region above it, averaged over all regions: the recall of pixels
-        that weigh 1 / size of their region. So this is a partial area under a ROC curve. None without regions.
+        As defined by Bergmann et al. (2019, 2021). The per-region overlap at a threshold is the fraction of a region
+        above it, averaged over regions: the recall of pixels weighted by 1 / size of their region. So this is a partial
+        area under a ROC curve. None without anomalous regions or without clean pixels.
         """
         return curve(self.regions, self.clean).area(limit)
 
 
 def region_shares(mask_SS: Mask) -> Doubles:
-    """``[S, S]``: 1 / number of pixels of the region that a pixel is in, 0 outside; regions touch at 8 neighbours."""
+    """1 / size in pixels of each pixel's region, 0 outside, float64 ``[S, S]``; regions are 8-connected."""
     root_M = _region_of_pixels(mask_SS)
     shares_SS = np.zeros(mask_SS.shape)
     shares_SS[mask_SS] = 1.0 / np.bincount(root_M)[root_M] if len(root_M) else 0.0
@@ -170,16 +171,16 @@ def region_shares(mask_SS: Mask) -> Doubles:
 
 
 def _region_of_pixels(mask_SS: Mask) -> npt.NDArray[np.intp]:
-    """For each of the M pixels of a mask, row by row, the first pixel of its region.
+    """For each of the M pixels of a mask, in row-major order, the index of the first pixel of its region.
 
-    Every pixel starts as its own root. Roots that touch are hooked, the later to the earlier, and chains are cut
-    short, until no neighbours differ.
+    Union-find: every pixel starts as its own root. The later root of two neighbours is hooked to the earlier one and
+    paths are compressed, until all neighbours agree.
     """
     number_SS = np.full(np.add(mask_SS.shape, 2), -1)
     inner_SS = number_SS[1:-1, 1:-1]
     inner_SS[mask_SS] = np.arange(mask_SS.sum())
     height, width = mask_SS.shape
-    # Right, below, and the two diagonals below: the other four neighbours see these from the other side.
+    # Right, below and the two lower diagonals; the other four are the same pairs seen from the neighbour.
     neighbours = [number_SS[1 + dy :, 1 + dx :][:height, :width] for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1))]
     pairs = [(inner_SS[both], other[both]) for other in neighbours for both in [(inner_SS >= 0) & (other >= 0)]]
     one, two = (np.concatenate(side) for side in zip(*pairs, strict=True))
@@ -195,18 +196,19 @@ def _region_of_pixels(mask_SS: Mask) -> npt.NDArray[np.intp]:
 def bootstrap_interval(
     curve: Curve, statistic: Callable[[Curve], float | None], seed: int, num_samples: int = 1000
 ) -> tuple[float, float] | None:
-    """A 95 % percentile interval of a statistic of *images* (Efron 1979), the number in each class held fixed.
+    """A stratified 95 % percentile bootstrap interval (Efron 1979) of an *image*-level statistic.
 
-    Drawing images again with replacement is drawing a multinomial over the bins, so the histogram is enough. Pixels
-    of one image are not independent: an interval made from their curve would be too narrow.
+    Class sizes are held fixed. Resampling images with replacement is drawing from a multinomial over the bins, so the
+    histogram is enough. Pixels of one image are not independent: an interval from a pixel curve would be too narrow.
 
     Args:
-        curve: with whole counts in it.
+        curve: has integer counts.
         statistic: such as ``Curve.area``.
-        seed: the interval is a pure function of it and of the counts.
+        seed: the interval is a pure function of the seed and the counts.
+        num_samples: bootstrap resamples.
 
     Returns:
-        Lower and upper end, or None where the statistic is not defined.
+        Lower and upper end, or None if the statistic is undefined.
     """
     if statistic(curve) is None:
         return None

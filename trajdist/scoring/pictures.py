@@ -1,6 +1,6 @@
-"""Pictures of anomaly maps: the image, the map laid over it, and a colour bar, side by side in one PNG.
+"""Renders anomaly maps: the image, the map overlaid on it and a colour bar, side by side.
 
-Shape suffixes: S pixels per side, K colours.
+Shape suffixes: S pixels per side, K colours, L blocks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-# Dark to bright through red, as lightness rises evenly: readable without colour vision and in grey print.
+# Dark to bright through red with uniformly increasing lightness: readable for colour-blind users and in greyscale.
 _ANCHORS_K3 = np.array(
     [[6, 4, 24], [58, 12, 96], [126, 30, 108], [190, 55, 82], [236, 104, 37], [251, 166, 24], [252, 255, 164]],
     np.float64,
 )
-# Between two of these shades there is no grey level of eight bits.
+# Finer than 8-bit colour can resolve.
 _SHADES = 1024
 _POSITIONS = np.linspace(0, len(_ANCHORS_K3) - 1, _SHADES)
 _RAMP_K3 = np.stack(
@@ -29,13 +29,20 @@ _GAP, _BAR, _LABEL = 8, 14, 46
 
 
 def colour(values: Floats) -> Pixels:
-    """Values in 0..1, any shape -> RGB."""
+    """Map values in 0..1 (clipped; NaN as 0), any shape, to RGB: uint8, with a last dimension of 3 added."""
     shades: Pixels = _RAMP_K3[(np.nan_to_num(values, nan=0.0).clip(0.0, 1.0) * (_SHADES - 1)).astype(np.int16)]
     return shades
 
 
 def overlay(image_SS3: Pixels, map_SS: Floats, low: float, high: float) -> Image.Image:
-    """The anomaly map over the greyed image; ``low`` and below is clear, ``high`` and above is opaque and bright."""
+    """Overlay an anomaly map on the greyscale image.
+
+    Opacity is 25 % and colour darkest at ``low`` and below; 85 % and brightest at ``high`` and above.
+
+    Args:
+        image_SS3: uint8 RGB.
+        map_SS: float32 scores.
+    """
     strength_SS = np.clip((map_SS - low) / max(high - low, 1e-9), 0.0, 1.0).astype(np.float32)
     grey_SS1 = image_SS3.mean(-1, keepdims=True, dtype=np.float32)
     opacity_SS1 = (0.25 + 0.6 * strength_SS)[..., None]
@@ -44,7 +51,7 @@ def overlay(image_SS3: Pixels, map_SS: Floats, low: float, high: float) -> Image
 
 
 def panel(image_SS3: Pixels, map_SS: Floats, low: float, high: float) -> Image.Image:
-    """Original, overlay and colour bar with its ends written beside it."""
+    """The image, the overlay and a colour bar labelled ``low`` and ``high``; arguments as for :func:`overlay`."""
     side = image_SS3.shape[0]
     canvas = Image.new("RGB", (2 * side + 2 * _GAP + _BAR + _LABEL, side), "white")
     canvas.paste(Image.fromarray(image_SS3), (0, 0))
@@ -59,21 +66,21 @@ def panel(image_SS3: Pixels, map_SS: Floats, low: float, high: float) -> Image.I
 
 
 def png(image: Image.Image) -> bytes:
-    """PNG bytes, packed fast rather than small."""
+    """PNG bytes, compressed for speed rather than size."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def jpeg(image: Image.Image) -> bytes:
-    """JPEG bytes, for pages that hold many pictures."""
+    """JPEG bytes, for pages with many pictures."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 
 def profile(errors_L: Floats, names: list[str]) -> Image.Image:
-    """Bars: the error of each block at one place."""
+    """Bar chart of each block's error at one place; blocks are numbered from 1."""
     width, height = max(320, 26 * len(names) + 50), 160
     bottom = height - 18
     canvas = Image.new("RGB", (width, height), "white")

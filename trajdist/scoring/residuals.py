@@ -1,7 +1,7 @@
-"""From the residual of a place to one number: how far it is from the residuals of clean images.
+"""Reduces the residual at a place to one number: its distance from the residuals of clean images.
 
-Shape suffixes: B images, H W grid, P places (H x W, row by row), N = B x P, F valid entries of a trajectory (block
-after block), L blocks.
+Shape suffixes: B images, H W grid, P places (H x W, row-major), N = B x P, F valid entries of a trajectory (block after
+block), L blocks.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import nn
 from trajdist.extraction.projection import BlockMoments, Reduce
 from trajdist.models.linear import laid_out, linear
 
-# Share of the mean variance added to every variance: entries that clean images never move must not decide alone.
+# Fraction of the mean variance added to each variance, lest entries almost constant on clean images dominate.
 SHRINKAGE = 0.1
-# How much of what is usual at a place, and of what is usual in the image at hand, is subtracted: half-way between a
-# map that knows nothing of its surroundings and one in which a large defect makes itself usual (docs/LOG.md).
+# Fractions of the place's usual score and of the image's median that are subtracted: a compromise between ignoring the
+# context and letting a large defect raise its own baseline (docs/LOG.md).
 PLACE_SHARE, IMAGE_SHARE = 0.5, 0.5
-# The image's score is the mean of this share of its places, the hottest ones.
+# The image score is the mean over this fraction of its places, the highest-scoring ones.
 HOTTEST_SHARE = 0.04
-# Blocks are whitened together in this many groups: fewer products multiply more zeros, more are too narrow to be fast.
+# Blocks are whitened in this many groups: fewer groups multiply more zeros, more make matrices too narrow to be fast.
 GROUPS = 4
 
 
 class PlaceMoments:
-    """Streaming mean at every place, and covariance about it over all places, of rows that come place by place."""
+    """Streaming mean at each place, and pooled within-place covariance."""
 
     def __init__(self, num_places: int, entries: int, device: torch.device) -> None:
         self.all = BlockMoments(entries, device)
@@ -34,7 +34,7 @@ class PlaceMoments:
         self.images = torch.zeros((), dtype=kind, device=device)
 
     def update(self, rows_NF: torch.Tensor, weights_B: torch.Tensor) -> None:
-        """Add the rows of B images; an image of weight 0 does not count."""
+        """Add rows, float ``[N, F]``, of B images with weights ``[B]``; an image of weight 0 is ignored."""
         num_places = len(self.sum_PF)
         self.all.update(rows_NF, weights_B.repeat_interleave(num_places))
         rows_BPF = rows_NF.unflatten(0, (-1, num_places))
@@ -42,7 +42,7 @@ class PlaceMoments:
         self.images += weights_B.sum()
 
     def all_reduce(self, sum_over_processes: Reduce) -> None:
-        """Make these the moments of all processes' rows."""
+        """Combine the moments of all processes, in place."""
         self.all.all_reduce(sum_over_processes)
         self.sum_PF, self.images = sum_over_processes(self.sum_PF), sum_over_processes(self.images)
 
@@ -52,24 +52,25 @@ class PlaceMoments:
 
     @property
     def covariance_FF(self) -> torch.Tensor:
-        """All scatter is scatter about the places' means plus scatter of those means."""
+        """Within-place covariance: the total covariance less the covariance of the place means."""
         between_PF = self.mean_PF - self.all.mean_C
         return self.all.covariance_CC.addmm_(between_PF.T, between_PF, alpha=-1 / len(between_PF))
 
 
 class ResidualModel(nn.Module):
-    """Whitens residuals by their clean covariance and measures them block by block.
+    """Whitens residuals with their clean covariance and computes an energy per block.
 
-    Blocks are whitened in turn from the deepest to the shallowest, each given all deeper ones (a Cholesky
-    factorisation of the joint covariance in that order), so that a block's energy is what it adds to what the deeper
-    ones have said. The score of a place is the mean over blocks of the root of the energy, in units of the clean one:
-    no single block can drown the others.
+    Blocks are whitened from the deepest to the shallowest, each conditioned on all deeper ones (a Cholesky
+    factorisation of the joint covariance in that order), so a block's energy is what it adds to the information in the
+    deeper ones. A place's score is the mean over blocks of the square root of the energy, normalised by the clean
+    energy so that no single block dominates.
 
     Attributes:
-        mean_PF, whitening_FF: of clean residuals, per place and over all places.
-        energy_L: mean energy of clean places.
-        usual_P: how much more than other places this one scores in clean images.
-        centre, spread: of clean cell scores, so that a map reads in standard deviations.
+        mean_PF: float32, mean clean residual at each place.
+        whitening_FF: float32, whitening of clean residuals, shared by all places.
+        energy_L: float32, mean energy of each block over clean places.
+        usual_P: float32, the place's mean clean score relative to the average place.
+        centre, spread: approximate mean and standard deviation of clean scores: maps are in standard deviations.
     """
 
     mean_PF: torch.Tensor
@@ -80,7 +81,7 @@ class ResidualModel(nn.Module):
     spread: torch.Tensor
 
     def __init__(self, widths: list[int], resolution: int) -> None:
-        """``widths`` are the numbers of valid entries of the blocks, ``resolution`` the places per side."""
+        """``widths`` is the number of valid entries of each block, ``resolution`` the number of places per side."""
         super().__init__()
         self.widths = widths
         places, entries = resolution**2, sum(widths)
@@ -93,27 +94,27 @@ class ResidualModel(nn.Module):
         self.lay_out()
 
     def lay_out(self) -> None:
-        """Keep the whitening in memory as its products read it."""
+        """Store the whitening in the memory layout that :func:`linear` reads."""
         self.whitening_FF = laid_out(self.whitening_FF)
 
     def energies(self, residual_NF: torch.Tensor) -> torch.Tensor:
-        """Energy of each block at each place, ``[B, P, L]``, about 1 for clean images."""
+        """Energy of each block at each place, float32 ``[B, P, L]``, about 1 for clean images."""
         residual_BPF = residual_NF.unflatten(0, (-1, len(self.mean_PF))) - self.mean_PF
         centred_NF = residual_BPF.flatten(0, 1)
         energies: list[torch.Tensor] = []
         start = 0
         for widths in grouped(self.widths):
             stop = start + sum(widths)
-            # The whitening of a block has no entries for shallower ones.
+            # A block's whitening has no entries for shallower blocks.
             white_NF = linear(centred_NF[:, start:], self.whitening_FF[start:, start:stop].T)
             energies += [block_NF.square().sum(-1) for block_NF in white_NF.split(widths, 1)]
             start = stop
         return torch.stack(energies, -1).view(*residual_BPF.shape[:2], -1) / self.energy_L
 
     def cells(self, energies_BPL: torch.Tensor) -> torch.Tensor:
-        """Score of every place, ``[B, P]``: about 0 on average and 1 in spread for clean images."""
+        """Score of each place, float32 ``[B, P]``: mean about 0 and standard deviation about 1 for clean images."""
         raw_BP = roots(energies_BPL) - PLACE_SHARE * self.usual_P
-        # The median, as exporters know it.
+        # The (lower) median, by sorting: exporters support that.
         median_B1 = raw_BP.sort(1).values[:, (raw_BP.shape[1] - 1) // 2, None]
         raw_BP = raw_BP - IMAGE_SHARE * median_B1
         return (raw_BP - self.centre) / self.spread
@@ -121,33 +122,38 @@ class ResidualModel(nn.Module):
     def fit(self, moments: PlaceMoments, whiten: bool = True) -> None:
         """Set means, whitening and clean energies from the moments of clean residuals.
 
-        Without ``whiten`` the whitening stays what it is.
+        With ``whiten=False`` the current whitening is kept.
         """
         covariance_FF = moments.covariance_FF.cpu().double()
         if whiten:
-            # Of the variance over all places: that about the places' means is zero where there is but one image.
+            # Use the overall variance: the within-place variance is zero for a single image.
             variance = moments.all.variance_C.mean().cpu().double().clamp(min=1e-6)
             self.whitening_FF.copy_(block_whitening(covariance_FF, variance, self.widths))
-        # The expected energy follows from the covariance: no further pass is needed.
+        # The expected energy follows from the covariance, without another pass over the data.
         whitening_FF = self.whitening_FF.cpu().double()
         energy_F = (covariance_FF @ whitening_FF).mul_(whitening_FF).sum(0)
         self.energy_L.copy_(torch.stack([part.sum() for part in energy_F.split(self.widths)]).clamp(min=1e-6))
         self.mean_PF.copy_(moments.mean_PF)
 
     def fit_places(self, roots: BlockMoments) -> None:
-        """Set what is usual at each place from the moments of clean images' :func:`roots`."""
+        """Set each place's usual score, and centre and spread, from the moments of clean images' :func:`roots`."""
         mean_P = roots.mean_C.to(self.usual_P)
         self.usual_P.copy_(mean_P - mean_P.mean())
-        # Of a typical image, whose median is about its mean.
+        # For a typical image, the median is close to the mean.
         self.centre.copy_((1 - IMAGE_SHARE) * mean_P.mean())
         self.spread.copy_(roots.variance_C.mean().sqrt().clamp(min=1e-6))
 
 
 def block_whitening(covariance_FF: torch.Tensor, variance: torch.Tensor, widths: list[int]) -> torch.Tensor:
-    """Whitens the deepest block first and each shallower one given those, ``[F, F]``, for rows from the left.
+    """Whitening matrix, float64 ``[F, F]``, each block conditioned on all deeper ones; apply as ``rows @ whitening``.
 
     Args:
-        variance: the scale of the noise that :data:`SHRINKAGE` adds.
+        covariance_FF: float64 covariance of the entries, blocks from shallow to deep.
+        variance: float64 scalar; :data:`SHRINKAGE` times this is added to the diagonal.
+        widths: number of entries of each block.
+
+    Raises:
+        torch.linalg.LinAlgError: the regularised covariance is not positive definite.
     """
     order = deepest_first(widths)
     shrunk_FF = covariance_FF[order[:, None], order]
@@ -162,23 +168,23 @@ def block_whitening(covariance_FF: torch.Tensor, variance: torch.Tensor, widths:
 
 
 def roots(energies_BPL: torch.Tensor) -> torch.Tensor:
-    """Mean over blocks of the root of the energy, ``[B, P]``."""
+    """Mean over blocks of the square root of the energy, ``[B, P]``."""
     return energies_BPL.sqrt().mean(-1)
 
 
 def deepest_first(widths: list[int]) -> torch.Tensor:
-    """Entry numbers with the blocks from the last to the first, each block's own entries in order."""
+    """Permutation of the entries, int64 ``[F]``: blocks from last to first, entries within a block in order."""
     blocks = [torch.arange(start, start + width) for start, width in zip(starts(widths), widths, strict=True)]
     return torch.cat(blocks[::-1])
 
 
 def starts(widths: list[int]) -> list[int]:
-    """Number of each block's first entry."""
+    """Index of each block's first entry."""
     return [sum(widths[:block]) for block in range(len(widths))]
 
 
 def grouped(widths: list[int]) -> list[list[int]]:
-    """The blocks' widths, in order, in at most :data:`GROUPS` groups of about the same number of entries."""
+    """The blocks' widths, in order, in at most :data:`GROUPS` groups with about the same number of entries."""
     groups: list[list[int]] = [[] for _ in range(GROUPS)]
     for start, width in zip(starts(widths), widths, strict=True):
         groups[GROUPS * start // sum(widths)].append(width)
@@ -186,11 +192,11 @@ def grouped(widths: list[int]) -> list[list[int]]:
 
 
 def image_scores(cells_BP: torch.Tensor) -> torch.Tensor:
-    """Mean of the hottest places, ``[B]``."""
+    """Mean over the highest-scoring :data:`HOTTEST_SHARE` of the places, ``[B]``."""
     hottest = max(1, round(HOTTEST_SHARE * cells_BP.shape[1]))
     return cells_BP.topk(hottest, dim=1).values.mean(1)
 
 
 def upsample(cells_BHW: torch.Tensor, size: int) -> torch.Tensor:
-    """Interpolated to the image, ``[B, size, size]``."""
+    """Interpolate cell scores bilinearly to image size, ``[B, size, size]``."""
     return F.interpolate(cells_BHW[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]

@@ -1,7 +1,8 @@
-"""A trained run as one file that needs no trajdist: uint8 images in, maps, scores and p-values out.
+"""``trajdist export``: a trained run as one self-contained file: uint8 images in; maps, scores and p-values out.
 
-Everything is inside: normalisation, backbone, pooling, projection, sequence model with its adapter merged, statistics
-of clean residuals, smoothing, calibration. Only decoding and resizing stay outside; the file's metadata say to what.
+It contains everything from normalisation, backbone, pooling and projection to the sequence model (adapter merged),
+clean-residual statistics, upsampling and calibration. Only decoding and resizing are left to the caller; the file's
+metadata gives the image size and fit.
 
 Shape suffixes: B images, S pixels per side, K occupied bins of the calibration.
 """
@@ -32,13 +33,13 @@ from trajdist.scoring.scorer import Detector, Scorer
 Arrays = tuple[np.ndarray[Any, Any], ...]
 INPUT, OUTPUTS = "images", ("maps", "scores", "p_values")
 METADATA = "trajdist"
-# Scores are in standard deviations of clean cells. Other kernels round differently; more than this is another function.
+# In standard deviations of clean cell scores. Other kernels round differently; larger differences are errors.
 TOLERANCE = 0.01
 TRIALS = (1, 3)
 
 
 class Exported(nn.Module):
-    """The scorer with one detector as a plain module."""
+    """A scorer with a single detector as a plain module that exporters can trace."""
 
     upper_K: torch.Tensor
     counts_K: torch.Tensor
@@ -55,17 +56,17 @@ class Exported(nn.Module):
         self._total = total
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """uint8 ``[B, 3, S, S]`` -> float32 ``[B, S, S]``, float32 ``[B]``, float64 ``[B]``."""
+        """uint8 ``[B, 3, S, S]`` -> maps, float32 ``[B, S, S]``; scores, float32 ``[B]``; p-values, float64 ``[B]``."""
         trajectories_BHWLD = self._extractor(images)
         result = self._detector.score(trajectories_BHWLD)
         maps_BSS = residuals.upsample(result.cells_BHW, self._size)
-        # A clean score counts as at least as large where its bin ends above: of the same bin are all, as in the sketch.
+        # A clean score counts as >= the image's if its bin's upper edge lies above it, so the whole shared bin counts.
         at_least_B = ((result.images_B[:, None] < self.upper_K) * self.counts_K).sum(1)
         return maps_BSS, result.images_B, (1 + at_least_B) / (self._total + 1)
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """Without PEFT's layers; PEFT is not imported for a model that has none."""
+    """The model with any PEFT layers merged; avoids importing PEFT for a model that has none."""
     if not hasattr(model, "merge_and_unload"):
         return model
     from trajdist.saved.lora import merged
@@ -80,7 +81,7 @@ def _table(sketch: QuantileSketch) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 class Export(NamedTuple):
-    """What :func:`export` did: the largest differences to the scorer over its trial images."""
+    """Result of :func:`export`: the file, and its largest absolute differences from the scorer on trial images."""
 
     path: Path
     map_difference: float
@@ -88,17 +89,17 @@ class Export(NamedTuple):
 
 
 def export(scorer: Scorer, kind: str, path: Path) -> Export:
-    """Write the scorer's first detector as one file and hold it against the scorer.
+    """Export the scorer's first detector to one file and compare the file's outputs with the scorer's.
 
     Args:
         scorer: a loaded run; it is moved to the CPU.
-        kind: ``onnx``, or ``torch`` for a program of ``torch.export``.
-        path: of the file, which appears whole or not at all.
+        kind: ``onnx``, or ``torch`` for a ``torch.export`` program.
+        path: the output file; written atomically.
 
     Raises:
         ConfigError: a package is missing.
         ArtifactError: the file cannot be written.
-        TrainingError: the network cannot be exported, or the file computes something else.
+        TrainingError: the network cannot be exported, or the file gives different results.
     """
     scorer.to("cpu")
     detector = scorer.detectors[0]
@@ -122,7 +123,7 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
 
 
 def trial_images(size: int, count: int) -> torch.Tensor:
-    """Blotchy pictures with noise, uint8 ``[B, 3, S, S]``."""
+    """Random smooth images with noise, uint8 ``[B, 3, S, S]``; a pure function of ``size`` and ``count``."""
     generator = torch.Generator().manual_seed(count)
     coarse = torch.rand(count, 3, 7, 7, generator=generator)
     smooth = nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
@@ -141,7 +142,7 @@ def _compare(scorer: Scorer, run: Callable[[torch.Tensor], Arrays], images: torc
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters warn and log of what they do inside; what counts is the comparison at the end."""
+    """Suppress the exporters' warnings and logging about internals; the final comparison decides whether it worked."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -158,7 +159,7 @@ def _program(module: Exported, images: torch.Tensor) -> torch.export.ExportedPro
     try:
         with _quiet(), torch.no_grad():
             return torch.export.export(module, (images,), dynamic_shapes={"images": {0: batch}}, strict=False)
-    except Exception as error:  # The tracer raises errors of many kinds for what it cannot follow.
+    except Exception as error:  # The tracer raises errors of many types for untraceable code.
         reason = one_line(error)
         raise TrainingError(f"this backbone or model cannot be exported ({reason}).") from None
 

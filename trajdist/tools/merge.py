@@ -1,4 +1,4 @@
-"""``trajdist merge``: an adapter added to the weights of its base, as a Phase 1 of its own."""
+"""``trajdist merge``: merge an adapter into the weights of its base model, giving a new Phase 1 model."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from trajdist.saved.rundir import RunDir
 from trajdist.scoring.scorer import Detector, Scorer, load
 from trajdist.tools.export import TRIALS, trial_images
 
-# Scores are in standard deviations of clean cells; what is left is the rounding of W + B A.
+# In standard deviations of clean cell scores; leaves room only for the rounding of W + B A.
 TOLERANCE = 1e-3
 
 
 def merge(run_dir: str | Path, adapter: str | Path, out: Path) -> float:
-    """Write ``out/phase1`` with the merged model; it scores as the adapter did, and adapts as any Phase 1.
+    """Write the merged model to ``out/phase1``; it scores like the adapter and can be adapted like any Phase 1.
 
     Args:
         run_dir: the run whose Phase 1 the adapter was trained on.
         adapter: the adapter's folder.
-        out: a folder that does not exist yet; it appears whole or not at all.
+        out: a folder that does not exist yet; created atomically.
 
     Returns:
-        The largest difference between scores of merged and unmerged, over trial images.
+        The largest absolute difference in cell scores between merged and unmerged model, over trial images.
 
     Raises:
         ConfigError: ``out`` exists.
-        ArtifactError: something is missing, damaged, or belongs to another run; or ``out`` cannot be written.
-        TrainingError: the merged model gives other scores.
+        ArtifactError: a file is missing, damaged or from another run, or ``out`` cannot be written.
+        TrainingError: the merged model gives different scores.
     """
     if out.exists():
         raise ConfigError(f"--out {str(out)!r} exists: name a folder that does not.")
@@ -60,7 +60,11 @@ def _write(adapted: Detector, source: RunDir, target: RunDir) -> None:
 
 
 def _difference(scorer: Scorer, again: Scorer) -> float:
-    """The largest one between cells' scores, over trial images."""
+    """The largest absolute difference in cell scores, over trial images.
+
+    Raises:
+        TrainingError: it exceeds :data:`TOLERANCE`.
+    """
     trials = [trial_images(scorer.size, count) for count in TRIALS]
     pairs = [(scorer.score_batch(images)[0], again.score_batch(images)[0]) for images in trials]
     difference = max(float((one.cells_BHW - other.cells_BHW).abs().max()) for one, other in pairs)

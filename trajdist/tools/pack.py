@@ -1,7 +1,7 @@
-"""``trajdist pack``: a million files become tar shards in WebDataset's layout, whole or not at all, shard by shard.
+"""``trajdist pack``: pack image files into tar shards in WebDataset's layout; each shard is written atomically.
 
-Images keep their order: image 17 of the shards is image 17 of the folder. A shard is written beside its place, read
-back against what is in memory, and renamed; the same command goes on behind the last whole shard.
+The order of images is kept: image 17 of the shards is image 17 of the folder. A shard is written to a temporary file,
+read back and compared with memory, then renamed. Rerunning the same command resumes after the last complete shard.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ from trajdist.data.storage import version
 from trajdist.errors import ArtifactError, ConfigError, DataError, TrainingError
 from trajdist.files import read_json, sha256, sync_file, sync_folder, write_json
 
-CHUNK = 16  # images that a worker makes at a time
-TRIAL = 64  # images that the speed is measured on
+CHUNK = 16  # images per worker task
+TRIAL = 64  # images in the speed comparison
 TRIAL_SIZE = 224  # pixels
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the shards are made of.
+    """How shards are written.
 
     Attributes:
-        shard_bytes: a shard ends before the image that would make it larger.
-        short_side: larger images are scaled down to it, in pixels; None keeps all files as they are.
-        quality: of the JPEGs that scaled images become.
+        shard_bytes: maximum shard size, not counting extended headers and tar's final padding; a larger image gets a
+            shard of its own.
+        short_side: images with a longer short side are scaled down to it, in pixels; None keeps all files unchanged.
+        quality: JPEG quality of the scaled images.
     """
 
     shard_bytes: int = 2**28
@@ -56,12 +57,13 @@ class Options:
 
 
 class Packed(NamedTuple):
-    """An image that is ready to be written.
+    """An image ready to be written.
 
     Attributes:
-        name: its path, with another ending where it was scaled.
-        source_bytes: size of its file.
-        problem: why an image that was to be scaled is packed as it is.
+        name: its path within the source, with the extension ``.jpg`` if it was scaled.
+        content: the encoded image.
+        source_bytes: size of the source file.
+        problem: why an image that should have been scaled is packed unchanged; None if there was no problem.
     """
 
     name: str
@@ -71,20 +73,21 @@ class Packed(NamedTuple):
 
 
 def pack(source: EncodedSource, title: str, out: Path, options: Options, workers: int, console: Console) -> None:
-    """Write the images of a source to shards, or go on where a command before this one ended.
+    """Write the images of a source to shards, or resume where an earlier command stopped.
 
     Args:
         source: the images.
-        title: what the user calls them.
-        out: a folder for the shards, made if need be; it gets ``pack.json`` and ``bad_images.jsonl`` as well.
-        options: what the shards are made of.
-        workers: processes that read and scale.
+        title: the source's name in the report.
+        out: output folder, created if missing; also gets ``pack.json`` and ``bad_images.jsonl``.
+        options: how shards are written.
+        workers: processes that read and scale; below 2, the calling process does.
         console: where to report.
 
     Raises:
-        ConfigError: the folder holds something else.
-        ArtifactError: it cannot be written, or a shard reads back as something else than was written.
+        ConfigError: the folder contains something else.
+        ArtifactError: the folder cannot be written, ``pack.json`` is damaged, or a shard does not read back as written.
         DataError: a file cannot be read.
+        TrainingError: a worker process was killed.
     """
     packing = Packing(out, source, options)
     with _writing(out):
@@ -110,7 +113,7 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 class Packing:
-    """The state of the output folder."""
+    """The state of the output folder, as recorded in ``pack.json``."""
 
     def __init__(self, out: Path, source: EncodedSource, options: Options) -> None:
         self.out, self._options, self._classes = out, options, source.classes()
@@ -125,14 +128,14 @@ class Packing:
 
     @property
     def done(self) -> int:
-        """Images in whole shards."""
+        """Number of images in complete shards."""
         return sum(shard["images"] for shard in self.shards)
 
     def begin(self) -> None:
-        """Take the folder; whole shards of the same plan stay.
+        """Prepare the folder, keeping complete shards that were written from the same images with the same options.
 
         Raises:
-            ConfigError: it holds other shards, or other files of that kind.
+            ConfigError: it contains shards of other images or options, or unrelated tar files.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         known: Any = read_json(self.out / "pack.json") if (self.out / "pack.json").exists() else {"plan": self._plan}
@@ -160,9 +163,9 @@ class Packing:
         write_json(self.out / "pack.json", {"plan": self._plan, "shards": self.shards})
 
     def shards_to_write(self, images: Iterator[Packed]) -> Iterator[list[tuple[Packed, str | None]]]:
-        """Images with the class of each, as many as fit into a shard."""
+        """Group images with their class labels (None without classes) into shards."""
         shard: list[tuple[Packed, str | None]] = []
-        taken = 2 * BLOCK  # The mark at the end.
+        taken = 2 * BLOCK  # The end-of-archive marker.
         for number, image in enumerate(images, start=self.done):
             label = None if self._classes is None else str(self._classes[number])
             size = _taken_by(image.content) + (0 if label is None else _taken_by(label.encode()))
@@ -175,10 +178,11 @@ class Packing:
             yield shard
 
     def write(self, images: list[tuple[Packed, str | None]]) -> None:
-        """Write the next shard and check it.
+        """Write the next shard and verify it.
 
         Raises:
-            ArtifactError: it reads back as something else.
+            ArtifactError: it does not read back as written.
+            OSError: it cannot be written.
         """
         path = self.out / _shard_name(len(self.shards))
         part = path.with_name(f".{path.name}.part")
@@ -213,7 +217,7 @@ class Packing:
         self._note()
 
     def describe(self, title: str) -> str:
-        """What lies in the folder now."""
+        """A summary of the folder's contents."""
         total = {key: sum(shard[key] for shard in self.shards) for key in ("bytes", "source_bytes", "renamed")}
         bad = sum(shard["not_decoded"] for shard in self.shards)
         text = (
@@ -242,7 +246,11 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _checked(part: Path, named: list[tuple[str, Packed, str | None]]) -> ShardIndex:
-    """The index of a shard that has been read back, as training will, and held against what is in memory."""
+    """Read a shard back as training will, and compare it with memory; returns its index.
+
+    Raises:
+        ArtifactError: it differs.
+    """
     with open(part, "rb") as file:
         index = walk(file, str(part), version(str(part)))
         same = index.names == [name for name, _, _ in named]
@@ -256,7 +264,7 @@ def _checked(part: Path, named: list[tuple[str, Packed, str | None]]) -> ShardIn
 
 
 def _with_member_names(images: list[tuple[Packed, str | None]]) -> list[tuple[str, Packed, str | None]]:
-    """Names whose keys differ: a key ends at the first dot, so other dots must go."""
+    """Member names with unique WebDataset keys: a key ends at the first dot, so further dots become underscores."""
     taken: set[str] = set()
     found = []
     for image, label in images:
@@ -273,7 +281,12 @@ def _with_member_names(images: list[tuple[Packed, str | None]]) -> list[tuple[st
 
 
 def _prepared(source: EncodedSource, options: Options, start: int, stop: int, workers: int) -> Iterator[Packed]:
-    """Images ``start`` to ``stop``, in order; a bounded number of them is made ahead."""
+    """Images ``start`` to ``stop - 1``, in order; a bounded number is prepared ahead.
+
+    Raises:
+        DataError: a file cannot be read.
+        TrainingError: a worker process was killed.
+    """
     parts = [range(first, min(first + CHUNK, stop)) for first in range(start, stop, CHUNK)]
     if workers < 2 or len(parts) < 2:
         for part in parts:
@@ -310,7 +323,7 @@ def _start_worker(source: EncodedSource, options: Options) -> None:
 
 
 def _end_with_parent() -> None:
-    """Workers of a process that was killed would wait for work for ever: each keeps the others' queue open."""
+    """Exit when the parent dies: otherwise workers would wait for ever, as each keeps the others' queue open."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -329,13 +342,13 @@ def _prepare_one(source: EncodedSource, options: Options, index: int) -> Packed:
     name = source.path(index)
     try:
         raw = source.read(index)
-    except Exception as error:  # Each store raises errors of its own.
+    except Exception as error:  # Every store has its own errors.
         raise DataError(f"{source.name(index)!r} cannot be read ({error}): restore it or remove it.") from None
     if options.short_side is None:
         return Packed(name, raw, len(raw), None)
     try:
         scaled = _scaled(raw, options.short_side, options.quality)
-    except Exception as error:  # Hostile bytes make decoders raise anything; training will name the image again.
+    except Exception as error:  # Decoders can raise anything on malformed bytes. Training reports it too.
         return Packed(name, raw, len(raw), reason(error))
     if scaled is None:
         return Packed(name, raw, len(raw), None)
@@ -343,7 +356,7 @@ def _prepare_one(source: EncodedSource, options: Options, index: int) -> Packed:
 
 
 def _scaled(raw: bytes, short_side: int, quality: int) -> bytes | None:
-    """A JPEG with this short side; None where the image is no larger."""
+    """The image as a JPEG scaled to this short side; None if it is not larger than that."""
     image = decode(raw, short_side)
     short = min(image.size)
     if short <= short_side:
@@ -355,7 +368,7 @@ def _scaled(raw: bytes, short_side: int, quality: int) -> bytes | None:
 
 
 def _compare_speed(source: EncodedSource, packing: Packing) -> str:
-    """The same images from both, on one core."""
+    """Compare the reading speed of the same images from source and shards, on one core."""
     from trajdist.data.shards import TarShards
     from trajdist.data.storage import Access
 
@@ -371,14 +384,14 @@ def _compare_speed(source: EncodedSource, packing: Packing) -> str:
 
 
 def _rate(source: EncodedSource, chosen: list[int]) -> float:
-    """Images that are read, decoded and made square per second; the second time, when both are in memory."""
+    """Images read, decoded and resized per second; the second pass counts, when all is in the page cache."""
     seconds, good = 0.0, 0
     for _ in range(2):
         good, begun = 0, time.perf_counter()
         for index in chosen:
             try:
                 to_square(source.load(index, TRIAL_SIZE), TRIAL_SIZE, "crop")
-            except Exception:  # Named when it was packed.
+            except Exception:  # Reported during packing.
                 continue
             good += 1
         seconds = time.perf_counter() - begun
