@@ -1,6 +1,6 @@
-"""Frozen backbones and the names of their blocks.
+"""Frozen backbones: built by name, and observed block by block.
 
-Shape suffixes: B images, C channels, H W grid, S image side.
+Shape suffixes: B images, C channels, H W feature map, N tokens, S image side in pixels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trajdist.models.linear import use_fast_linear
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Classes of residual blocks in torchvision, timm and efficientnet_lite_pytorch; only the outermost match counts.
+# Class names of residual blocks in torchvision, timm and efficientnet_lite_pytorch; only the outermost match counts.
 BLOCK_CLASS = re.compile(
     r"^(BasicBlock|Bottleneck|InvertedResidual|(Fused)?MBConv|MBConvBlock|CNBlock|EncoderBlock|MaxVitBlock|EdgeResidual"
     r"|DepthwiseSeparableConv|ResBottleneckBlock|Block|SwinTransformerBlock(V2)?|ConvNeXtBlock|BottleneckBlock"
@@ -39,8 +39,10 @@ class Block:
     """One observed block.
 
     Attributes:
-        layout: how its output is laid out: ``BCHW``, ``BHWC`` or ``BNC`` (tokens).
-        side: of its map, which is square.
+        name: of its module inside the network.
+        channels: of its output.
+        layout: axis order of its output: ``BCHW``, ``BHWC`` or ``BNC`` (tokens).
+        side: height and width of its feature map, which is square.
     """
 
     name: str
@@ -50,22 +52,25 @@ class Block:
 
 
 class _Finished(Exception):
-    """Ends a forward pass after the last observed block: the head is not needed."""
+    """Stops the forward pass after the last observed block: the head is not needed."""
 
 
 class Backbone(nn.Module):
-    """A frozen network, observed block by block. ``train()`` leaves it in eval, so BatchNorm cannot drift.
+    """A frozen network, observed block by block. ``train()`` leaves it in eval mode, so BatchNorm cannot drift.
 
     Args:
-        network: any image network.
-        patterns: globs of module names; empty finds the blocks by structure.
-        image_size: side of the images it will see, in pixels.
+        network: any image network; it is modified in place.
+        patterns: globs of module names; if empty, residual blocks are found by class name.
+        image_size: side of the input images, in pixels.
         mean, std: normalisation of RGB values in 0..1.
 
     Attributes:
-        blocks: what is observed, in order.
+        blocks: the observed blocks, in execution order.
         fingerprint: identifies weights, buffers and observed blocks.
-        largest_bytes: of the largest activation of an image, in float32.
+        largest_bytes: size of the largest activation for one image, in float32.
+
+    Raises:
+        ConfigError: no blocks are found, a block's output is not a feature map, or ``image_size`` does not suit.
     """
 
     mean_C1S: torch.Tensor
@@ -87,7 +92,7 @@ class Backbone(nn.Module):
         self.largest_bytes = 0
         self.blocks = self._discover(find_blocks(network, patterns), image_size)
         names = [block.name for block in self.blocks]
-        # Of the network as it came, whatever is folded.
+        # Before BatchNorm is folded: it identifies the original network.
         self.fingerprint = fingerprint(self.network.state_dict(), {"blocks": names})
         fold_batchnorm(self.network, names, lambda: self._outputs(names, image_size))
         use_fast_linear(self.network)
@@ -96,14 +101,14 @@ class Backbone(nn.Module):
             self.network.get_submodule(block.name).register_forward_hook(self._hook(number))
 
     def train(self, mode: bool = True) -> Backbone:
-        """Does nothing: a frozen backbone is always in eval."""
+        """No-op: a frozen backbone stays in eval mode."""
         return self
 
     def forward(self, images_BCSS: torch.Tensor, visit: Visit) -> None:
-        """Run uint8 images and call ``visit(number, activation)`` as each block finishes, in order.
+        """Run uint8 images ``[B, 3, S, S]`` and call ``visit(number, activation)`` as each block finishes, in order.
 
-        The activation is ``[B, C, H, W]`` (any memory format) without prefix tokens. The caller reduces it at once
-        and keeps no reference: that is what holds memory to one block's activation.
+        The activation is ``[B, C, H, W]`` (any memory format) without prefix tokens. The caller must reduce it at
+        once and keep no reference, so that only one block's activation is alive at a time.
         """
         x = images_BCSS.contiguous(memory_format=torch.channels_last)
         x = x.to(torch.float32, copy=True).sub_(self.mean_C1S).div_(self.std_C1S)
@@ -122,7 +127,7 @@ class Backbone(nn.Module):
             if self._visit is None:
                 return
             self._visit(number, to_grid(first_tensor(output), layout))
-            # An exporter keeps books of the calls of modules, and drops by itself what nobody reads.
+            # torch.export tracks module calls, so the pass must not be cut short; it removes unused code by itself.
             if last and not torch.compiler.is_exporting():
                 raise _Finished
 
@@ -153,7 +158,7 @@ class Backbone(nn.Module):
 
     @torch.inference_mode()
     def _run_once(self, names: list[str], image_size: int) -> dict[str, torch.Tensor]:
-        """The named modules' outputs, in the order they come, for one image of fixed noise."""
+        """The named modules' outputs for one image of fixed noise, in execution order; sets ``largest_bytes``."""
         outputs: dict[str, torch.Tensor] = {}
 
         def weigh(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -162,7 +167,7 @@ class Backbone(nn.Module):
 
         def recorder(name: str) -> Callable[..., None]:
             def record(module: nn.Module, inputs: Any, output: Any) -> None:
-                # A copy: the next layer may work in place.
+                # Cloned: the next layer may modify it in place.
                 outputs.setdefault(name, first_tensor(output).clone())
 
             return record
@@ -180,16 +185,16 @@ class Backbone(nn.Module):
 
 
 def _row_of(rgb: tuple[float, ...], image_size: int) -> torch.Tensor:
-    """One colour, of 0..255, as a row of pixels ``[3, 1, S]``, channels last.
+    """An RGB colour in 0..1, scaled to 0..255 and repeated as a row of pixels ``[3, 1, S]``, channels last.
 
-    Of three numbers alone, repeated for each pixel, a processor's vector units make little use.
+    Broadcasting a whole row vectorises well on CPUs; broadcasting three numbers over every pixel does not.
     """
     pixels_SC = torch.tensor(rgb).mul(255.0).repeat(image_size, 1)
     return pixels_SC.T[:, None]
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """A module's output, or the first tensor of a tuple or list of them."""
+    """A module's output, or the first tensor in it if it is a (nested) tuple or list."""
     while isinstance(output, (tuple, list)):
         output = output[0]
     assert isinstance(output, torch.Tensor)
@@ -206,7 +211,7 @@ def _layout(shape: torch.Size, module: nn.Module) -> str | None:
 
 
 def to_grid(output: torch.Tensor, layout: str) -> torch.Tensor:
-    """Any block output -> ``[B, C, H, W]``; class and register tokens, which come first, are dropped."""
+    """Any block output -> ``[B, C, H, W]``; leading class and register tokens are dropped."""
     if layout == "BCHW":
         return output
     if layout == "BHWC":
@@ -217,10 +222,10 @@ def to_grid(output: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def find_blocks(network: nn.Module, patterns: list[str]) -> list[str]:
-    """Names of the modules to observe: those that match ``patterns``, or the outermost residual blocks.
+    """Names of the modules to observe: those that match ``patterns``, or without any the outermost residual blocks.
 
     Raises:
-        ConfigError: nothing is found.
+        ConfigError: no module matches.
     """
     names = [name for name, _ in network.named_modules() if name]
     if patterns:
@@ -241,12 +246,17 @@ def find_blocks(network: nn.Module, patterns: list[str]) -> list[str]:
 def build_backbone(name: str, weights: str, patterns: list[str], image_size: int, seed: int) -> Backbone:
     """Build a frozen backbone by name; ``weights`` and ``patterns`` as in ``backbone.weights`` and ``.blocks``.
 
+    Args:
+        image_size: side of the input images, in pixels.
+        seed: of random weights, where nothing is loaded.
+
     Raises:
-        ConfigError: an unknown name, a package that is missing, weights that cannot be downloaded.
-        ArtifactError: a weight file that is damaged or of another network.
+        ConfigError: an unknown name, a missing package, weights that cannot be downloaded or found, or whatever
+            :class:`Backbone` refuses.
+        ArtifactError: a weight file that is damaged or belongs to another network.
     """
     with torch.random.fork_rng(devices=[]):
-        # Random weights are the same on every process.
+        # Random weights must be the same on every process.
         torch.manual_seed(seed)
         if name == "efficientnet_lite0":
             network, mean, std = _efficientnet_lite0(weights)
@@ -325,13 +335,13 @@ def _efficientnet_lite0(weights: str) -> Built:
 
 
 def _pad_in_convolutions(network: nn.Module) -> None:
-    """Let EfficientNet's convolutions pad by themselves where a layer in them copies the map to do so, in place."""
+    """Replace EfficientNet's padding layers, which copy the map, by the convolutions' own padding, in place."""
     for module in network.modules():
         if not isinstance(module, nn.Conv2d):
             continue
-        # What needs no padding has a layer that does nothing.
+        # Without padding, static_padding is an identity.
         left, right, top, bottom = getattr(module.static_padding, "padding", (0, 0, 0, 0))
-        # A convolution pads both sides alike.
+        # nn.Conv2d can only pad symmetrically.
         if (left, top) == (right, bottom):
             del module.static_padding
             module.padding, module.__class__ = (top, left), nn.Conv2d
@@ -345,7 +355,7 @@ def _load_weights(network: nn.Module, path: Path) -> None:
     else:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # Damaged archives raise anything.
+        except Exception as error:  # Damaged archives can raise anything.
             reason = one_line(error)
             raise ArtifactError(f"backbone.weights={str(path)!r} is not a readable state dict: {reason}") from None
     try:

@@ -1,8 +1,8 @@
-"""A frozen network on a CPU without detours: weights packed once, and sums that are rectified where they are made.
+"""Faster CPU kernels for frozen networks: weights are prepacked once, residual sums and ReLUs are fused.
 
-oneDNN wants the weights of each convolution in blocks, and PyTorch puts them into that order again in every call: for
-a network of many weights and a batch of a few images that is a good part of the time. Here it is done once. A residual
-block's sum and its ReLU pass over memory together.
+oneDNN needs the weights of a convolution in a blocked layout, and PyTorch reorders them on every call: with many
+weights and few images per batch, that is a good part of the time. Here they are reordered once. The sum of a residual
+block and its ReLU take one pass over memory.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 class PrepackedConv2d(nn.Conv2d):
-    """A convolution that is frozen. After its first float32 call on a CPU it holds its weights in oneDNN's order only.
+    """A frozen convolution. After its first float32 call on a CPU it keeps its weights only in oneDNN's blocked layout.
 
-    Any other call, and any move, puts them back; ``state_dict`` lacks them meanwhile.
+    Any other kind of call, and any move, restores them; until then ``state_dict`` lacks them.
     """
 
-    # Neither parameter nor buffer: its kind of tensor can be neither moved nor saved.
+    # Neither parameter nor buffer: MKL-DNN tensors can be neither moved nor saved.
     _packed: torch.Tensor | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ class PrepackedConv2d(nn.Conv2d):
 
 
 def _add_relu(residual: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-    """ReLU of the sum, in the memory of the residual, which nobody else reads."""
+    """ReLU of the sum, written in place to ``residual``, which has no other reader."""
     if is_plain(residual) and residual.shape == shortcut.shape:
         total: torch.Tensor = torch.ops.aten._add_relu_.Tensor(residual, shortcut)
         return total
@@ -70,14 +70,15 @@ def _bottleneck(block: Any, x: torch.Tensor) -> torch.Tensor:
     return _add_relu(block.bn3(block.conv3(residual)), shortcut)
 
 
-# By the names of their classes: torchvision is imported only by those who use it.
+# Keyed by class name, so that torchvision need not be imported here.
 FORWARDS = {"BasicBlock": _basic_block, "Bottleneck": _bottleneck}
 
 
 def specialise(network: nn.Module) -> None:
-    """Let a frozen network's convolutions and torchvision's residual blocks take these ways, in place.
+    """Switch a frozen network's convolutions and torchvision's residual blocks to these kernels, in place.
 
-    The rest of the network, and all of it on any other device, computes as before.
+    Other modules, and tensors that are not :func:`is_plain`, are computed as before. Does nothing where torch lacks
+    the operators.
     """
     if not _available():
         return
@@ -103,7 +104,7 @@ def _is_residual(module: nn.Module) -> bool:
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Neither on a GPU, nor in half precision, nor watched by a compiler, an exporter or a counter."""
+    """Whether this is float32 on a CPU, without gradient or autocast, and not traced (compiler, exporter, counter)."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad
@@ -128,8 +129,8 @@ def _geometry(conv: nn.Conv2d) -> tuple[object, ...]:
 
 @cache
 def _available() -> bool:
-    """These operators are torch's own, for its compiler: they are tried before they are trusted."""
-    # Nothing is drawn: the seeds are the run's.
+    """Whether the operators work here. They are internal to torch's compiler, so they are tested before use."""
+    # No random initialisation: it would advance the run's random number generator.
     conv = nn.utils.skip_init(nn.Conv2d, 16, 16, 3, padding=1, bias=False).requires_grad_(False)
     conv.weight.copy_(torch.linspace(-1, 1, conv.weight.numel()).view_as(conv.weight))
     x = torch.linspace(-1, 1, 1024).view(1, 16, 8, 8).to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""BatchNorm of a frozen network folded into the convolution before it: the same function, fewer passes over memory."""
+"""Folds BatchNorm into the preceding convolution of a frozen network: same function, fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# Outputs of the folded network may differ by this share of their largest value: float32 rounding, layer after layer.
+# Allowed change of the outputs, relative to their largest value: float32 rounding accumulates over the layers.
 TOLERANCE = 1e-3
 
 Outputs = Callable[[], list[torch.Tensor]]
 
 
 def fold_batchnorm(network: nn.Module, keep: Collection[str], outputs: Outputs) -> int:
-    """Fold in place every BatchNorm that alone reads a convolution's output (Jacob et al. 2018, section 3.2).
+    """Fold, in place, every BatchNorm that reads a convolution's output (Jacob et al. 2018, section 3.2).
 
-    Which ones do is learned from one forward pass, so that networks with any control flow can be folded. Whether a
-    convolution has other readers that call no module cannot be seen: the outputs are compared, and a network that
-    does not agree with itself is left as it was.
+    The pairs are found in one forward pass, so networks with any control flow can be folded. Other readers of a
+    convolution's output are not detected; instead the outputs before and after are compared, and if they differ the
+    network is restored.
 
     Args:
-        keep: names of modules whose own output is observed and must stay what it is.
-        outputs: runs the network in eval on one image and returns what is observed of it.
+        keep: names of modules whose own output is observed and must not change.
+        outputs: runs the network in eval mode on one image and returns the observed outputs.
 
     Returns:
-        The number of folded pairs.
+        The number of folded pairs; 0 if the network was restored.
     """
     before = outputs()
     names = {module: name for name, module in network.named_modules()}
@@ -44,12 +44,12 @@ def fold_batchnorm(network: nn.Module, keep: Collection[str], outputs: Outputs) 
 
 
 def _pairs(network: nn.Module, outputs: Outputs) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Convolutions and the BatchNorms that read them, each called once."""
+    """Convolutions and the BatchNorms that read their output, each called exactly once."""
     made: list[tuple[nn.Conv2d, torch.Tensor]] = []
     read: list[tuple[nn.BatchNorm2d, torch.Tensor]] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        # The tensors are kept, so that no later one takes the place of an earlier one.
+        # Tensors are compared by identity, so they must stay alive until then.
         if isinstance(module, nn.Conv2d):
             made.append((module, output))
         elif isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
@@ -71,7 +71,7 @@ def _pairs(network: nn.Module, outputs: Outputs) -> list[tuple[nn.Conv2d, nn.Bat
 
 
 def _rest(norm: Any) -> nn.Module:
-    """What a normalisation does besides: timm's have their activation inside."""
+    """What is left of a folded BatchNorm: timm's also contain dropout and the activation."""
     rest = nn.Sequential(norm.drop, norm.act) if hasattr(norm, "act") else nn.Identity()
     return rest.eval()
 

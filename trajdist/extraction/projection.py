@@ -1,4 +1,4 @@
-"""The map from the channels of a step to a few numbers, and the streaming statistics that it is made from.
+"""The projection of a step's channels to ``feature_dim`` numbers, and the streaming statistics that it is fitted to.
 
 Shape suffixes: B images, P places, C channels of a step, L steps, D channels of a trajectory, N rows.
 """
@@ -15,15 +15,19 @@ from trajdist.models.linear import laid_out, linear
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
-# Eigenvalues below this share of a block's mean variance are noise: they are not blown up to unit variance.
+# Eigenvalues below this fraction of the mean channel variance are noise: they are not scaled up to unit variance.
 EIGENVALUE_FLOOR = 1e-4
 
 
 class Projection(nn.Module):
     """One affine map per step, from its channels to ``feature_dim`` numbers. Steps with fewer channels are padded.
 
+    Args:
+        channels: of every step.
+        feature_dim: D.
+
     Attributes:
-        valid_LD: bool, which numbers of a trajectory are real and not padding.
+        valid_LD: bool, False where a trajectory is padding.
     """
 
     valid_LD: torch.Tensor
@@ -35,32 +39,33 @@ class Projection(nn.Module):
         for step, (count, width) in enumerate(zip(channels, widths, strict=True)):
             self.register_buffer(f"mean_{step}", torch.zeros(count))
             self.register_buffer(f"matrix_{step}", torch.zeros(count, width))
-        # On the CPU whatever the default device: nothing fills it in later.
+        # On the CPU even under torch.device("meta"): it is not in the state dict, so loading would not fill it in.
         valid_LD = torch.arange(feature_dim, device="cpu")[None, :] < torch.tensor(widths, device="cpu")[:, None]
         self.register_buffer("valid_LD", valid_LD, persistent=False)
 
     def forward(self, step: int, pooled_BPC: torch.Tensor) -> torch.Tensor:
         """Project the pooled activation of a step, float32 ``[B, P, C]``, to ``[B, P, min(C, D)]``."""
-        # Subtracting first keeps the digits that a large mean would swallow.
+        # Centring first avoids cancellation where the mean is large.
         centred_BPC = pooled_BPC - self.get_buffer(f"mean_{step}")
         return linear(centred_BPC, self.get_buffer(f"matrix_{step}").T)
 
     def lay_out(self) -> None:
-        """Keep the matrices in memory as their products read them."""
+        """Store the matrices in the memory layout that :func:`linear` reads."""
         for step in range(len(self.channels)):
             matrix_CD = self.get_buffer(f"matrix_{step}")
             self.register_buffer(f"matrix_{step}", laid_out(matrix_CD))
 
     def set_step(self, step: int, mean_C: torch.Tensor, matrix_CD: torch.Tensor) -> None:
+        """Copy in a step's mean ``[C]`` and matrix ``[C, min(C, D)]``."""
         self.get_buffer(f"mean_{step}").copy_(mean_C)
         self.get_buffer(f"matrix_{step}").copy_(matrix_CD)
 
 
 class BlockMoments:
-    """Streaming count, mean and scatter matrix of one block's channels (Chan, Golub & LeVeque 1983).
+    """Streaming count, mean and scatter matrix of one step's channels (Chan, Golub & LeVeque 1983).
 
-    Each batch is centred on its own mean before it is multiplied, so float32 products lose nothing to a large mean;
-    sums are kept in float64 where the device has it.
+    Each batch is centred on its own mean before the product, so a large mean costs no float32 precision; sums are
+    float64 where the device supports it.
     """
 
     def __init__(self, channels: int, device: torch.device) -> None:
@@ -70,7 +75,7 @@ class BlockMoments:
         self.scatter_CC = torch.zeros(channels, channels, dtype=kind, device=device)
 
     def update(self, rows_NC: torch.Tensor, weights_N: torch.Tensor) -> None:
-        """Add rows; a row of weight 0 does not count."""
+        """Add float32 rows ``[N, C]``. Weights ``[N]`` are 0 or 1; a row of weight 0 does not count."""
         count = weights_N.sum()
         mean_C = (weights_N @ rows_NC) / count.clamp(min=1)
         centred_NC = (rows_NC - mean_C) * weights_N[:, None]
@@ -79,14 +84,14 @@ class BlockMoments:
     def _merge(self, count: torch.Tensor, mean_C: torch.Tensor, scatter_CC: torch.Tensor) -> None:
         total = (self.count + count).clamp(min=1)
         delta_C = mean_C - self.mean_C
-        # In place: the matrix of a wide block is larger than all else that a batch needs.
+        # In place: the scatter matrix of a wide block is larger than everything else a batch needs.
         self.scatter_CC += scatter_CC
         self.scatter_CC.addr_(delta_C * (self.count * count / total), delta_C)
         self.mean_C += delta_C * (count / total)
         self.count += count
 
     def all_reduce(self, sum_over_processes: Reduce) -> None:
-        """Merge the moments of all processes, each about the mean of all."""
+        """Merge the moments of all processes, after shifting each scatter matrix to the global mean."""
         count = sum_over_processes(self.count.clone())
         mean_C = sum_over_processes(self.mean_C * self.count) / count.clamp(min=1)
         delta_C = self.mean_C - mean_C
@@ -95,17 +100,17 @@ class BlockMoments:
 
     @property
     def covariance_CC(self) -> torch.Tensor:
-        """Covariance with divisor N."""
+        """Covariance ``[C, C]`` with divisor N."""
         return self.scatter_CC / self.count.clamp(min=1)
 
     @property
     def variance_C(self) -> torch.Tensor:
-        """The covariance's diagonal."""
+        """Diagonal of the covariance, ``[C]``."""
         return self.scatter_CC.diagonal() / self.count.clamp(min=1)
 
 
 def pca_whitening(covariance_CC: torch.Tensor, width: int) -> torch.Tensor:
-    """``[C, width]``: the leading principal directions, each scaled to unit variance. Signs are fixed."""
+    """``[C, width]``: the leading principal directions, each scaled to unit variance. The sign is fixed."""
     values, vectors = leading_eigenvectors(covariance_CC.cpu().double(), width)
     floor = EIGENVALUE_FLOOR * covariance_CC.diagonal().mean().cpu().double()
     strongest = vectors.abs().argmax(0)
@@ -126,7 +131,7 @@ def random_projection(covariance_CC: torch.Tensor, width: int, seed: int) -> tor
 
 
 def fit_projection(projection: Projection, moments: list[BlockMoments], kind: str, seed: int) -> None:
-    """Set every step's map from its moments; ``kind`` as in ``trajectory.projection``."""
+    """Fit every step's map to its moments; ``kind`` is ``trajectory.projection``, ``pca`` or ``random``."""
     for step, moment in enumerate(moments):
         width = min(projection.channels[step], projection.feature_dim)
         covariance = moment.covariance_CC

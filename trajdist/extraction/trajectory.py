@@ -23,26 +23,27 @@ from trajdist.extraction.backbones import Backbone, Block
 from trajdist.extraction.cpu_kernels import is_plain
 from trajdist.extraction.projection import BlockMoments, Projection
 
-# Compiled and plain trajectories may differ by this share of the largest: half precision rounds in other places.
+# Allowed difference between compiled and eager trajectories, relative to the largest value: half precision rounds at
+# other points.
 COMPILED_TOLERANCE = 0.03
-# On CPUs as many images pass the backbone at a time as have activations of this size: larger ones are no faster, only
-# larger, and in the heap they leave gaps behind. What is pooled of several passes is projected together, as long as it
-# is no larger than this: between two passes the matrices leave the caches.
+# On CPUs a pass through the backbone takes as many images as keep its largest activation within PASS_BYTES: larger
+# passes are no faster, and they take more memory and fragment the heap. Pooled rows of several passes, up to
+# POOLED_BYTES, are projected together: between passes the projection matrices are evicted from the CPU caches.
 PASS_BYTES, POOLED_BYTES = 32 * 2**20, 48 * 2**20
-# Sizes of batch that are compiled, each for seconds; a run has few, and those beyond are rare ones.
+# Most input shapes that are compiled; each takes seconds. A run has few, and any beyond these are rare and run eagerly.
 MOST_GRAPHS = 16
 UNLIMITED = 2**16
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a trajectory: what a block says of a place, as a mean or as sub-cells side by side.
+    """One step of a trajectory: a block's activation at a place, pooled to one mean or to concatenated sub-cell means.
 
     Attributes:
         name: the block's, with the number of sub-cells if there are several.
-        block: its number.
-        channels: before the projection.
-        subcells: per side.
+        block: its index.
+        channels: before the projection, of all sub-cells together.
+        subcells: per side of a place.
     """
 
     name: str
@@ -52,9 +53,10 @@ class Step:
 
 
 def trajectory_steps(blocks: Sequence[Block], resolution: int, subcells: int) -> list[Step]:
-    """The steps through ``blocks``: of one whose map is fine enough, its sub-cells, then its mean.
+    """The steps through ``blocks``: a block whose map is fine enough gives its sub-cells and then its mean.
 
-    The mean counts as the deeper one: what the sub-cells add to it is told apart from it when scoring.
+    Scoring goes from the deepest step up and counts what each one adds. The mean comes last, so that the sub-cells
+    count only for what they add to it.
     """
     steps = []
     for number, block in enumerate(blocks):
@@ -66,7 +68,7 @@ def trajectory_steps(blocks: Sequence[Block], resolution: int, subcells: int) ->
 
 
 def pool(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
-    """Pool an activation to ``[B, resolution**2, C]``: means of larger maps, bilinear samples of smaller ones."""
+    """Pool an activation to float32 ``[B, resolution**2, C]``: larger maps are averaged, smaller ones interpolated."""
     height, width = map_BCHW.shape[-2:]
     if (height, width) == (resolution, resolution):
         pooled = map_BCHW
@@ -78,7 +80,7 @@ def pool(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
 
 
 def pool_subcells(map_BCHW: torch.Tensor, resolution: int, subcells: int) -> torch.Tensor:
-    """Means of the ``subcells**2`` parts of each place, side by side: ``[B, resolution**2, subcells**2 * C]``."""
+    """Means of the ``subcells**2`` parts of each place, concatenated: ``[B, resolution**2, subcells**2 * C]``."""
     parts_BQC = pool(map_BCHW, resolution * subcells)
     batch, _, channels = parts_BQC.shape
     grid = parts_BQC.reshape(batch, resolution, subcells, resolution, subcells * channels)
@@ -86,9 +88,9 @@ def pool_subcells(map_BCHW: torch.Tensor, resolution: int, subcells: int) -> tor
 
 
 def pool_places(map_BCHW: torch.Tensor, resolution: int, subcells: int, places_BK: torch.Tensor) -> torch.Tensor:
-    """As :func:`pool_subcells`, of some places: ``[B, K, subcells**2 * C]``.
+    """As :func:`pool_subcells`, but only at the places with these indices: ``[B, K, subcells**2 * C]``.
 
-    On CPUs in float32 the rest of the map is not read, where its memory and its size allow it.
+    On CPUs in float32 the other places are not read, if the map is channels-last, square and evenly divisible.
     """
     side, parts = map_BCHW.shape[-1], resolution * subcells
     one_by_one = is_plain(map_BCHW) and map_BCHW.is_contiguous(memory_format=torch.channels_last)
@@ -103,22 +105,26 @@ def pool_places(map_BCHW: torch.Tensor, resolution: int, subcells: int, places_B
 
 @cache
 def _pixels_of_places(side: int, resolution: int, subcells: int) -> torch.Tensor:
-    """Numbers of the pixels in every part of every place of a map, ``[P, subcells**2, pixels of a part]``."""
+    """Indices of the pixels in every sub-cell of every place of a map, ``[P, subcells**2, pixels per sub-cell]``."""
     pixels = torch.arange(side**2).view(resolution, subcells, -1, resolution, subcells, side // (resolution * subcells))
     return pixels.permute(0, 3, 1, 4, 2, 5).reshape(resolution**2, subcells**2, -1)
 
 
 def _numbered(within_B: torch.Tensor, per_image: int) -> torch.Tensor:
-    """Numbers among those of all images, from those within each image, ``[B, ...]``."""
+    """Indices into the flattened batch, from indices within each image, ``[B, ...]``."""
     first_B = torch.arange(len(within_B), device=within_B.device) * per_image
     return within_B + first_B.view(-1, *[1] * (within_B.ndim - 1))
 
 
 class TrajectoryExtractor:
-    """Images -> trajectories through a frozen backbone. One block's activation exists at a time.
+    """Images -> trajectories through a frozen backbone. Only one block's activation is alive at a time.
 
-    A batch is cut into groups, whose pooled activations are projected together, and a group into passes through the
-    backbone.
+    A batch is split into groups, whose pooled activations are projected together, and a group into passes through
+    the backbone.
+
+    Args:
+        resolution: places per side of an image.
+        subcells: sub-cells per side of a place.
     """
 
     def __init__(self, backbone: Backbone, projection: Projection, resolution: int, subcells: int = 1) -> None:
@@ -130,42 +136,42 @@ class TrajectoryExtractor:
         self._run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = self._trajectories
 
     def to(self, device: torch.device) -> TrajectoryExtractor:
-        """Move to a device."""
+        """Move to a device, with that device's default number of images per pass."""
         self.backbone.to(device)
         self.projection.to(device)
         self.suit(device.type)
         return self
 
     def suit(self, device_type: str, images_per_pass: int | None = None) -> None:
-        """Choose how many images pass the backbone at a time; by default all of a batch, on CPUs a few.
+        """Choose how many images pass through the backbone at a time; by default the whole batch, on CPUs a few.
 
-        On CPUs the backbone also takes the ways of :mod:`trajdist.extraction.cpu_kernels`.
+        On CPUs an uncompiled backbone also switches to the kernels of :mod:`trajdist.extraction.cpu_kernels`.
         """
-        # Who names a number wants little memory: nothing is gathered from one pass to the next.
+        # An explicit images_per_pass asks for little memory, so pooled rows are not gathered over several passes.
         self.gathers = images_per_pass is None and device_type == "cpu"
         if self.gathers:
             images_per_pass = max(1, PASS_BYTES // self.backbone.largest_bytes)
         self.images_per_pass = images_per_pass
-        # A compiler packs by itself, and reads the weights where they were.
+        # The compiler prepacks weights itself, and reads them from their original place.
         if device_type == "cpu" and not self.compiled:
             cpu_kernels.specialise(self.backbone.network)
 
     def groups(self, num_images: int, places_BK: torch.Tensor | None = None) -> list[slice]:
-        """A batch of so many images, each with all or some places, cut into groups of about the same size."""
+        """Split a batch of ``num_images``, with all places or ``places_BK``, into groups of about equal size."""
         if not self.gathers or self.compiled:
             return _cut(num_images, self.images_per_pass)
         bytes_per_image = 4 * self._num_places(places_BK) * sum(self.projection.channels)
         return _cut(num_images, max(self.images_per_pass or 1, POOLED_BYTES // bytes_per_image))
 
     def compile(self) -> TrajectoryExtractor:
-        """Compile backbone, pooling and projection to one graph (torch.compile) for each of the first few batch sizes.
+        """Compile backbone, pooling and projection into one graph (torch.compile) for each of the first input shapes.
 
         Raises:
-            ConfigError: there is no compiler.
+            ConfigError: there is no C++ compiler; a later call raises it if a new graph disagrees with eager execution.
         """
         if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
             raise ConfigError("backbone.compile=true needs a C++ compiler: install g++, or set it to false.")
-        # It takes as long to import as torch does.
+        # Imported here: it takes as long as importing torch.
         from torch._dynamo import config as dynamo
         from torch._inductor import config as inductor
 
@@ -177,11 +183,11 @@ class TrajectoryExtractor:
             shape = (*images_BCSS.shape, *(() if places_BK is None else places_BK.shape))
             if shape not in proven and len(proven) >= MOST_GRAPHS:
                 return self._trajectories(images_BCSS, places_BK)
-            # On CPUs, constant weights are laid out once and activations fused into convolutions. Dynamo's own limit
-            # counts the graphs of all extractors of the process together, and ends it.
+            # Freezing: on CPUs, constant weights are prepacked and activations fused into convolutions. Dynamo's own
+            # limit counts the graphs of all extractors in the process, and with fullgraph, exceeding it is an error.
             with inductor.patch(freezing=on_cpu), dynamo.patch(recompile_limit=UNLIMITED):
                 result = compiled(_with_slack(images_BCSS) if on_cpu else images_BCSS, places_BK)
-            # Compilers err now and then: every new graph is held against the plain computation once.
+            # Compilers have bugs: every new graph is compared with eager execution once.
             if shape not in proven:
                 _check_agreement(result, self._trajectories(images_BCSS, places_BK))
                 proven.add(shape)
@@ -198,17 +204,17 @@ class TrajectoryExtractor:
 
     @torch.no_grad()
     def at(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor) -> torch.Tensor:
-        """Trajectories of some places of each image, ``[B, K, L, D]``; places are numbered row by row."""
+        """Float32 trajectories ``[B, K, L, D]`` at some places of each image, which are numbered row by row."""
         return self._extract(images_BCSS, places_BK)
 
     def _extract(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
-        # len() of a batch of any size is a number to an exporter, its shape is not.
+        # Not len(): while exporting it would fix the batch size, whereas shape[0] stays symbolic.
         groups = self.groups(images_BCSS.shape[0], places_BK)
         parts = [self._run(images_BCSS[part], None if places_BK is None else places_BK[part]) for part in groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _trajectories(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
-        """Of a group, ``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
+        """Trajectories of one group, ``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
         length, width = self.projection.valid_LD.shape
         places, device = self._num_places(places_BK), images_BCSS.device
         out_BPLD = torch.zeros(images_BCSS.shape[0], places, length, width, device=device)
@@ -229,9 +235,9 @@ class TrajectoryExtractor:
     ) -> None:
         """Call ``visit(step, pooled)`` with float32 ``[B, P, C]``, or ``[B, K, C]`` of some places, for every step.
 
-        Of a group that passes the backbone at once, as each block finishes; otherwise when all of it has passed.
+        If the group fits into one pass, this happens as each block finishes, otherwise after the last pass.
         """
-        # No inference mode: its tensors could not take part in training.
+        # Not inference_mode: inference tensors cannot take part in training.
         passes = _cut(images_BCSS.shape[0], self.images_per_pass)
         if len(passes) == 1:
             self._pass(images_BCSS, places_BK, visit)
@@ -254,7 +260,7 @@ class TrajectoryExtractor:
         places_BK: torch.Tensor | None,
         visit: Callable[[int, torch.Tensor], None],
     ) -> None:
-        """All images at once through the backbone, every block's activation pooled as it finishes."""
+        """Run all images through the backbone at once, and pool every block's activation as it finishes."""
         device = images_BCSS.device.type
 
         def reduce_at_once(block: int, map_BCHW: torch.Tensor) -> None:
@@ -275,7 +281,7 @@ class TrajectoryExtractor:
 
 
 def _cut(count: int, most: int | None) -> list[slice]:
-    """So many images in parts of about the same size, of at most so many; an exporter's batch of any size stays one."""
+    """Slices of about equal size, of at most ``most`` images each; a single one for a symbolic batch size."""
     if most is None or torch.compiler.is_exporting():
         return [slice(None)]
     parts = max(1, -(-count // most))
@@ -286,7 +292,7 @@ def _cut(count: int, most: int | None) -> list[slice]:
 def update_moments(
     moments: list[BlockMoments], extractor: TrajectoryExtractor, images_BCSS: torch.Tensor, weights_B: torch.Tensor
 ) -> None:
-    """Add a batch of images to the statistics of every step; those of weight 0 do not count."""
+    """Add uint8 images ``[B, 3, S, S]`` to the moments of every step; images of weight 0 do not count."""
     for part in extractor.groups(len(images_BCSS)):
         weights_N = weights_B[part].repeat_interleave(extractor.resolution**2)
 
@@ -297,7 +303,7 @@ def update_moments(
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[object]:
-    """Exported programs have no autocast to be turned off."""
+    """Turns autocast off; does nothing while exporting, as exported programs have no autocast."""
     exporting = torch.compiler.is_exporting()
     return nullcontext() if exporting else torch.autocast(device_type, enabled=False)
 
@@ -312,9 +318,9 @@ def _check_agreement(compiled: torch.Tensor, plain: torch.Tensor) -> None:
 
 
 def _with_slack(images_BCSS: torch.Tensor) -> torch.Tensor:
-    """A channels-last copy with some room behind it: padded loads of torch's vector code read past the last channel.
+    """A channels-last copy with spare memory after it: torch's vectorised loads read past the last channel.
 
-    Behind a batch that fills its shared memory to the last byte there is nothing to read (torch 2.14).
+    For a batch that fills its shared memory to the last byte, nothing is mapped there (torch 2.14).
     """
     batch, channels, height, width = images_BCSS.shape
     flat = torch.zeros(images_BCSS.numel() + 64, dtype=images_BCSS.dtype)[:-64]

@@ -1,4 +1,4 @@
-"""A multilayer perceptron over the whole trajectory: what one block says of another is its first layer's to find."""
+"""A multilayer perceptron over the whole trajectory: its first layer can relate any block to any other."""
 
 from __future__ import annotations
 

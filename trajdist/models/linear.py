@@ -1,4 +1,7 @@
-"""The product of rows with a matrix, as fast as the device can."""
+"""Linear layers that are fast on any device: on CPUs they run as oneDNN convolutions.
+
+Shape suffixes: C input features, M output features, B H W the rows arranged as one image (B = 1).
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Fewer rows than this, or rows that fill no rectangle of this height, are left to the BLAS.
+# With fewer than FEWEST_ROWS rows, or if they fill no rectangle at least LOWEST high, BLAS computes the product.
 FEWEST_ROWS, LOWEST = 128, 4
 
 
 def linear(rows: torch.Tensor, weight_MC: torch.Tensor, bias_M: torch.Tensor | None = None) -> torch.Tensor:
     """As ``torch.nn.functional.linear``: ``[..., C]`` -> ``[..., M]``.
 
-    On CPUs in float32 it is computed as a 1 x 1 convolution of the rows laid out as one nearly square image: oneDNN's
-    kernels, forward and backward, are up to twice as fast as MKL's on processors that MKL does not favour.
+    On CPUs in float32 it runs as a 1 x 1 convolution over the rows arranged as one nearly square image: oneDNN's
+    kernels, forward and backward, are up to twice as fast as MKL's on processors that MKL is not tuned for.
     """
     height = _height(rows)
     if height < LOWEST:
@@ -27,30 +30,30 @@ def linear(rows: torch.Tensor, weight_MC: torch.Tensor, bias_M: torch.Tensor | N
 
 
 def laid_out(matrix_CM: torch.Tensor) -> torch.Tensor:
-    """The same matrix, in memory as :func:`linear` reads its transpose."""
+    """The same matrix ``[C, M]``, stored so that its transpose, as :func:`linear` takes it, is contiguous."""
     return matrix_CM.T.contiguous().T
 
 
 def _height(rows: torch.Tensor) -> int:
-    """The largest divisor of the number of rows up to its root; 0 where a convolution is of no use."""
+    """The largest divisor of the number of rows up to its square root; 0 where a convolution would not help."""
     if rows.device.type != "cpu" or rows.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return 0
     count = rows.numel() // max(1, rows.shape[-1])
-    # A batch of any size is laid out in no certain way.
+    # With a symbolic batch size no layout can be chosen.
     if torch.compiler.is_exporting() or count < FEWEST_ROWS:
         return 0
     return next(height for height in range(math.isqrt(count), 0, -1) if count % height == 0)
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` by way of :func:`linear`. Adapters take it for what it is, a linear layer."""
+    """``torch.nn.Linear`` computed by :func:`linear`. As a subclass, it can carry LoRA adapters."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return linear(input, self.weight, self.bias)
 
 
 def use_fast_linear(network: nn.Module) -> None:
-    """Make the plain linear layers of a network :class:`Linear`, in place."""
+    """Turn a network's layers of type ``nn.Linear``, but not of its subclasses, into :class:`Linear`, in place."""
     for module in network.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear

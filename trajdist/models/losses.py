@@ -1,4 +1,7 @@
-"""Losses: pure functions, float32, one value per image."""
+"""Losses: pure functions, float32, one value per image.
+
+Shape suffixes: B images, N rows (places of all images), L blocks, D channels of a trajectory, Z latent code.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from trajdist.models.reconstruction import Reconstruction
 
 
 class Losses(NamedTuple):
-    """Per-image losses, each ``[B]``: what is minimised, and its two parts."""
+    """Per-image losses, each ``[B]``: the one to minimise, and its reconstruction and KL parts."""
 
     loss: torch.Tensor
     recon: torch.Tensor
@@ -24,11 +27,17 @@ def trajectory_losses(
     num_images: int,
     kl_weight: float,
 ) -> Losses:
-    """Mean squared error per valid number, plus the weighted KL divergence on the same scale.
+    """Mean squared error per valid entry, plus the weighted KL divergence on the same scale.
 
-    For a Gaussian decoder of unit variance the negative evidence lower bound of a cell is
+    For a Gaussian decoder of unit variance, the negative evidence lower bound of a cell is
     ``0.5 * squared error + KL``. Both are divided by half the cell's number of valid entries, so that ``recon`` is a
-    mean squared error whatever the shape, and ``kl_weight`` 1 is the bound itself. Padded entries do not count.
+    mean squared error whatever the shape, and with ``kl_weight`` 1 the loss is that bound, rescaled. Padded entries
+    do not count.
+
+    Args:
+        target_NLD: the same number of rows for every image, image after image.
+        valid_LD: bool, False for padding.
+        num_images: B.
     """
     error_NLD = (reconstruction.output_NLD.float() - target_NLD.float()).square() * valid_LD
     entries = valid_LD.sum()
@@ -41,5 +50,5 @@ def trajectory_losses(
 
 
 def gaussian_kl(mean_NZ: torch.Tensor, log_variance_NZ: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, variance) || N(0, 1)) in nats, summed over the code: ``[N]`` (Kingma & Welling 2014, appendix B)."""
+    """KL(N(mean, variance) || N(0, 1)) in nats, summed over the latent: ``[N]`` (Kingma & Welling 2014, appendix B)."""
     return 0.5 * (mean_NZ.square() + log_variance_NZ.exp() - 1.0 - log_variance_NZ).sum(-1)

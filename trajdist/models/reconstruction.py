@@ -8,11 +8,11 @@ import torch
 
 
 class Reconstruction(NamedTuple):
-    """A model's answer to ``N`` trajectories of ``L`` blocks and ``D`` channels.
+    """A model's output for ``N`` trajectories of ``L`` steps and ``D`` channels.
 
     Attributes:
         output_NLD: the reconstructed trajectories.
-        latent_NZ: the code they were squeezed through (the mean, for a VAE).
+        latent_NZ: the bottleneck's code (its mean, for a VAE).
         log_variance_NZ: log-variance of the code; None unless the model is variational.
     """
 

@@ -1,6 +1,6 @@
 """A transformer over depth with a bottleneck: blocks attend to blocks, the whole trajectory passes through one code.
 
-Query, key, value and output are plain linear layers, so that every LoRA adapter on them is really used.
+Query, key, value and output are linear layers that are called as modules, so LoRA adapters on them take effect.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1), ``[N, heads, L, width]``."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
-    # On CPUs the fused kernel takes twice as long for sequences as short as a backbone is deep.
+    # On CPUs the fused kernel takes twice as long for such short sequences (the depth of a backbone).
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return scores.softmax(-1) @ v
 
@@ -51,7 +51,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder over the blocks -> one code of ``latent_dim`` numbers -> decoder over the blocks."""
+    """``[N, L, D]`` -> encoder over the blocks -> one code of ``latent_dim`` numbers -> decoder -> ``[N, L, D]``."""
 
     def __init__(
         self,

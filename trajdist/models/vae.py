@@ -10,7 +10,7 @@ from trajdist.models.reconstruction import Reconstruction
 
 
 class VariationalAutoencoder(nn.Module):
-    """Encodes to a Gaussian, decodes a sample of it in training and its mean in eval (scores are deterministic)."""
+    """Encodes ``[N, L, D]`` to a Gaussian; decodes a sample when training, else its mean (scores are deterministic)."""
 
     def __init__(
         self, length: int, width: int, hidden_dim: int, latent_dim: int, num_layers: int, dropout: float, **_: int
@@ -22,7 +22,7 @@ class VariationalAutoencoder(nn.Module):
 
     def forward(self, trajectories_NLD: torch.Tensor) -> Reconstruction:
         mean, log_variance = self.encoder(trajectories_NLD.flatten(1)).float().chunk(2, -1)
-        # exp() of a half-trained network must stay finite.
+        # Early in training exp() must stay finite.
         log_variance = log_variance.clamp(-20.0, 10.0)
         latent = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance) if self.training else mean
         return Reconstruction(self.decoder(latent).view_as(trajectories_NLD), mean, log_variance)

@@ -1,4 +1,4 @@
-"""Bytes of one process on its device, for any batch: what ``footprint`` counts, and what lies around it."""
+"""Bytes of one process on its device, for any batch size: what ``footprint`` counts, plus the overhead around it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from trajdist.runtime.allocator import trim
 from trajdist.training.optimizer import make_optimizer
 
 FLOAT = 4
-# The loader of Accelerate fetches the next batch before it hands out this one.
+# Accelerate's loader fetches the next batch before it yields the current one.
 BATCHES_HELD = 2
-# What a CUDA device holds beside the allocator's bytes: context, kernels, NCCL. Not counted by torch, so not in peaks.
+# CUDA memory outside torch's allocator: context, kernels, NCCL. torch does not count it, so it is not in the peaks.
 CUDA_RESERVE = 2**30
-# Of the C library's heap, which keeps what is freed, measured: blocks of many sizes do not fit into each other's gaps.
+# Overhead factor of the C heap, which keeps freed memory, measured: blocks of many sizes leave unusable gaps.
 FRAGMENTATION = 1.7
-# What oneDNN, reading, writing, decoding and the loader take there in a CPU run, measured.
+# Heap used by oneDNN, file I/O, decoding and the loader in a CPU run, measured.
 HEAP_RESIDUE = 64 * 2**20
-# A checkpoint being written, in units of the weights: copies of weights and moments.
+# A checkpoint being written, in multiples of the trained weights: copies of the weights and of both Adam moments.
 SAVING_COPIES = 3
 LARGEST_BATCH = 2**16
 
@@ -31,9 +31,12 @@ LARGEST_BATCH = 2**16
 def measure_bases(config: Config, phases: list[int]) -> dict[int, int]:
     """Resident bytes of a training process without weights and batches, by phase: Python and the libraries.
 
-    They are those of this process, which imports what a run imports; so it comes before anything large.
+    Measured on this process, which imports what a run imports; so call it before anything large is allocated.
+
+    Raises:
+        UserError: see :func:`trajdist.planning.footprint.build_modules`.
     """
-    # Imported for what they import.
+    # Imported for the memory that this takes.
     import trajdist.training.phases  # noqa: F401
 
     modules = build_modules(config, phases[0])
@@ -45,7 +48,7 @@ def measure_bases(config: Config, phases: list[int]) -> dict[int, int]:
     optimizer.step()
     weights = sum(bytes_of(module) for module in (extractor.backbone, extractor.projection, model))
     gc.collect()
-    # What building the backbone left in the heap: batches will find it and are counted by themselves.
+    # Building the backbone left free memory in the heap: batches will reuse it, and they are counted separately.
     trim()
     bases = {phases[0]: _resident_bytes() - weights}
     for phase in phases[1:]:
@@ -63,8 +66,13 @@ def _resident_bytes() -> int:
 class Budget:
     """Bytes of one process on its device, from the counted parts.
 
-    On CUDA and its kin the figure is that of torch's allocator. On a CPU it is the resident set: the base of the
-    interpreter and its libraries comes on top, and gaps in the heap.
+    On an accelerator the figure is that of torch's allocator. On a CPU it is the resident set size, which adds the
+    interpreter with its libraries and heap fragmentation.
+
+    Args:
+        base_bytes: of the interpreter and its libraries, from :func:`measure_bases`; 0 on an accelerator.
+        device: ``cpu`` or ``cuda``.
+        saves_between: whether checkpoints are written while training goes on.
     """
 
     def __init__(self, rehearsal: Rehearsal, base_bytes: int, device: str, saves_between: bool = False) -> None:
@@ -87,42 +95,42 @@ class Budget:
         return self._base_bytes + sizes.backbone_bytes + sizes.projection_bytes
 
     def _rest(self, peaks: Peaks) -> int:
-        """What is there between two steps."""
+        """Bytes held between two steps."""
         sizes = self._rehearsal.sizes
         batches = (BATCHES_HELD - 1) * peaks.images_bytes
         return self._frozen + sizes.model_bytes + self._optimizer_bytes + batches
 
     def _moment(self, rest: int, live: int) -> int:
-        """The peak of one part. Between two parts the heap is trimmed."""
+        """Peak of one part of the run: what it finds plus what it makes live. The heap is trimmed between parts."""
         return rest + HEAP_RESIDUE + int(FRAGMENTATION * live) if self._on_cpu else rest + live
 
     def _saving(self) -> int:
-        """Bytes of a checkpoint on its way to the disk. On the host: of an accelerator's memory it takes nothing."""
+        """Bytes of a checkpoint while it is written. They are on the host: 0 on an accelerator."""
         return SAVING_COPIES * self._gradients_bytes if self._on_cpu else 0
 
     def statistics(self, peaks: Peaks) -> int:
-        """Peak of the pass before Phase 1; 0 in Phase 2."""
+        """Peak bytes of the statistics pass before Phase 1; 0 in Phase 2."""
         if self._rehearsal.phase != 1:
             return 0
         return self._moment(self._frozen + (BATCHES_HELD - 1) * peaks.images_bytes, peaks.statistics)
 
     def training(self, peaks: Peaks) -> int:
-        """Peak of the training itself: the figure in summary.json."""
-        # Of the optimizer's step every gradient is there; the fused optimizer works in place.
+        """Peak bytes of training itself: the figure in summary.json."""
+        # At the optimizer step all gradients exist; the fused optimizer works in place.
         step, saving = max(peaks.step, self._gradients_bytes), self._saving()
-        # The last checkpoint is written when the last step is done, the others while the next steps run.
+        # The last checkpoint is written after the last step, the others while the next steps run.
         return self._moment(self._rest(peaks), step + saving if self._saves_between else max(step, saving))
 
     def calibration(self, peaks: Peaks) -> int:
-        """Peak of the passes after the training."""
+        """Peak bytes of the calibration passes after training."""
         return self._moment(self._rest(peaks), max(peaks.residuals, self._fit))
 
     def required(self, peaks: Peaks) -> int:
-        """Peak of the whole phase."""
+        """Peak bytes of the whole phase."""
         return max(self.statistics(peaks), self.training(peaks), self.calibration(peaks))
 
     def parts(self, peaks: Peaks) -> dict[str, int]:
-        """What the memory is made of. Activations of backbone and model do not live at the same time."""
+        """Breakdown in bytes. It does not add up to the peak: backbone and model are never active at the same time."""
         sizes = self._rehearsal.sizes
         return {
             "base_bytes": self._base_bytes,
@@ -141,7 +149,10 @@ class Budget:
         }
 
     def largest_batch(self, batch_size: int, memory_bytes: int | None) -> int | None:
-        """The largest batch whose whole phase fits, 0 if none does; None without a limit. ``batch_size`` is a guess."""
+        """The largest batch size whose whole phase fits into ``memory_bytes``; 0 if none does, None without a limit.
+
+        ``batch_size`` is a first guess.
+        """
         if memory_bytes is None:
             return None
         available = memory_bytes - (0 if self._on_cpu else CUDA_RESERVE)
@@ -153,9 +164,10 @@ class Budget:
 
 
 def largest_within(needed: Callable[[int], int], available: int, start: int) -> int:
-    """The largest argument, at most :data:`LARGEST_BATCH`, for which ``needed``, which grows, is within ``available``.
+    """The largest argument, at most :data:`LARGEST_BATCH`, for which the increasing ``needed`` is within ``available``.
 
-    0 if not even 1 is. ``needed`` is dear and nearly a straight line: each guess is where the line meets the limit.
+    0 if not even 1 is. ``needed`` is expensive and nearly linear: each guess is where the line through two known
+    points meets the limit.
     """
     first = below = (1, needed(1))
     above: tuple[int, int] | None = None
@@ -169,7 +181,7 @@ def largest_within(needed: Callable[[int], int], available: int, start: int) -> 
         else:
             above = point
         turn += 1
-        # A bend in the line would have the guesses creep: every third one halves what is left.
+        # Where the slope changes, guesses would creep: every third one bisects the interval instead.
         highest = above[0] - 1 if above else LARGEST_BATCH
         proposal = (below[0] + highest + 1) // 2 if turn % 3 == 0 else _meeting(above or first, below, available)
         guess = min(max(proposal, below[0] + 1), highest)

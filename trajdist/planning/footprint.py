@@ -1,7 +1,7 @@
-"""How many bytes a phase will hold, counted before anything of that size exists.
+"""How many bytes a phase will need, counted before anything of that size is allocated.
 
-The very code of a training step runs on fake tensors, which have shapes and no contents, while every storage that is
-born or dies is counted: that gives the peak for any batch, device and precision on any machine.
+The real code of a training step runs on fake tensors, which have shapes but no data, while every storage that is
+created or freed is counted: that gives the peak for any batch size, device and precision on any machine.
 
 Shape suffixes: B images, P places, N = B x P rows, L blocks, D channels of a trajectory, F its valid entries, S image
 side.
@@ -36,10 +36,10 @@ from trajdist.training.objectives import ContrastModel, DefectContrast, Objectiv
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live; views count once, of ``known`` never.
+    """Counts the bytes of all live storages that operations created. Views count once, ``known`` tensors never.
 
     Attributes:
-        now: bytes that live.
+        now: bytes alive now.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
@@ -55,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def take(self) -> int:
-        """The peak since the last call; what lives now begins the next one."""
+        """The peak since the last call; the next one starts from what is alive now."""
         peak, self._peak = self._peak, self.now
         return peak
 
@@ -76,7 +76,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a phase is made of, whatever the batch. Bytes, and numbers of weights."""
+    """Sizes of a phase's modules, independent of the batch: bytes, numbers of weights, and channels of every step."""
 
     backbone_bytes: int
     projection_bytes: int
@@ -90,12 +90,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What lives beside weights and optimizer at the worst moment of each part, for one batch size.
+    """Peak bytes of each part, on top of weights and optimizer state, for one batch size.
 
     Attributes:
         images_bytes, trajectories_bytes: of a batch.
-        backbone, model: of a training step, forward, and forward and backward.
-        statistics, residuals: of a batch of the passes over clean images.
+        backbone, model: of a training step: the backbone's forward, and the model's forward and backward.
+        statistics, residuals: of one batch in the passes over clean images.
     """
 
     images_bytes: int
@@ -111,14 +111,14 @@ class Peaks:
 
 
 class Rehearsal:
-    """The modules of one phase as fake tensors, to step through with any number of images.
+    """The modules of one phase on fake tensors, to run steps with any number of images.
 
     Args:
-        modules: real ones; their weights are given up.
+        modules: real ones; their weights are replaced by fake ones, in place.
         precision: ``no``, ``bf16`` or ``fp16``, as in the run.
-        micro_batches: of an optimizer step; from the second on gradients are there from the start.
-        domains: adapters that are trained at once.
-        beside: images of the other domains that pass the backbone with each one of the largest batch.
+        micro_batches: per optimizer step; from the second one on, gradients exist from the start.
+        domains: number of adapters that are trained at once.
+        beside: images of other domains that share the backbone's pass, per image of the largest batch.
         shared_gradients: whether DistributedDataParallel keeps the gradients in buckets all the time.
     """
 
@@ -147,7 +147,7 @@ class Rehearsal:
         self.sizes = self._measure_sizes()
 
     def _become_fake(self, module: nn.Module) -> None:
-        """Replace every parameter and buffer in place by one of the same shape that has no contents."""
+        """Replace every parameter and buffer, in place, by a fake one of the same shape."""
         with self._mode:
             for part in module.modules():
                 fake = {name: _like(weight) for name, weight in part._parameters.items() if weight is not None}
@@ -208,7 +208,7 @@ class Rehearsal:
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
-        # Fake tensors live on a CPU that need not be: what counts is the width of the numbers, the same elsewhere.
+        # Fake tensors are on the CPU whatever the device is: only the width of the data type matters.
         kind = torch.float16 if self._precision == "fp16" else torch.bfloat16
         with torch.autocast("cpu", kind, enabled=self._precision != "no"):
             yield
@@ -216,7 +216,7 @@ class Rehearsal:
     def _step(self, batches: list[ImageBatch], live: LiveBytes) -> tuple[int, int, int]:
         """Bytes of the trajectories, peaks of the backbone and of the model, gradients included.
 
-        The first batch is trained on while the trajectories of the others, of other domains, wait.
+        The first batch is trained on while the trajectories of the other domains' batches wait.
         """
         backbone, model, trajectories_bytes = 0, 0, 0
         objective, device = self._objective(), torch.device("cpu")
@@ -237,7 +237,7 @@ class Rehearsal:
         return trajectories_bytes, backbone, model
 
     def _batch(self, count: int) -> ImageBatch:
-        """As the run's loader makes it; of an empty cache where there is to be one."""
+        """A batch as the run's loader makes it; if there is to be a cache, it is still empty."""
         images = self._images(2 * count if self._contrasts else count)
         weights, digest = torch.ones(count), torch.zeros(())
         if self._contrasts:
@@ -258,14 +258,14 @@ class Rehearsal:
         return DefectContrast(valid_LD) if self._contrasts else ReconstructionError(valid_LD, 1.0, 0.0)
 
     def _call(self, target_NLD: torch.Tensor) -> Any:
-        """As Accelerate calls a model: it hands the outputs on in float32."""
+        """Call the model as Accelerate does: under autocast, with outputs converted to float32."""
         with self._autocast():
             answer = self.task(target_NLD)
         return tree_map(lambda part: part.float() if isinstance(part, torch.Tensor) else part, answer)
 
     @torch.no_grad()
     def _statistics(self, images: torch.Tensor, live: LiveBytes) -> int:
-        """Peak of the pass that measures the blocks, in the precision of training."""
+        """Peak of the statistics pass, in the precision of training."""
         live.take()
         cpu = torch.device("cpu")
         moments = [BlockMoments(channels, cpu) for channels in self.extractor.projection.channels]
@@ -275,7 +275,7 @@ class Rehearsal:
 
     @torch.no_grad()
     def _residuals(self, images: torch.Tensor, live: LiveBytes) -> int:
-        """Peak of the two passes over residuals, in float32 as scoring does it."""
+        """Peak of the two passes over residuals, in float32 as in scoring."""
         live.take()
         entries, moments, residual = sum(self.widths), self._place_moments(), self._residual_model()
         for use in (lambda rows: moments.update(rows, torch.ones(len(images))), residual.energies):
@@ -286,13 +286,13 @@ class Rehearsal:
         return live.take()
 
     def fit_peak(self) -> int:
-        """Peak of the matrices made on the host at the end of the passes, in float64: eigenvectors and whitening."""
+        """Peak bytes of the float64 matrices made on the host after the passes: eigenvectors and whitening."""
         with self._mode, LiveBytes() as live, torch.no_grad():
             if self.phase == 1:
                 widest = max(self.sizes.channels)
-                # All of them: what is iterated depends on contents, and falls back on this.
+                # All of them: subspace iteration depends on the data, and falls back to the full decomposition.
                 pca_whitening(torch.zeros(widest, widest, dtype=torch.float64), widest)
-            # LAPACK's workspace for eigenvectors, of which torch does not know: 2 n^2 numbers (dsyevd).
+            # LAPACK's workspace for eigenvectors (dsyevd), unknown to torch: 2 n^2 float64 numbers.
             eigen = live.take()
             workspace = 2 * 8 * max(self.sizes.channels) ** 2 if self.phase == 1 else 0
             self._residual_model().fit(self._place_moments())
@@ -317,10 +317,10 @@ class Modules(NamedTuple):
 
 
 def build_modules(config: Config, phase: int) -> Modules:
-    """Build what a phase trains and looks through. Nothing is downloaded: bytes do not depend on the weights.
+    """Build the extractor and the model of a phase. Nothing is downloaded: bytes do not depend on the weights.
 
     Raises:
-        UserError: whatever the run would say of the backbone, the blocks or the adapter.
+        UserError: what the run itself would raise about the backbone, the blocks or the adapter.
     """
     weights = "none" if config.backbone.weights == "DEFAULT" else config.backbone.weights
     backbone = config.backbone.model_copy(update={"weights": weights})
@@ -330,7 +330,7 @@ def build_modules(config: Config, phase: int) -> Modules:
     model = build_model(config.model.type, length=length, width=width, **settings)
     if phase == 1:
         return Modules(extractor, model)
-    # PEFT takes longer to import than torch; Phase 1 does without.
+    # PEFT takes longer to import than torch, and Phase 1 does not need it.
     from trajdist.saved import lora
 
     adapter = config.domain_adaptation.lora.model_dump(exclude={"learning_rate", "weight_decay"})

@@ -1,6 +1,6 @@
 """A dry run: what a config will need in memory, on disk and in hours, before anything is queued. Trains nothing.
 
-Bytes are counted on tensors without contents (``footprint``), rates are measured for a few seconds (``probe``).
+Bytes are counted on tensors without data (``footprint``), rates are measured for a few seconds (``probe``).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from trajdist.sharding import Plan, Selection
 from trajdist.training.selection import draw
 from trajdist.training.session import naming
 
-# A loader's worker has so many batches ready or in the making.
+# Batches that each loader worker has ready or in progress.
 BATCHES_IN_STOCK = 2
-# Bytes of a record in metrics.jsonl and in ledger.jsonl, of a tensor's entry in a file, of a checkpoint's JSON files.
+# Bytes per record in metrics.jsonl and in ledger.jsonl, per tensor entry in a file, and of a checkpoint's JSON files.
 METRIC_BYTES, LEDGER_BYTES, ENTRY_BYTES, STATE_BYTES = 350, 160, 100, 3000
 
 
@@ -37,10 +37,10 @@ class Options:
     """What to plan for.
 
     Attributes:
-        memory_bytes: of the device, to find the largest batch; None does not look for it.
-        processes: in the whole job; None takes the launcher's.
-        device: ``cpu`` or ``cuda``; None takes what a run would take here.
-        images_per_s: of one process, training; None measures.
+        memory_bytes: of the device, to find the largest batch size; None does not search for it.
+        processes: in the whole job; None takes the launcher's number.
+        device: ``cpu`` or ``cuda``; None takes the one that a run would use here.
+        images_per_s: training rate of one process; None measures it.
         measure: whether to measure rates.
     """
 
@@ -57,10 +57,10 @@ def make_plan(
     """Plan the phases: ``{"phase1": {...}, "phase2": {...}}``, ready for JSON.
 
     Raises:
-        UserError: what the run itself would say of the config, the backbone or the images.
+        UserError: what the run itself would raise about the config, the backbone or the images.
     """
     device = options.device or default_device()
-    # On an accelerator torch's allocator is asked, which knows nothing of Python and the libraries.
+    # On an accelerator the figure is that of torch's allocator, which excludes Python and its libraries.
     bases = measure_bases(config, sorted(phases)) if device == "cpu" else dict.fromkeys(sorted(phases), 0)
     plans = {}
     for phase, base_bytes in bases.items():
@@ -71,7 +71,7 @@ def make_plan(
 
 @dataclass(frozen=True)
 class PlannedTraining:
-    """One training of a phase: a domain, where there are several, or the only one."""
+    """One training of a phase: that of one domain if there are several, else the only one."""
 
     name: str
     config: Config
@@ -79,13 +79,14 @@ class PlannedTraining:
     selection: Selection
 
     def walk(self, world: int) -> Plan:
+        """The steps that ``world`` processes will take."""
         settings = getattr(self.config.data, SETS[self.selection.phase])
         global_batch = world * settings.batch_size * settings.gradient_accumulation_steps
         return Plan(self.selection.num_train, settings.num_epochs, global_batch, world, settings.batch_size)
 
 
 def _planned(config: Config, sources: dict[str, ImageSource], phase: int) -> list[PlannedTraining]:
-    """All that a phase trains at once."""
+    """All trainings that a phase runs at once."""
     if phase == 1 or not config.data.domains:
         source = sources[SETS[phase]]
         return [PlannedTraining("", config, source, draw(config, phase, source))]
@@ -103,7 +104,7 @@ def _plan_phase(
     device = options.device or default_device()
     world = options.processes or launcher.world()
     walks = [training.walk(world) for training in trainings]
-    # That of the largest batch, beside which the others pass the backbone.
+    # The training with the largest batch; batches of the others share its pass through the backbone.
     number = max(range(len(walks)), key=lambda each: walks[each].slots)
     lead, walk = trainings[number], walks[number]
     local_world = launcher.local_world(world)
@@ -155,7 +156,7 @@ def _plan_phase(
 
 
 def _extent(trainings: list[PlannedTraining], walks: list[Plan]) -> dict[str, Any]:
-    """Images and steps; of several domains the images of all, and the steps of the one that takes most."""
+    """Images and steps; for several domains the images are summed, and the steps are those of the longest."""
     longest = max(walks, key=lambda walk: walk.total_steps)
     domains = {
         training.name: {"images": walk.num_images, "steps": walk.total_steps, "epochs": walk.num_epochs}
@@ -175,12 +176,12 @@ def _extent(trainings: list[PlannedTraining], walks: list[Plan]) -> dict[str, An
 
 
 def default_device() -> str:
-    """The device that a run would take on this machine; other accelerators than CUDA's are planned as a CPU."""
+    """The device that a run would use on this machine; accelerators other than CUDA are planned as a CPU."""
     return "cuda" if device_type() == "cuda" else "cpu"
 
 
 def _disk(config: Config, rehearsal: Rehearsal, walks: list[Plan], phase: int) -> dict[str, int]:
-    """Bytes of a checkpoint (of all domains together), and of all that the phase leaves behind at its fullest."""
+    """Bytes of a checkpoint (of all domains together), and the most disk space that the phase takes up."""
     sizes = rehearsal.sizes
     weights = FLOAT * sizes.trained_parameters
     checkpoint = 3 * weights + 4 * ENTRY_BYTES * sizes.trained_tensors + STATE_BYTES * len(walks)
@@ -189,7 +190,7 @@ def _disk(config: Config, rehearsal: Rehearsal, walks: list[Plan], phase: int) -
     adopted = sizes.model_bytes + len(walks) * (sizes.projection_bytes + calibration) if len(walks) > 1 else 0
     artifacts = (sizes.model_bytes + sizes.projection_bytes if phase == 1 else weights) + len(walks) * calibration
     lines = sum(walk.total_steps // config.logging.every_steps + 2 * walk.num_epochs for walk in walks)
-    # A new checkpoint is whole before the oldest one goes.
+    # A new checkpoint is complete before the oldest one is deleted.
     saved = max(
         min(config.checkpoint.keep + 1, 2 + walk.total_steps // config.checkpoint.every_steps) for walk in walks
     )
@@ -200,11 +201,11 @@ def _disk(config: Config, rehearsal: Rehearsal, walks: list[Plan], phase: int) -
 def _time(
     config: Config, trainings: list[PlannedTraining], walks: list[Plan], rates: Rates, workers: int, device: str
 ) -> dict[str, Any]:
-    """Rates of one process, hours of the job, and what it will wait for."""
+    """Rates of one process and of the job, in images/s, the job's hours, and its bottleneck."""
     rate, bottleneck = rates.of_training(workers)
     world = walks[0].world
     epoch, images = sum(walk.num_images for walk in walks), sum(walk.total_images for walk in walks)
-    # Nothing is learned in a pass: it is not slower than training.
+    # The passes compute no gradients, so they are no slower than training.
     passes = sum(_passes(config, training.selection) for training in trainings)
     hours_per_image = 1 / (rate * world) / 3600 if rate else None
     return {
@@ -220,14 +221,14 @@ def _time(
 
 
 def _passes(config: Config, selection: Selection) -> int:
-    """Images of the passes that train nothing: residuals and places; before Phase 1 the statistics as well."""
+    """Images in passes without training: residuals, places and calibration; before Phase 1 the statistics as well."""
     most = config.trajectory.statistics_images
     sample, held_out = min(selection.num_train, most), min(selection.num_holdout or selection.num_train, most)
     return (3 if selection.phase == 1 else 2) * sample + held_out
 
 
 def advice(bottleneck: str, workers: int, device: str) -> str:
-    """The bottleneck as a sentence, with the mend."""
+    """The bottleneck as a sentence, with a remedy."""
     more = "raise data.num_workers, or shrink the files" if workers else "shrink the files, or ask for more processors"
     return {
         "decode": f"decoding by {f'{workers} workers per' if workers else 'the'} process is slowest: {more}",
@@ -245,12 +246,12 @@ def plan_table(plans: dict[str, dict[str, Any]]) -> Table:
 
 
 def plan_text(plans: dict[str, dict[str, Any]]) -> str:
-    """What each phase will wait for, a line per phase."""
+    """The bottleneck of each phase, one line per phase."""
     return "\n".join(f"{name}: {plan['advice']}" for name, plan in plans.items())
 
 
 def _size(count: int) -> str:
-    """``1.20 GiB``, ``34.5 MiB``; nothing for nothing."""
+    """``1.20 GiB``, ``34.5 MiB``; empty for 0."""
     if not count:
         return ""
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"

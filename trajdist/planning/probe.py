@@ -1,4 +1,4 @@
-"""How fast this machine is: a few seconds of decoding, and of forward and backward passes that train nothing."""
+"""How fast this machine is: a few seconds of decoding, and of forward and backward passes without weight updates."""
 
 from __future__ import annotations
 
@@ -25,8 +25,13 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Rates:
-    """Images/s: ``decode`` of one reader (a worker, or a process that reads by itself), ``backbone`` and ``model`` of
-    one process, or all of ``training`` as given.
+    """Rates in images/s; None where not measured.
+
+    Attributes:
+        decode: of one reader: a worker, or the process itself if it has none.
+        backbone, model: of one process; the model's includes the backward pass.
+        training: of one process, as given by the user instead of measured.
+        device_is_here: False if this machine lacks the device that is planned for.
     """
 
     decode: float | None = None
@@ -36,7 +41,7 @@ class Rates:
     device_is_here: bool = True
 
     def of_training(self, workers: int) -> tuple[float | None, str]:
-        """Images/s of one process, and what it waits for."""
+        """Images/s of one process, and its bottleneck."""
         if self.training is not None:
             return self.training, "given"
         if self.backbone is None or self.model is None:
@@ -46,7 +51,7 @@ class Rates:
         if self.decode is None:
             return device, slower
         if workers == 0:
-            # Decoding takes turns with the rest.
+            # Without workers, decoding does not overlap with the rest.
             return 1 / (1 / device + 1 / self.decode), "decode" if self.decode < device else slower
         return min(device, workers * self.decode), "decode" if workers * self.decode < device else slower
 
@@ -61,7 +66,7 @@ def measure(
     precision: str,
     workers: int,
 ) -> Rates:
-    """Measure on the configured images; ``model`` is used, not changed, and ends on the CPU."""
+    """Measure on the configured images. The model's weights do not change; it and the extractor end up on the CPU."""
     settings = getattr(config.data, SETS[selection.phase])
     threads = resolve_threads(config.data.num_workers, workers)
     dataset = SlotDataset(source, selection.train, config.data.image_size, settings.fit, threads=threads)
@@ -82,7 +87,7 @@ def measure(
 
 
 def _decode_rate(dataset: SlotDataset, num_images: int) -> float | None:
-    """Images that are read, decoded and made square per second; None where none could be read."""
+    """Images read, decoded and made square per second; None if none could be read."""
     images, started = 0, time.perf_counter()
     for start in range(0, min(num_images, LIMIT_IMAGES), BATCH):
         batch = dataset[Slots(0, start, min(start + BATCH, num_images), BATCH)]
@@ -115,7 +120,7 @@ def _step_rates(
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the first one left out."""
+    """Seconds per call, not counting the first."""
     work()
     _wait(device)
     calls, started = 0, time.perf_counter()

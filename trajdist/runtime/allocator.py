@@ -1,7 +1,7 @@
-"""The C library's heap: memory that is freed stays with the process, so that no step pays for fresh pages.
+"""The C heap: freed memory stays with the process, so that no step pays for fresh pages.
 
-A training step on a CPU allocates and frees the same large blocks again and again. By default glibc hands each of them
-back to the system and asks for it anew, and the kernel clears every page of it: a fifth to a third of the time of a
+A training step on a CPU allocates and frees the same large blocks again and again. By default glibc returns each of
+them to the system and requests it anew, and the kernel zeroes every page of it: a fifth to a third of the time of a
 backbone's forward (docs/LOG.md).
 """
 
@@ -15,12 +15,12 @@ import os
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 NEVER = -1
 SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-# The same as tunables of glibc. Who has set one of them has chosen.
+# The same settings as glibc tunables. If the user set any of these, leave the heap alone.
 TUNABLES = ("glibc.malloc.mmap_max", "glibc.malloc.mmap_threshold", "glibc.malloc.trim_threshold")
 
 
 def keep_freed_memory() -> bool:
-    """From now on, blocks of any size come from the heap and go back to it. False where the C library cannot."""
+    """Serve blocks of any size from the heap and keep them. False if the user or the C library does not allow it."""
     if _chosen():
         return False
     with contextlib.suppress(OSError, AttributeError):
@@ -30,12 +30,12 @@ def keep_freed_memory() -> bool:
 
 
 def _chosen() -> bool:
-    """Whether the environment says what the heap should do."""
+    """Whether the environment already configures the heap."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     return any(name in os.environ for name in SETTINGS) or any(name in tunables for name in TUNABLES)
 
 
 def trim() -> None:
-    """Hand what is free back to the system once: what comes next needs blocks of other sizes."""
+    """Return free memory to the system once: what comes next needs blocks of other sizes."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-# "sync" is waiting for other processes, "projection" what becomes of a block's pooled activation.
+# "sync" is waiting for other processes, "projection" is projecting the blocks' pooled activations.
 STAGES = ("data", "transfer", "backbone", "projection", "model", "sync", "optimizer", "checkpoint")
-# On CUDA these are the host's time; the others are the device's.
+# On CUDA these stages are timed on the host, the others on the device.
 HOST_STAGES = ("data", "checkpoint")
 
-# No annotation of this module is postponed: DistributedDataParallel reads those of its hook.
+# No "from __future__ import annotations" here: DistributedDataParallel inspects the annotations of its hook.
 Moment: TypeAlias = float | torch.cuda.Event
 
 
 class Clock:
-    """Splits the time of a run into stages. On CUDA it reads events later instead of waiting for the device."""
+    """Splits the time of a run into stages, in seconds. On CUDA it reads events later instead of waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -41,12 +41,12 @@ class Clock:
             self._add(turn[0], turn[1], end)
 
     def turn(self, stage: str) -> None:
-        """What is left of the stage that runs now counts as ``stage``; of several calls the last one holds."""
+        """Count the rest of the current stage as ``stage``; of several calls, the last one wins."""
         self._turn = (stage, self._now(stage))
 
     @contextlib.contextmanager
     def watching(self, module: nn.Module, stage: str, within: str) -> Iterator[None]:
-        """While the block runs, calls of ``module`` in the stage ``within`` count as ``stage`` instead."""
+        """While the block runs, time spent in ``module`` during the stage ``within`` counts as ``stage`` instead."""
         begun: list[Moment] = []
 
         def begin(*_: Any) -> None:
@@ -80,7 +80,7 @@ class Clock:
             self._pending.append((stage, sign, begin, end))
 
     def settle(self) -> None:
-        """Add up what the device has finished by now. Does not wait for it; called where a log line is due."""
+        """Add up what the device has finished so far. Does not wait for it; called when a log line is due."""
         waiting = []
         for stage, sign, begin, end in self._pending:
             if end.query():
@@ -90,14 +90,14 @@ class Clock:
         self._pending = waiting
 
     def seconds(self) -> dict[str, float]:
-        """Seconds per stage so far. Waits for the device, so it is called where a checkpoint is written."""
+        """Seconds per stage so far. Waits for the device, so it is called only when a checkpoint is written."""
         if self._pending:
             torch.cuda.synchronize()
         self.settle()
         return {stage: self._seconds[stage] for stage in STAGES}
 
     def restore(self, seconds: dict[str, float]) -> None:
-        """Go on from the figures of an earlier process."""
+        """Add the seconds per stage of an earlier process."""
         for stage, value in seconds.items():
             self._seconds[stage] += value
 
@@ -106,10 +106,11 @@ def sum_gradients(
     clock: Clock,
     bucket: torch.distributed.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[torch.Tensor]:
-    """DistributedDataParallel's all-reduce of a bucket of gradients, timed from when the backward pass is over.
+    """DistributedDataParallel's all-reduce of a bucket of gradients, timed from the end of the backward pass.
 
-    Earlier buckets travel while it goes on; from the last one on there is nothing to do but wait for the others.
+    Earlier buckets are sent while the backward pass still runs; after the last one, all that remains is waiting for
+    the other processes.
     """
     clock.turn("sync")
-    # None is the group of all processes.
+    # None: the default process group.
     return allreduce_hook(None, bucket)  # type: ignore[arg-type]

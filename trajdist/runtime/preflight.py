@@ -1,7 +1,7 @@
-"""Before the processes are tied together and anything is written: do they all run the same thing, and can they add?
+"""Checks before anything is written: do all processes run the same thing, and does a first all-reduce work?
 
-They meet at the key-value store by which they find each other. Unlike a collective it can say who is missing, and it
-works where one process has a GPU and another none.
+The comparison precedes the process group and uses the rendezvous key-value store. Unlike a collective, the store can
+tell who is missing, and it works even if one process has a GPU and another has none.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from trajdist.data.base import ImageSource
 from trajdist.errors import ConfigError, TrainingError, one_line
 from trajdist.runtime.processes import Processes, device_type, named, precision
 
-# A large folder is listed in seconds where it is cached, and in minutes where it is not.
+# Listing a large folder takes seconds if it is cached, and minutes if it is not.
 ARRIVAL_S = 600.0
 SUM_S = 120.0
-# How long the main process, which may hold the store, stays after bad news.
+# How long the main process, which may host the store, stays after a failure so that the others can read of it.
 FAREWELL_S = 5.0
 GO_ON = "look at that machine, then run the same command again"
 SAME_FILES = "let all machines see the same files"
@@ -54,14 +54,14 @@ POLL_S = 0.1
 
 
 def compare(config: Config, sources: Mapping[str, ImageSource]) -> str | None:
-    """Compare all processes with the main one; each calls it before it starts Accelerate.
+    """Compare all processes with the main one; every process calls it before it starts Accelerate.
 
     Returns:
-        By which method torch is to tie them together; None leaves it to Accelerate.
+        The ``init_method`` for torch's process group; None leaves it to Accelerate.
 
     Raises:
-        ConfigError: processes that differ; the main process names the rank, the field and both values.
-        TrainingError: processes that do not come in time.
+        ConfigError: on the main process if any differ; it names the rank, the field and both values.
+        TrainingError: processes that do not show up in time.
         SystemExit: on the other processes, with the exit code of the main one.
     """
     rank, world = _place(os.environ)
@@ -81,22 +81,22 @@ def compare(config: Config, sources: Mapping[str, ImageSource]) -> str | None:
 
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Rank and number of processes by the launcher's variables; without all of them, one process."""
+    """Rank and world size from the launcher's variables; ``(0, 1)`` unless all of them are set."""
     values = [environment.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
     return (int(values[0] or 0), int(values[1] or 1)) if all(values) else (0, 1)
 
 
 def slurm_problem(environment: Mapping[str, str], world: int) -> str:
-    """What is wrong where Slurm started several launchers and each of them believes to be alone; usually empty.
+    """What is wrong if Slurm started several launchers but not all of them joined this run; usually empty.
 
-    Only steps are looked at: one srun of a single process inside a larger allocation is fine.
+    Only the job step counts: an srun of a single task inside a larger allocation is fine.
     """
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
     if "SLURM_NODEID" not in environment or tasks == 1:
         return ""
     if "TORCHELASTIC_RUN_ID" in environment:
         joined = int(environment.get("GROUP_WORLD_SIZE") or 1)
-    elif "ACCELERATE_DYNAMO_BACKEND" in environment:  # What accelerate launch sets for one process, too.
+    elif "ACCELERATE_DYNAMO_BACKEND" in environment:  # Set by accelerate launch, even for a single process.
         joined = world
     else:
         return ""
@@ -110,7 +110,7 @@ def slurm_problem(environment: Mapping[str, str], world: int) -> str:
 
 
 class Meeting:
-    """What each process shows to the others, by way of the store, until a deadline."""
+    """Values that the processes publish to each other through the store, until a deadline in seconds."""
 
     def __init__(self, rank: int, world: int, deadline_s: float) -> None:
         self.ranks = range(world)
@@ -128,8 +128,9 @@ class Meeting:
                 f"seconds ({one_line(error)}): {NETWORK}."
             ) from error
 
-    # A launcher that restarts its processes hands them the old store, with all that the dead ones wrote. So the main
-    # process calls out a new name, and is answered in it by those who live; they in turn go by a token of their own.
+    # A launcher that restarts its processes gives them the old store, with everything that the dead ones wrote. So the
+    # main process announces a fresh namespace, in which only live processes answer. Each of these sends a random token
+    # and waits until it is echoed: an announcement left over from a dead main process never is.
 
     def _call(self) -> str:
         self.name = uuid.uuid4().hex
@@ -155,30 +156,36 @@ class Meeting:
         return self.name
 
     def init_method(self) -> str:
-        """For the process group: the same store, without what earlier attempts left in it."""
+        """A URL for the process group: the same store, under a prefix free of what earlier attempts left in it."""
         store, rank, world = PrefixStore(self.name, self._store), self._rank, len(self.ranks)
         scheme = f"trajdist{self.name}"
         register_rendezvous_handler(scheme, lambda url, **options: iter([(store, rank, world)]))
         return f"{scheme}://"
 
     def show(self, what: str, value: Any) -> None:
-        """Lay this process's value down for the others."""
+        """Publish this process's value, which must be JSON-serialisable."""
         self._store.set(self._key(what, self._rank), json.dumps(value))
 
     def see(self, what: str, rank: int) -> Any:
-        """The value of a process that has shown one."""
+        """The value of a process that has published one."""
         return json.loads(self._store.get(self._key(what, rank)))
 
     def gather(self, what: str) -> None:
-        """Wait until every process has shown a value.
+        """Wait until every process has published a value.
 
         Raises:
-            TrainingError: the deadline is over; it names who is missing.
+            TrainingError: the deadline has passed; it names the missing processes.
         """
         self._expect(what, self.ranks)
 
     def verdict(self, sentence: str) -> str:
-        """The main process's sentence, on every process; after bad news it stays until all have heard."""
+        """The main process's sentence, on every process; empty if nothing is wrong.
+
+        Otherwise the main process waits, for at most :data:`FAREWELL_S` seconds, until all have read it.
+
+        Raises:
+            TrainingError: on the other processes if the main one publishes none before the deadline.
+        """
         if self._rank == 0:
             self.show("verdict", sentence)
         else:
@@ -199,7 +206,7 @@ class Meeting:
             raise TrainingError("process 0 has ended before the processes were compared: see what it said.") from None
 
     def _come(self, what: str, ranks: range, seconds: float) -> bool:
-        """Whether these processes show a value in time."""
+        """Whether these processes publish a value in time."""
         try:
             self._store.wait([self._key(what, rank) for rank in ranks], timedelta(seconds=seconds))
         except RuntimeError:
@@ -207,7 +214,7 @@ class Meeting:
         return True
 
     def _expect(self, what: str, ranks: range) -> None:
-        # The main process, which may hold the store, says it first; the others speak where it does not.
+        # The main process, which may host the store, reports first; the others report only if it does not.
         patience_s = 0.0 if self._rank == 0 else FAREWELL_S
         if not self._come(what, ranks, self._deadline_s + patience_s):
             self._complain(what, ranks)
@@ -224,7 +231,7 @@ def _key(set_name: str) -> str:
 
 
 def _facts(config: Config, sources: Mapping[str, ImageSource], world: int) -> dict[str, Any]:
-    """What must be the same everywhere, and the host. The order is that of the complaints."""
+    """What must be the same everywhere, and the host. The first difference in this order is the one reported."""
     return {
         "host": socket.gethostname(),
         "trajdist": __version__,
@@ -249,7 +256,7 @@ def _hash(tree: dict[str, Any]) -> str:
 
 
 def _differences(meeting: Meeting) -> Iterator[str]:
-    """A sentence for each process that differs from the main one, about the first thing in which it does."""
+    """A sentence for each process that differs from the main one, about its first difference."""
     expected = meeting.see("facts", 0)
     for rank in meeting.ranks:
         facts = meeting.see("facts", rank)
@@ -266,7 +273,7 @@ def _differences(meeting: Meeting) -> Iterator[str]:
 
 
 def _differing(values: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    """The keys with two values, in the order in which they are expected; the host may be another one."""
+    """The keys whose values differ, in the order of ``expected``; the host may differ."""
     for key in expected:
         if key != "host" and values.get(key) != expected[key]:
             yield key
@@ -277,11 +284,13 @@ def _sentence(rank: int, host: str, field: str, value: object, expected: object,
 
 
 def add_up(processes: Processes) -> None:
-    """One all-reduce, as gradients will be added up, with a deadline; every process calls it.
+    """Try one all-reduce over the backend that gradients will use; every process calls it.
+
+    If it takes longer than :data:`SUM_S` seconds, the process is ended.
 
     Raises:
-        ConfigError: Accelerate did not take all processes.
-        TrainingError: a wrong sum, or the network's own error.
+        ConfigError: Accelerate did not see all processes.
+        TrainingError: a wrong sum, or the backend's own error.
     """
     expected = _place(os.environ)[1]
     if processes.world < expected:
@@ -302,7 +311,7 @@ def _check_sum(processes: Processes, found: float | RuntimeError) -> None:
 
 
 def _sum_in_time(processes: Processes) -> float | RuntimeError:
-    """In a thread: NCCL cannot be interrupted while it connects."""
+    """The sum, or its error, from a thread with a deadline: NCCL cannot be interrupted while it connects."""
     found: list[float | RuntimeError] = []
 
     def work() -> None:
@@ -319,7 +328,7 @@ def _sum_in_time(processes: Processes) -> float | RuntimeError:
     backend = torch.distributed.get_backend()
     sentence = f"the first sum over {backend} did not end within {SUM_S:g} seconds: {NETWORK}."
     print(f"trajdist: [process {processes.rank}] {sentence}", file=sys.stderr, flush=True)
-    # Nothing else ends a thread that waits inside the network.
+    # A thread that is blocked in network code cannot be ended in any other way.
     os._exit(TrainingError.exit_code)
 
 

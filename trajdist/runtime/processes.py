@@ -1,4 +1,4 @@
-"""The machine: Accelerate set-up, the group of processes, signals and memory readings."""
+"""The machine: Accelerate set-up, the process group, signals and memory readings."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ Batch = TypeVar("Batch")
 def start_accelerator(
     mixed_precision: str, timeout_s: float, deterministic: bool, init_method: str | None = None
 ) -> Accelerator:
-    """Set Accelerate up for this job: precision, process group with a timeout, no random state of its own.
+    """Set up Accelerate for this job: precision, process group with a timeout, no random state of its own.
 
     Raises:
-        ConfigError: a precision that this machine does not have.
+        ConfigError: a precision that this machine does not support.
         TrainingError: processes that cannot reach each other.
     """
     if deterministic:
@@ -49,10 +49,10 @@ def start_accelerator(
     try:
         return Accelerator(
             mixed_precision=precision(mixed_precision),
-            # The last micro-batch of a step is told by counting, never by the end of the loader.
+            # The last micro-batch of a step is recognised by counting, never by the end of the loader.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            # Random numbers are keyed by seed, phase, step and rank (see loop.py); nothing is to be synchronised.
+            # Random numbers are keyed by seed, phase, step and rank (see loop.py); there is nothing to synchronise.
             rng_types=[],
             kwargs_handlers=[
                 InitProcessGroupKwargs(init_method=init_method, timeout=timedelta(seconds=timeout_s)),
@@ -72,9 +72,9 @@ def start_accelerator(
 
 
 def precision(setting: str, device: str | None = None) -> str:
-    """What ``runtime.mixed_precision`` means on a kind of device, by default on the one that is here.
+    """Resolve ``runtime.mixed_precision`` for a device type, by default this machine's: ``no``, ``bf16`` or ``fp16``.
 
-    A CUDA device that is not here is taken to have bfloat16.
+    A CUDA device that is not present is assumed to support bfloat16.
     """
     if setting != "auto":
         return setting
@@ -82,13 +82,13 @@ def precision(setting: str, device: str | None = None) -> str:
         return chosen
     if (device or device_type()) != "cuda":
         return "no"
-    # Older GPUs emulate it, at a loss.
+    # Older GPUs only emulate bfloat16, which is slow.
     here = torch.cuda.is_available()
     return "bf16" if not here or torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def device_type() -> str:
-    """The kind of device that Accelerate will take."""
+    """The device type that Accelerate will use: ``cpu``, ``cuda`` or ``mps``."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
         return "cpu"
     if torch.cuda.is_available():
@@ -97,7 +97,7 @@ def device_type() -> str:
 
 
 class Processes:
-    """The processes of the job, as the rest of trajdist sees them: who I am, sums, gathering, waiting."""
+    """The processes of the job, as the rest of trajdist sees them: rank, reductions, gathering, barriers."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.rank: int = accelerator.process_index
@@ -113,8 +113,8 @@ class Processes:
         return tensor
 
     def sum_from_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over processes of a tensor that stays on the CPU; they may only be able to talk on their devices."""
-        # Where nobody else is, a device need not be able to hold it: MPS has no float64.
+        """Sum a CPU tensor over processes, by way of their devices: NCCL, for one, cannot reduce CPU tensors."""
+        # A single process skips the device, which may not support the data type: MPS has no float64.
         return tensor if self.world == 1 else self.sum(tensor.to(self.device)).cpu()
 
     def minimum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ class Processes:
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """The concatenated lists of all processes, on every process. Rare and small: it is not for the step."""
+        """The concatenated lists of all processes, on every process. For rare, small data, not for use in a step."""
         if self.world == 1:
             return items
         lists: list[Any] = [None] * self.world
@@ -144,7 +144,7 @@ class Processes:
         return box[0]
 
     def main_does(self, work: Callable[[], None]) -> None:
-        """The main process does ``work`` while the others wait; a user error ends all of them, said once.
+        """The main process does ``work`` while the others wait; a user error ends all of them and is reported once.
 
         Raises:
             UserError: on the main process.
@@ -163,10 +163,10 @@ class Processes:
             raise SystemExit(code)
 
     def all_do(self, work: Callable[[], None]) -> None:
-        """Every process does ``work``; a user error on one of them ends all. Who found it says it.
+        """Every process does ``work``; a user error on any of them ends all. The failing process reports it.
 
         Raises:
-            UserError: on the process that it happened on.
+            UserError: on the process where it happened.
             SystemExit: with its exit code, on the others.
         """
         failure: UserError | None = None
@@ -186,9 +186,9 @@ class Processes:
             torch.distributed.barrier()
 
     def leave(self) -> None:
-        """All processes are done: end the group together, before the interpreter takes its threads apart.
+        """Destroy the process group together once all are done, before the interpreter tears its threads down.
 
-        A process that just exits may find the connections of a quicker one cut and be aborted in its last moment.
+        A process that simply exits may lose its connection to one that was quicker, and be aborted on its way out.
         """
         if self.world > 1 and torch.distributed.is_initialized():
             self.wait()
@@ -205,7 +205,7 @@ class Processes:
 
 
 def open_store() -> Any:
-    """The key-value store by which the processes found each other; a connection of its own where torch can."""
+    """The rendezvous key-value store; on a connection of its own if this torch can clone the store."""
     store = torch.distributed.distributed_c10d._get_default_store()
     return store.clone() if hasattr(store, "clone") else store
 
@@ -217,9 +217,9 @@ def named(ranks: list[int]) -> str:
 
 
 class StopFlag:
-    """Remembers that somebody wants the run to stop: SIGTERM, SIGINT, SIGUSR1, or the STOP file.
+    """Records a request to stop the run: SIGTERM, SIGINT, SIGUSR1, or the STOP file.
 
-    Handlers only set a flag; the loop asks for it between steps. A second SIGINT ends the process at once.
+    Handlers only set a flag, which the loop checks between steps. A second SIGINT raises KeyboardInterrupt at once.
     """
 
     def __init__(self, stop_file: Path, watches_file: bool) -> None:
@@ -233,12 +233,12 @@ class StopFlag:
         return bool(self.why)
 
     def ask(self, why: str) -> None:
-        """Ask for the stop; the first reason stays."""
+        """Request a stop; the first reason is kept."""
         self.why = self.why or why
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopFlag]:
-        """Answer signals while the block runs."""
+        """Handle signals while the block runs, then restore the previous handlers."""
         numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
@@ -261,14 +261,14 @@ def _this_process() -> psutil.Process:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A tuple of tensors and other things, its tensors on the device. On CUDA it does not wait for the copies."""
-    # On MPS a copy that nobody waits for may read memory that has been given back meanwhile.
+    """Move a tuple's tensors to the device; its other items stay. On CUDA it does not wait for the copies."""
+    # On MPS an asynchronous copy may read memory that has been freed meanwhile.
     moved: Batch = send_to_device(batch, device, non_blocking=device.type == "cuda")
     return moved
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory in use now: allocated on a CUDA or MPS device, else the resident set of this process."""
+    """Bytes in use now: allocated on a CUDA or MPS device, else the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if device.type == "mps":
@@ -286,7 +286,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use since the reset: allocated on CUDA, else resident (whole process life without /proc)."""
+    """Most bytes in use since the reset: allocated on CUDA, else resident (since process start without /proc)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):
@@ -298,7 +298,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Hand the allocator's free blocks back to the device."""
+    """Return the allocator's free blocks to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-# Steps that are left out (they start workers, compile and allocate), that warm the profiler up, and that are traced.
+# Steps to skip (they start workers, compile and allocate), to warm up the profiler, and to trace.
 SKIPPED, WARM_UP, TRACED = 2, 1, 3
 COSTLIEST = 5
 
@@ -18,19 +18,19 @@ Say = Callable[[str], None]
 
 
 def nothing() -> None:
-    """What is done after a step that nobody profiles."""
+    """What to call after a step without a profiler."""
 
 
 @contextmanager
 def profiling(path: Path, say: Say) -> Iterator[Callable[[], None]]:
-    """Trace steps while the block runs, which calls what it is given after each; write the trace to ``path``."""
-    # Its library would report every start and stop on the screen.
+    """Trace steps while the block runs and write the trace to ``path``; call what it yields after every step."""
+    # Kineto would print every start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     needed = SKIPPED + WARM_UP + TRACED
 
     def finish(trace: profile) -> None:
-        # A phase that ends early ends the trace as well.
+        # This is also called when a phase ends early.
         if trace.step_num >= needed:
             _write(trace, path, say)
 
@@ -42,7 +42,7 @@ def profiling(path: Path, say: Say) -> Iterator[Callable[[], None]]:
 
 
 def _write(trace: profile, path: Path, say: Say) -> None:
-    """A profile that cannot be written is no reason to end the training."""
+    """Write the trace and list the costliest operations. Failing to write it does not end the training."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         trace.export_chrome_trace(str(path))
@@ -55,10 +55,10 @@ def _write(trace: profile, path: Path, say: Say) -> None:
 
 
 def costliest(trace: profile) -> list[str]:
-    """The operations with most time of their own, on the device if there was one: ``38 % aten::conv2d (159 calls)``."""
+    """The operations with the most self time, on the device if there was one: ``38% aten::conv2d (159 calls)``."""
     operations = trace.key_averages()
     kind = "self_device_time_total" if any(one.self_device_time_total for one in operations) else "self_cpu_time_total"
-    # The steps' own marks hold the idle time.
+    # The ProfilerStep marks themselves contain the idle time.
     named = [one for one in operations if not one.key.startswith("ProfilerStep")]
     total = sum(getattr(one, kind) for one in named) or 1.0
     named.sort(key=lambda one: getattr(one, kind), reverse=True)

@@ -17,14 +17,14 @@ GIB = 2**30
 
 
 def make_console(is_main: bool, bars: bool = True) -> Console:
-    """Where the job talks to the user; other processes are silent. Text is shown as it is: names may be anything.
+    """The console of the main process; the others are silent. Text is shown without markup: names may be anything.
 
     Args:
-        bars: False shows progress as lines, on a terminal too.
+        bars: False shows progress as lines even on a terminal.
     """
     width = None if sys.stdout.isatty() else 120
     if isinstance(sys.stdout, TextIOWrapper):
-        # A name that the terminal cannot show does not end the job.
+        # A name that the terminal cannot encode must not end the job.
         sys.stdout.reconfigure(errors="replace")
     terminal = None if bars else False
     return Console(
@@ -39,13 +39,13 @@ def make_console(is_main: bool, bars: bool = True) -> Console:
 
 
 class Progress:
-    """One stage of the job: a bar or lines, and the rate at which images go by.
+    """One stage of the job: a bar or lines, and its rate in images per second.
 
     Args:
         console: where to write.
         title: what the stage is called.
-        total_images: images to go through.
-        done_images: images that an earlier process went through.
+        total_images: images to process.
+        done_images: images that an earlier process has already processed.
     """
 
     def __init__(self, console: Console, title: str, total_images: int, done_images: int = 0) -> None:
@@ -77,7 +77,7 @@ class Progress:
         return (self._last[1] - self._first[1]) / max(self._last[0] - self._first[0], 1e-9)
 
     def advance(self, images: int) -> None:
-        """Move the bar; writes no line."""
+        """Move the bar; prints no line."""
         if self._bar:
             self._bar.update(self._task, completed=images)
 

@@ -1,6 +1,6 @@
-"""Experiment trackers by way of Accelerate: what metrics.jsonl says, the config, and pictures. Main process only.
+"""Experiment trackers through Accelerate: the records of metrics.jsonl, the config, and images. Main process only.
 
-A run of a tracker belongs to a run directory: its id is kept there, and a restart goes on with it.
+A tracker's run belongs to a run directory: its id is stored there, and a restart resumes it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Say = Callable[[str], None]
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Refuse a tracker that is not there, before anything is trained.
+    """Refuse a tracker that is not installed, before anything is trained.
 
     Raises:
-        ConfigError: with what to install.
+        ConfigError: it names the package to install.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -40,10 +40,10 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The open trackers of a run. One that fails is named once and dropped; training goes on without it."""
+    """The open trackers of a run. One that fails is reported once and dropped; training goes on without it."""
 
     def __init__(self, names: Sequence[str], rundir: RunDir, config: Mapping[str, Any], say: Say) -> None:
-        """``config`` is flat; it is sent when a tracker's run begins, not again on a restart."""
+        """``config`` is flat; it is sent when a tracker's run begins, and not again on a restart."""
         self._say, self._domain, self._after = say, "", 0
         self._open: dict[str, Any] = {}
         for name in names:
@@ -53,13 +53,13 @@ class Trackers:
         return bool(self._open)
 
     def under(self, domain: str, after: int) -> Trackers:
-        """The same, where all that is logged is called ``domain/...``, and steps come after so many others."""
+        """A view that logs everything as ``domain/...``, with ``after`` added to every step."""
         view = copy.copy(self)
         view._domain, view._after = f"{domain}/", after
         return view
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """A line of metrics.jsonl: its numbers, as ``phase1/step/loss``, at a step that rises through both phases."""
+        """Log the numbers of a metrics.jsonl record, as ``phase1/step/loss``; ``step`` counts through both phases."""
         prefix = f"{self._domain}phase{record['phase']}/{record['event']}"
         values = {
             f"{prefix}/{key}": float(value)
@@ -69,11 +69,11 @@ class Trackers:
         self._each(lambda _, tracker: tracker.log(values, step=self._after + step))
 
     def show(self, title: str, pictures: Sequence[Picture], step: int) -> None:
-        """Pictures of one size, uint8 ``[H, W, 3]``."""
+        """Log pictures of one size, uint8 ``[H, W, 3]``."""
         self._each(lambda name, tracker: SHOW[name](tracker, f"{self._domain}{title}", pictures, self._after + step))
 
     def finish(self) -> None:
-        """Close all."""
+        """Close all trackers."""
         self._each(lambda _, tracker: tracker.finish())
         self._open.clear()
 
@@ -93,7 +93,7 @@ class Trackers:
     def _trying(self, name: str, work: Callable[..., None], *arguments: Any) -> None:
         try:
             work(*arguments)
-        except Exception as error:  # Trackers raise whatever their servers make them.
+        except Exception as error:  # Trackers can raise anything, depending on their servers.
             self._open.pop(name, None)
             reason = one_line(error)
             self._say(f"the tracker {name} failed ({type(error).__name__}: {reason}): training goes on without it")
@@ -130,7 +130,7 @@ def _open_wandb(run: Path, known: str | None) -> tuple[Any, str]:
 def _open_trackio(run: Path, known: str | None) -> tuple[Any, str]:
     from accelerate.tracking import TrackioTracker
 
-    # trackio knows a run by its name alone.
+    # trackio identifies a run by its name alone.
     run_id = known or f"{run.name}-{uuid.uuid4().hex[:8]}"
     tracker = TrackioTracker(os.environ.get("TRACKIO_PROJECT", PROJECT), name=run_id, resume="allow")
     tracker.start()

@@ -1,4 +1,4 @@
-"""Ends a process that waits too long for another one, and says which: a job must end, not hang."""
+"""Ends a process that waits too long for another one, and names that one: a job must end, not hang."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from trajdist.errors import TrainingError
 from trajdist.runtime.processes import Processes, StopFlag, named, open_store
 
 INTERVAL_S = 1.0
-# Signs of life this far apart tell a slow process from a lost one.
+# Two readings of the signs of life, this far apart, tell a slow process from a lost one.
 LISTEN_S = 3.0
-# The store lies with process 0; where the network is cut it never answers.
+# Process 0 hosts the store; if the network is down, it never answers.
 ANSWER_S = 10.0
 GO_ON = "run the same command again to go on from the last checkpoint"
 
 
 class Watchdog:
-    """Shows this process's signs of life to the others, and ends the process when it stands still.
+    """Publishes this process's signs of life, and ends the process if it makes no progress for ``timeout_s``.
 
-    Each has a thread of its own: one that talks to another machine may be kept waiting.
-    The training calls :meth:`beat` wherever it gets on. All processes beat equally often, so the one with the fewest
-    beats is the one that the others wait for.
+    Publishing and watching have a thread each, because publishing may block on another machine. Training calls
+    :meth:`beat` whenever it makes progress. All processes beat equally often, so the others are waiting for the one
+    with the fewest beats.
     """
 
     def __init__(self, processes: Processes, stop: StopFlag, timeout_s: float) -> None:
@@ -39,18 +39,18 @@ class Watchdog:
         self._parent = os.getppid() if launcher.is_elastic() else None
 
     def beat(self) -> None:
-        """This process has got on."""
+        """Record that this process has made progress."""
         self._beats += 1
 
     @contextlib.contextmanager
     def watching(self, on_end: Callable[[str], None]) -> Iterator[None]:
-        """Watch while the block runs; errors that mean a lost process name it.
+        """Watch while the block runs; errors caused by a lost process name it.
 
         Args:
-            on_end: told why, just before the process is ended.
+            on_end: called with the reason just before the process is ended.
 
         Raises:
-            TrainingError: another process, or a decoding process, is gone.
+            TrainingError: another process of the job, or a decoding worker, is gone.
         """
         self._on_end = on_end
         for thread in self._threads:
@@ -63,7 +63,7 @@ class Watchdog:
                 raise
             raise TrainingError(sentence) from error
         finally:
-            # A thread inside the store's C++ when the interpreter ends would abort the process.
+            # A thread still in the store's C++ code at interpreter exit would abort the process.
             self._done.set()
             for thread in self._threads:
                 thread.join(LISTEN_S)
@@ -81,27 +81,27 @@ class Watchdog:
 
     def _watch(self) -> None:
         seen, waited_s = 0, 0.0
-        # Waits are counted, not read off a clock: a job that was suspended as a whole has not waited.
+        # Intervals are counted instead of reading a clock: a job suspended as a whole has not been waiting.
         while not self._done.wait(INTERVAL_S):
             if self._parent is not None and os.getppid() != self._parent:
                 self._stop.ask("the launcher is gone")
             waited_s = waited_s + INTERVAL_S if seen == self._beats else 0.0
             seen = self._beats
-            # At the prompt of a debugger nobody hangs.
+            # A process at a debugger's prompt is not hanging.
             if waited_s > self._timeout_s and "pdb" not in sys.modules:
                 self._end()
 
     def _show(self) -> None:
         self._ticks += 1
         if self._store is not None:
-            # The store may be gone with its process; then the waiting ends by the timeout.
+            # The store may be gone with its process; then the timeout ends the wait.
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"alive/{self._processes.rank}", f"{self._ticks} {self._beats}")
 
     def _end(self) -> None:
         why = f"{self._who_is_missing()} for runtime.timeout_s={self._timeout_s:g} seconds: {GO_ON}."
         print(f"trajdist: [process {self._processes.rank}] {why}", file=sys.stderr, flush=True)
-        # Nothing else ends a thread that waits inside the network or the file system.
+        # A thread that is blocked in network or file system code cannot be ended in any other way.
         try:
             self._on_end(why)
         finally:
@@ -127,7 +127,7 @@ class Watchdog:
         return f"{named([rank for rank, (_, beats) in after.items() if beats == fewest])} stood still"
 
     def _signs(self) -> dict[int, tuple[int, int]]:
-        """Ticks and beats of every process; zeros for one that never showed any."""
+        """Ticks (liveness) and beats (progress) of every process; zeros for one that never published any."""
         return {rank: self._sign(rank) for rank in range(self._processes.world)}
 
     def _sign(self, rank: int) -> tuple[int, int]:
