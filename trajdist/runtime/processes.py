@@ -196,12 +196,25 @@ class Processes:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process runs the block before the others, which then find what it downloaded."""
-        if not self.is_main:
-            self.wait()
-        yield
+        """Run the block on the main process before the others, so they find what it downloaded.
+
+        Raises:
+            SystemExit: on the others, with the main process's exit code, if the block fails there.
+        """
         if self.is_main:
-            self.wait()
+            code = 1
+            try:
+                yield
+                code = 0
+            except UserError as error:
+                code = error.exit_code
+                raise
+            finally:
+                self.broadcast(code)
+        else:
+            if code := self.broadcast(None):
+                raise SystemExit(code)
+            yield
 
 
 def open_store() -> Any:

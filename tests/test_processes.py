@@ -1,0 +1,58 @@
+"""The group of processes: what one of them finds ends all, and nothing waits for a process that failed."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
+
+import pytest
+import torch
+
+from trajdist.errors import ConfigError
+from trajdist.runtime.processes import Processes, precision
+
+
+class OneOfTwo(Processes):
+    """A process whose broadcasts go through a queue."""
+
+    def __init__(self, is_main: bool, said: Queue) -> None:
+        self.is_main, self.world, self.device, self._said = is_main, 2, torch.device("cpu"), said
+
+    def broadcast(self, item):
+        if self.is_main:
+            self._said.put(item)
+            return item
+        return self._said.get(timeout=30)
+
+
+def come_after(processes: Processes, order: list[str], failure: Exception | None) -> None:
+    with processes.main_first():
+        if failure and processes.is_main:
+            raise failure
+        order.append("main" if processes.is_main else "other")
+
+
+@pytest.mark.parametrize(("failure", "code"), [(None, 0), (ConfigError("no weights"), 2), (OSError("gone"), 1)])
+def test_the_others_follow_the_main_process_or_end_with_it(failure, code):
+    said, order = Queue(), []
+    with ThreadPoolExecutor(2) as threads:
+        other, main = (threads.submit(come_after, OneOfTwo(is_main, said), order, failure) for is_main in (False, True))
+    assert main.exception() is failure
+    assert order == ([] if failure else ["main", "other"])
+    assert (other.exception().code if failure else 0) == code
+
+
+def test_a_sum_of_one_process_stays_on_the_host():
+    """MPS has no float64; ``meta`` stands in for it, and would lose the numbers."""
+    alone = OneOfTwo(True, Queue())
+    alone.world, alone.device = 1, torch.device("meta")
+    assert alone.sum_from_host(torch.ones(3, dtype=torch.float64)).tolist() == [1.0] * 3
+
+
+def test_emulated_bfloat16_is_not_chosen(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert precision("auto", "cuda") == "no"
+    assert precision("bf16", "cuda") == "bf16"
+    assert precision("auto", "cpu") == "no"
