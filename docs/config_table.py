@@ -12,10 +12,10 @@ from trajdist.config import fields
 PREFACE = """\
 # Configuration
 
-Made from the schema by `python docs/config_table.py --page`. A config is YAML with any of these keys; the command
-line overrides them as `key=value`; what is named nowhere has its default. A dot marks the keys that may change when a
-run is resumed; the others would change its result and are refused. `trajdist config --schema` prints JSON Schema for
-editors, `trajdist config CONFIG` all values as resolved.
+Generated from the schema by `python docs/config_table.py --page`. A config is YAML with any of these keys. Command-line
+arguments of the form `key=value` override it, and keys that are set nowhere have their defaults. A dot marks the keys
+that may change when a run is resumed; changing any other would change the result and is refused. `trajdist config
+CONFIG` prints all values as resolved, `trajdist config --schema` prints JSON Schema for editors.
 """
 
 
@@ -29,7 +29,7 @@ def table() -> str:
 
 
 def page() -> str:
-    """The configuration reference: a section for each group of keys, then all keys as YAML."""
+    """The configuration reference: a section for each group of keys."""
     rows, groups = table().splitlines(), {}
     for row in rows[2:]:
         key = row.split("`")[1]

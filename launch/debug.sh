@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One process on one GPU or the CPU, no workers, deterministic algorithms, anomaly detection, tiny data; pdb works.
-#   bash launch/debug.sh [CONFIG.yaml] [key=value ...]      (without a config: the shipped one named debug)
+#   bash launch/debug.sh [CONFIG.yaml] [key=value ...]      (default config: debug)
 set -euo pipefail
 if [ "${1:-}" = --help ]; then sed -n '2,3s/^# //p' "$0"; exit; fi
 # shellcheck source=launch/environment.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv beside this checkout and installs trajdist with the extras named in $1. Sourced by the other scripts.
-# A second call is quick: the installation is skipped while setup.cfg and the extras stay as they are.
-# TRAJDIST_VENV=DIR uses an environment that has everything already, as it is.
+# Creates .venv in this checkout and installs trajdist with the extras named in $1. Sourced by the other scripts.
+# A second call is quick: nothing is installed while setup.cfg, pyproject.toml and the extras are unchanged.
+# TRAJDIST_VENV=DIR uses an existing environment and installs nothing.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every GPU of this machine: bash launch/multi_gpu.sh CONFIG.yaml [key=value ...]
-# NUM_PROCESSES sets another number of processes; with ACCELERATE_USE_CPU=true they run on the CPU.
+# Run on every GPU of this machine: bash launch/multi_gpu.sh CONFIG.yaml [key=value ...]
+# NUM_PROCESSES overrides the number of processes; with ACCELERATE_USE_CPU=true they run on the CPU.
 set -euo pipefail
 if [ $# -eq 0 ] || [ "$1" = --help ]; then sed -n '2,3s/^# //p' "$0"; exit; fi
 # shellcheck source=launch/environment.sh
@@ -10,13 +10,13 @@ if [ -z "${NUM_PROCESSES:-}" ]; then
   NUM_PROCESSES=$("$venv"/bin/python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
 options=(--config_file accelerate_config.yaml --num_processes "$NUM_PROCESSES")
-# Without bf16 units float32 is faster.
+# CPUs without bf16 units are faster in float32.
 if [ "${ACCELERATE_USE_CPU:-}" = true ]; then options+=(--mixed_precision no); fi
 command=("$venv"/bin/accelerate launch "${options[@]}" -m trajdist run "$@")
-# The launcher refuses --multi_gpu for one process; one process needs no launcher.
+# The launcher refuses --multi_gpu with one process, which needs no launcher anyway.
 if [ "$NUM_PROCESSES" -eq 1 ]; then command=("$venv"/bin/python -m trajdist run "$@"); fi
 echo "+ ${command[*]}"
-# Slurm's early warning (--signal=USR1@120) reaches the launcher, which passes on only the signals named here.
+# Slurm's early warning (--signal=USR1@120) reaches the launcher, which forwards only the signals named here.
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "${command[@]}"

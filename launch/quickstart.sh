@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv, installs, trains on an embedded data set, and looks for defects: bash launch/quickstart.sh [key=value ...]
+# Creates .venv, installs, trains on an embedded data set, and looks for defects: bash launch/quickstart.sh [key=value ...]
 set -euo pipefail
 if [ "${1:-}" = --help ]; then sed -n '2s/^# //p' "$0"; exit; fi
 # shellcheck source=launch/environment.sh

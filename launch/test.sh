@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv, installs with the test extras, and runs the tests: bash launch/test.sh [pytest options]
+# Creates .venv, installs with the test extras, and runs the tests: bash launch/test.sh [pytest options]
 set -euo pipefail
 if [ "${1:-}" = --help ]; then sed -n '2s/^# //p' "$0"; exit; fi
 # shellcheck source=launch/environment.sh
@@ -10,6 +10,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 "$venv"/bin/ruff format --check .
 "$venv"/bin/mypy trajdist
 echo "+ pytest $*"
-# Many tests wait for jobs of their own: two at a time keep two cores busy. Files stay together, so that one
-# Slurm, one object store and one finished run serve all tests of a file.
+# Many tests wait for jobs that they start: two at a time keep two cores busy. The tests of a file stay together, so that
+# they share one Slurm, one object store and one finished run.
 "$venv"/bin/python -m pytest -m "not slow" -n 2 --dist loadfile "$@"

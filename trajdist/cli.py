@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(commands, "adapt", "Phase 2 only, on an existing Phase 1 (phase1=DIR)", [2])
     _add_plan(commands)
     score = _add_scoring(commands, "score", "unlabelled images -> scores.jsonl, heat maps", _score)
-    score.add_argument("images", metavar="IMAGES", help="a folder of images, one image, or skimage:NAME/heldout")
+    score.add_argument("images", metavar="IMAGES", help="a folder, one image, tar shards, hf:NAME:SPLIT, skimage:NAME")
     evaluate = _add_scoring(commands, "evaluate", "labelled images in MVTec layout -> metrics.json as well", _evaluate)
     evaluate.add_argument("images", metavar="DATASET", help="a folder with test/ and ground_truth/ in it")
     merge = _add(commands, "merge", "an adapter added to its base's weights, as a Phase 1 of its own", _merge)

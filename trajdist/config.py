@@ -52,20 +52,20 @@ class ImageSet(Section):
     batch_size: PositiveInt = 32
     """Images per process and micro-batch."""
     num_samples: Annotated[int, Field(ge=-1)] = -1
-    """Images to train on: a seeded random subset, of each known class its share; -1 is all."""
+    """Images to train on: a seeded random subset, stratified by class where classes are known; -1 for all."""
     num_epochs: PositiveInt = Field(1, json_schema_extra=FREE)
     """Passes over the images."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimizer step."""
     fit: Literal["squash", "crop"] = "squash"
-    """How an image becomes square: `squash` keeps every place, `crop` keeps the aspect and the centre."""
+    """How images are made square: `squash` ignores the aspect ratio, `crop` takes the largest central square."""
 
 
 class ImagenetSet(ImageSet):
     """Photographs are cropped, as they were when the backbone was trained; of a domain every place matters."""
 
     fit: Literal["squash", "crop"] = "crop"
-    """As for the domain. Scoring makes images square as `data.domain.fit` says."""
+    """`crop` or `squash`, see data.domain.fit. Training only: scoring always uses data.domain.fit."""
 
 
 class Data(Section):
@@ -76,21 +76,21 @@ class Data(Section):
     domain: ImageSet = ImageSet()
     """Phase 2."""
     domains: dict[DomainName, ImageSet] = Field({}, json_schema_extra=FREE)
-    """Several domains by name (`{road: {path: ...}}`), adapted to at once; unset keys are those of `data.domain`."""
+    """Several domains by name (`{road: {path: ...}}`), adapted to in one job; unset keys come from `data.domain`."""
     image_size: Annotated[int, Field(ge=16)] = 224
-    """Height and width the backbone sees, in pixels."""
+    """Height and width of the backbone's input, in pixels."""
     num_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field("auto", json_schema_extra=FREE)
-    """Decoding processes per training process; `auto`: processors that do not compute; without any, threads read."""
+    """Decoding workers per training process; `auto`: one per spare core (at most 16), or threads if none is spare."""
     read_retries: Annotated[int, Field(ge=0)] = Field(3, json_schema_extra=FREE)
-    """How often a read that fails with a passing I/O error is tried again, with growing pauses."""
+    """How often a read that fails with a transient I/O error is retried, with growing pauses."""
     shuffle_window: Annotated[int, Field(ge=0)] = 16
-    """Tar shards that are mixed, and read from, at a time; 0, or no more shards than this, mixes all as in a folder."""
+    """Tar shards that are read and shuffled together; 0, or at least the number of shards, shuffles everything."""
     cache_dir: str | None = Field(None, json_schema_extra=FREE)
-    """A folder on a disk of the machine for copies of remote shards; null reads each image over the network."""
+    """A folder on a local disk for copies of remote shards; null reads each image over the network."""
     cache_gib: Rate = Field(100.0, json_schema_extra=FREE)
-    """Most that those copies may take, in GiB; the least recently used go first."""
+    """Maximum size of those copies, in GiB; the least recently used are evicted first."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.05, json_schema_extra=FREE)
-    """Unreadable images are left out and listed; when they are more than this share, the run stops."""
+    """Unreadable images are skipped and listed; if they exceed this share of the images, the run stops."""
 
     @model_validator(mode="before")
     @classmethod
@@ -115,41 +115,41 @@ class Backbone(Section):
     weights: str = "DEFAULT"
     """`DEFAULT` (pretrained), `none` (random, seeded), or a .safetensors, .pt or .pth file."""
     blocks: list[str] = []
-    """Glob patterns of module names to observe; empty finds the residual blocks by structure."""
+    """Glob patterns of the modules to observe; if empty, residual blocks are found from the network's structure."""
     compile: bool = Field(False, json_schema_extra=FREE)
-    """Compile backbone and sequence model (torch.compile): faster steps after a slower start; needs a C++ compiler."""
+    """Compile backbone and sequence model (torch.compile): faster steps, slower start; needs a C++ compiler."""
 
 
 class Model(Section):
     """The trajectories and the sequence model that learns them."""
 
     type: Annotated[str, AfterValidator(known_model)] = Field("autoencoder", json_schema_extra=_list_models)
-    """The architecture: `autoencoder`, `vae`, `transformer`, or one that an installed package registers."""
+    """The architecture: `autoencoder`, `vae`, `transformer`, or one registered by an installed package."""
     hidden_dim: Width = 512
     """Width of the hidden layers."""
     latent_dim: Width = 128
-    """Numbers that a whole trajectory is squeezed through."""
+    """Width of the bottleneck that a whole trajectory is compressed to."""
     num_layers: Annotated[int, Field(ge=0, le=256)] = 2
-    """Hidden layers of the encoder, and as many of the decoder; an autoencoder with 0 is linear."""
+    """Hidden layers in the encoder, and the same number in the decoder; an autoencoder with 0 is linear."""
     num_heads: PositiveInt = 4
     """Attention heads (transformer); must divide hidden_dim."""
     dropout: Fraction = 0.0
-    """Dropout inside the hidden layers while training."""
+    """Dropout in the hidden layers during training."""
     spatial_resolution: PositiveInt = 7
-    """Places per side: every block is pooled to this grid."""
+    """Grid cells per side: every block's feature map is pooled to this grid."""
     feature_dim: Width = 128
-    """Channels that every block is reduced to."""
+    """Channels that each block is projected to."""
 
 
 class Trajectory(Section):
     """How block activations are reduced to `model.feature_dim` channels."""
 
     projection: Literal["pca", "random"] = "pca"
-    """`pca` whitens along the principal components; `random` is an orthonormal random reduction."""
+    """`pca` whitens along the principal components; `random` projects onto random orthonormal directions."""
     subcells: Annotated[int, Field(gt=0, le=16)] = 1
-    """From 2 on, blocks that much finer than the grid come twice: also with n x n sub-cells of each place apart."""
+    """If n > 1, blocks at least n times finer than the grid are used twice: as n x n sub-cells and as their mean."""
     statistics_images: PositiveInt = 10000
-    """Images, at most, of each pass that measures statistics."""
+    """Maximum number of images in each statistics or calibration pass."""
 
 
 class Train(Section):
@@ -158,17 +158,17 @@ class Train(Section):
     learning_rate: Rate = 1e-3
     """Peak learning rate of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Decoupled weight decay of weight matrices."""
+    """Decoupled weight decay, on weight matrices only."""
     warmup_fraction: Fraction = 0.05
-    """Share of the training over which the learning rate rises; then it falls along a cosine."""
+    """Share of the training over which the learning rate warms up; then it decays along a cosine."""
     max_grad_norm: Rate = 1.0
-    """Gradients are clipped to this norm."""
+    """Maximum gradient norm (clipping)."""
     cell_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the places of each image that a step trains on, drawn anew each epoch; scoring uses them all."""
+    """Share of each image's grid cells that a step trains on, redrawn every epoch; scoring uses all of them."""
     kl_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the VAE's Kullback-Leibler term; 1 is the evidence lower bound."""
+    """Weight of the VAE's KL term; 1 is the evidence lower bound (ELBO)."""
     kl_warmup_fraction: Fraction = 0.2
-    """Share of the training over which the weight of that term rises from 0."""
+    """Share of the training over which the KL weight rises from 0."""
 
 
 class Lora(Section):
@@ -185,7 +185,7 @@ class Lora(Section):
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) (rank-stabilized LoRA)."""
     use_dora: bool = False
-    """Adapt direction and magnitude apart (DoRA)."""
+    """Adapt direction and magnitude separately (DoRA)."""
     learning_rate: Rate = 1e-3
     """Peak learning rate of AdamW in Phase 2."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -196,9 +196,9 @@ class DomainAdaptation(Section):
     """Phase 2."""
 
     enabled: bool | None = Field(None, json_schema_extra=FREE)
-    """Whether `run` goes on to Phase 2; null means wherever data.domain.path is set."""
+    """Whether `run` goes on to Phase 2; null means: if data.domain.path or data.domains is set."""
     objective: Literal["reconstruction", "contrast"] = "reconstruction"
-    """`reconstruction` as in Phase 1; `contrast` teaches the score to tell drawn defects from clean places."""
+    """`reconstruction` as in Phase 1; `contrast` trains the score to separate drawn defects from clean cells."""
     lora: Lora = Lora()
     """The adapter."""
 
@@ -207,7 +207,7 @@ class Calibration(Section):
     """What is learned about clean images at the end of each phase."""
 
     holdout_fraction: Fraction = 0.1
-    """Share of the images that is kept out of training, for p-values and thresholds."""
+    """Share of the images held out of training, for p-values and thresholds."""
 
 
 class Checkpoint(Section):
@@ -216,34 +216,34 @@ class Checkpoint(Section):
     every_steps: PositiveInt = Field(1000, json_schema_extra=FREE)
     """Optimizer steps between checkpoints."""
     every_minutes: Rate = Field(15.0, json_schema_extra=FREE)
-    """Minutes between checkpoints; whichever comes first."""
+    """Minutes between checkpoints, if that comes first."""
     keep: PositiveInt = Field(2, json_schema_extra=FREE)
-    """Checkpoints to keep, the newest ones."""
+    """How many of the newest checkpoints to keep."""
 
 
 class Validation(Section):
     """Looking at the weights between epochs, on images that they were not trained on."""
 
     every_epochs: Annotated[int, Field(ge=0)] = 0
-    """Epochs between validations, and one after the last; 0 never. See docs/validation.md."""
+    """Epochs between validations (the last epoch is always validated); 0 turns it off. See docs/validation.md."""
     path: str | None = None
-    """Labelled images (MVTec layout) whose AUROCs are measured too; image AUROC then decides what is best."""
+    """Labelled images (MVTec layout) to measure AUROC on; image AUROC then decides which weights are best."""
     keep: Literal["best", "last"] = "best"
-    """Which weights the phase ends with: those that validated best, or the last ones."""
+    """Which weights the phase ends with: those of the best validation, or the last ones."""
 
 
 class EarlyStopping(Section):
     """An end before the last epoch."""
 
     patience: Annotated[int, Field(ge=0)] = 0
-    """Validations without a better one after which the phase ends; 0 never."""
+    """Validations without improvement after which the phase ends; 0 turns it off."""
 
 
 class Ema(Section):
     """A moving average of the weights."""
 
     decay: Fraction = 0.0
-    """Share of the average that a step keeps, such as 0.999; what is validated and saved is the average. 0 is off."""
+    """EMA decay per step, such as 0.999; the averaged weights are validated and saved. 0 turns it off."""
 
 
 class Logging(Section):
@@ -252,49 +252,49 @@ class Logging(Section):
     every_steps: PositiveInt = Field(20, json_schema_extra=FREE)
     """Optimizer steps between lines of metrics.jsonl; losses stay on the device in between."""
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field([], json_schema_extra=FREE)
-    """Experiment trackers: `tensorboard`, `wandb`, `trackio`, `mlflow`; each is an extra. See docs/tracking.md."""
+    """Experiment trackers: `tensorboard`, `wandb`, `trackio`, `mlflow`; each needs its extra. See docs/tracking.md."""
 
 
 class Cache(Section):
     """Trajectories kept on disk, so that later epochs need no backbone."""
 
     dir: str | None = Field(None, json_schema_extra=FREE)
-    """A folder, best on a disk of the machine; null recomputes. Trajectories are then rounded to bfloat16."""
+    """A folder, best on a local disk, for trajectories rounded to bfloat16; null recomputes them every epoch."""
     max_gib: Rate = Field(100.0, json_schema_extra=FREE)
-    """Most that one set's trajectories may take, in GiB; images beyond are recomputed."""
+    """Maximum size of one image set's trajectories, in GiB; images beyond it are recomputed."""
 
 
 class Memory(Section):
     """Memory options."""
 
     images_per_pass: PositiveInt | None = Field(None, json_schema_extra=FREE)
-    """Images of a micro-batch that pass the backbone at a time; null is all, on CPUs a few."""
+    """Images per backbone pass; null is the whole micro-batch on accelerators, a few images on CPUs."""
     empty_cache_every: Annotated[int, Field(ge=0)] = Field(0, json_schema_extra=FREE)
-    """Steps between calls of the allocator's empty_cache; 0 never (references are dropped either way)."""
+    """Steps between calls to the allocator's empty_cache; 0 never calls it (references are dropped either way)."""
 
 
 class Runtime(Section):
     """The machine."""
 
     mixed_precision: Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(_yaml_no)] = "auto"
-    """`auto` takes Accelerate's setting, and without one bf16 on CUDA devices that have it."""
+    """`auto` takes Accelerate's setting; without one, bf16 on CUDA devices with native support."""
     deterministic: bool = Field(False, json_schema_extra=FREE)
-    """Deterministic algorithms only (slower on CUDA)."""
+    """Use deterministic algorithms only (slower on CUDA)."""
     detect_anomaly: bool = Field(False, json_schema_extra=FREE)
-    """Autograd names the operation that first gave a NaN gradient (slow)."""
+    """Autograd names the operation that first produced a NaN gradient (slow)."""
     timeout_s: Rate = Field(1800.0, json_schema_extra=FREE)
-    """Seconds after which a process that waits for a lost or hung peer gives up."""
+    """Seconds after which a process waiting for a lost or hung peer gives up."""
 
 
 class Config(Section):
     """Everything a run needs to know."""
 
     run_dir: str = Field("runs/default", json_schema_extra=FREE)
-    """Where the run writes all it makes."""
+    """Where the run writes all its output."""
     phase1: str | None = Field(None, json_schema_extra=FREE)
-    """An older run directory (or its phase1 folder) whose Phase 1 `adapt` builds on; null is run_dir's own."""
+    """A run directory (or its phase1 folder) whose Phase 1 `adapt` builds on; null means run_dir's own."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Decides the order of the images, the initial weights and all noise."""
+    """Determines the order of the images, the initial weights and all noise."""
     data: Data = Data()
     """Images."""
     backbone: Backbone = Backbone()
