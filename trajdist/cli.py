@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 Several processes: accelerate launch --config_file accelerate_config.yaml -m trajdist run CONFIG [key=value ...]
-Exit codes: 0 done; 2 wrong usage or config; 3 wrong data; 4 wrong or damaged artifact; 75 stopped on request with a
-checkpoint saved (0 under a launcher; status.json tells)."""
+Exit codes: 0 done; 1 training failed, or a problem that audit found; 2 wrong usage or config; 3 wrong data; 4 wrong or
+damaged artifact; 75 stopped on request with a checkpoint saved (0 under a launcher; status.json tells); 130 Ctrl-C."""
 
 Command = Callable[[argparse.Namespace], int]
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

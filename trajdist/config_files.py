@@ -83,7 +83,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split()).rstrip("^ :.")
-        raise ConfigError(f"the config {str(path)!r} cannot be read as YAML ({reason}): mend the file.") from None
+        raise ConfigError(f"the config {str(path)!r} cannot be read as YAML ({reason}): fix the file.") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):

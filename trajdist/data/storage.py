@@ -200,7 +200,7 @@ def refusal(key: str, name: str, error: Exception) -> DataError:
     if isinstance(error, ImportError):
         extra = EXTRAS.get(name.partition("://")[0])
         return DataError(f"{shown} needs another package ({reason}): pip install 'trajdist[{extra}]'.")
-    return DataError(f"{shown} cannot be read ({reason}): mend it, or try again later.")
+    return DataError(f"{shown} cannot be read ({reason}): fix it, or try again later.")
 
 
 def read_bytes(path: Path, retries: int) -> bytes:

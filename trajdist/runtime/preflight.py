@@ -40,7 +40,7 @@ SAME_FILES = "let all machines see the same files"
 SAME_COMMAND = "start all processes with the same command"
 SAME_VERSION = "install the same version on all machines"
 NETWORK = "check the network between the machines (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
-MENDS = {
+FIXES = {
     "trajdist": SAME_VERSION,
     "torch": SAME_VERSION,
     "accelerate": SAME_VERSION,
@@ -268,8 +268,8 @@ def _differences(meeting: Meeting) -> Iterator[str]:
                 rank, facts["host"], f"config {key}", configs[0].get(key), configs[1].get(key), SAME_COMMAND
             )
         elif found:
-            mend = MENDS.get(found.partition(" in ")[0], SAME_COMMAND)
-            yield _sentence(rank, facts["host"], found, facts.get(found), expected[found], mend)
+            fix = FIXES.get(found.partition(" in ")[0], SAME_COMMAND)
+            yield _sentence(rank, facts["host"], found, facts.get(found), expected[found], fix)
 
 
 def _differing(values: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
@@ -279,8 +279,8 @@ def _differing(values: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterat
             yield key
 
 
-def _sentence(rank: int, host: str, field: str, value: object, expected: object, mend: str) -> str:
-    return f"process {rank} on {host}: {field} is {value!r}, process 0 has {expected!r}: {mend}."
+def _sentence(rank: int, host: str, field: str, value: object, expected: object, fix: str) -> str:
+    return f"process {rank} on {host}: {field} is {value!r}, process 0 has {expected!r}: {fix}."
 
 
 def add_up(processes: Processes) -> None:

@@ -139,7 +139,7 @@ class RunDir:
                 if file.exists() and file.stat().st_size > sizes.get(file.name, 0):
                     os.truncate(file, sizes.get(file.name, 0))
 
-    def mend(self, file: Path) -> None:
+    def drop_torn_line(self, file: Path) -> None:
         """Remove an incomplete last line left by a crash, so that the next record starts on a new line."""
         with _recording(file):
             whole = file.read_bytes() if file.exists() else b""

@@ -66,7 +66,7 @@ class BadImages:
     def __init__(self, rundir: RunDir, processes: Processes) -> None:
         self._rundir, self._processes = rundir, processes
         if processes.is_main:
-            rundir.mend(rundir.bad_images)
+            rundir.drop_torn_line(rundir.bad_images)
         self._known = _names_in(rundir.bad_images) if processes.is_main else set()
         self._new: list[tuple[int, str]] = []
 
@@ -239,7 +239,7 @@ def check_bad_fraction(failures: int, num_images: int, allowed: float, rundir: R
     if failures > allowed * num_images or failures == num_images:
         raise DataError(
             f"{failures} of {num_images} images could not be used, more than data.max_bad_fraction={allowed:g} "
-            f"allows: see {str(rundir.bad_images)!r}, mend them or raise the fraction."
+            f"allows: see {str(rundir.bad_images)!r}, fix them or raise the fraction."
         )
 
 
