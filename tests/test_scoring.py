@@ -29,7 +29,7 @@ from trajdist.data.sources import open_source
 from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.files import picture_name
 from trajdist.scoring.histogram import ScoreHistogram
-from trajdist.scoring.pictures import overlay
+from trajdist.scoring.pictures import outline, overlay
 from trajdist.scoring.residuals import upsample
 from trajdist.scoring.scorer import Scorer
 
@@ -198,6 +198,17 @@ def test_pictures_show_the_image_and_its_map(scored, images):
             shown = np.asarray(panel.convert("RGB")).astype(int)
         original = np.asarray(Image.open(images / row["image"])).astype(int)
         np.testing.assert_array_equal(shown[:, :64], original)
+
+
+def test_an_outline_runs_along_the_edge_of_the_mask():
+    mask = np.zeros((12, 12), bool)
+    mask[4:9, 3:8] = True
+    traced = np.asarray(outline(Image.new("RGB", (12, 12)), mask)).any(-1)
+    expected = np.zeros((12, 12), bool)
+    expected[3:10, 3:8] = expected[4:9, 2:9] = True
+    expected[5:8, 4:7] = False
+    np.testing.assert_array_equal(traced, expected)
+    assert not np.asarray(outline(Image.new("RGB", (12, 12)), np.zeros((12, 12), bool))).any()
 
 
 def test_an_overlay_is_brightest_where_the_map_is():

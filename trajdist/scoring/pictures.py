@@ -26,12 +26,25 @@ _RAMP_K3 = np.stack(
     [np.interp(_POSITIONS, np.arange(len(_ANCHORS_K3)), _ANCHORS_K3[:, channel]) for channel in range(3)], -1
 ).astype(np.uint8)
 _GAP, _BAR, _LABEL = 8, 14, 46
+# A colour that the ramp does not have.
+_OUTLINE = (45, 212, 255)
+_NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 
 
 def colour(values: Floats) -> Pixels:
     """Map values in 0..1 (clipped; NaN as 0), any shape, to RGB: uint8, with a last dimension of 3 added."""
     shades: Pixels = _RAMP_K3[(np.nan_to_num(values, nan=0.0).clip(0.0, 1.0) * (_SHADES - 1)).astype(np.int16)]
     return shades
+
+
+def outline(picture: Image.Image, mask_SS: npt.NDArray[np.bool_]) -> Image.Image:
+    """Trace the borders of a mask, bool and of the picture's size, two pixels wide: inside and outside of its edge."""
+    padded = np.pad(mask_SS, 1)
+    around = [padded[1 + dy :, 1 + dx :][: mask_SS.shape[0], : mask_SS.shape[1]] for dy, dx in _NEIGHBOURS]
+    border_SS = np.logical_or.reduce([mask_SS, *around]) & ~np.logical_and.reduce([mask_SS, *around])
+    traced_SS3 = np.array(picture)
+    traced_SS3[border_SS] = _OUTLINE
+    return Image.fromarray(traced_SS3)
 
 
 def overlay(image_SS3: Pixels, map_SS: Floats, low: float, high: float) -> Image.Image:

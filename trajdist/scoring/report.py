@@ -102,6 +102,9 @@ def _image_row(position: int, row: Row, labels: Labels | None) -> ImageRow:
 
 def _picture(job: Scoring, scored: Scored, row: Row, labels: Labels | None) -> Picture:
     overlay = pictures.overlay(scored.pixels_SS3, map_of(job, scored), *map_range(job))
+    if labels:
+        mask_SS = labels.dataset.mask(scored.position, job.scorer.size, job.scorer.fit)
+        overlay = pictures.outline(overlay, mask_SS)
     original = Image.fromarray(scored.pixels_SS3)
     return Picture(
         _image_row(scored.position, row, labels),
