@@ -176,6 +176,15 @@ def test_a_second_run_does_nothing(debug_run, tmp_path, capsys, fresh_accelerate
     assert_sentence(capsys.readouterr().err, "model.latent_dim=8", "began with 16", "--fresh")
 
 
+@pytest.mark.parametrize("kind", ["autoencoder", "vae", "transformer"])
+def test_target_modules_that_are_not_there_cost_no_phase_1(tmp_path, capsys, kind):
+    targets = "domain_adaptation.lora.target_modules=[nothing]"
+    command = ["run", "debug", f"run_dir={tmp_path}/run", f"model.type={kind}", targets]
+    assert main(command) == 2
+    assert_sentence(capsys.readouterr().err, "target_modules=['nothing']", "encoder.0")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("part", "words"),
     [

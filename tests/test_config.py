@@ -78,6 +78,11 @@ def test_the_last_override_wins_and_a_section_can_be_given_whole():
         ("model.hidden_dim", ["'model.hidden_dim' is not of the form key=value"]),
         ("=3", ["'=3' is not of the form key=value"]),
         ("model.type={a: 1}", ["model.type"]),
+        (
+            "domain_adaptation.lora.target_modules=[a,b",
+            ["='[a,b' is no regular expression", "[encoder.0"],
+        ),
+        ("domain_adaptation.lora.target_modules=q{99999999999}", ["no regular expression"]),
     ],
 )
 def test_mistakes_are_named(override, words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         )
     _check_validation(config)
     _check_domains(config)
+    _check_targets(config)
     return config
 
 
@@ -65,6 +67,18 @@ def _check_validation(config: Config) -> None:
             f"validation.every_epochs={validation.every_epochs} has nothing to validate on: raise "
             "calibration.holdout_fraction above 0, or name labelled images with validation.path."
         )
+
+
+def _check_targets(config: Config) -> None:
+    """PEFT meets the regular expression when Phase 1 has been trained."""
+    targets = config.domain_adaptation.lora.target_modules
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"domain_adaptation.lora.target_modules={targets!r} is no regular expression ({error}): mend it, or write "
+            "a list of module names, as in [encoder.0, decoder.0]."
+        ) from None
 
 
 def _explain(error: ValidationError, known: list[str]) -> str:
