@@ -387,6 +387,19 @@ def test_a_damaged_calibration(copied, damage, phase):
     assert f"phase{phase}/calibration.safetensors" in str(caught.value)
 
 
+@pytest.mark.parametrize(("phase", "name"), [(1, "model"), (1, "calibration"), (2, "calibration")])
+def test_a_run_that_was_killed_before_its_end(copied, phase, name):
+    (copied / f"phase{phase}" / f"{name}.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"does not exist: the run is not finished; .* give its command again"):
+        trajdist.load(copied, phase=phase)
+
+
+def test_an_adapter_that_left_its_calibration_behind(debug_run, tmp_path):
+    shutil.copytree(debug_run / "phase2" / "adapter", tmp_path / "adapter")
+    with pytest.raises(ArtifactError, match="does not exist: finish the adapter's run, or copy the file from there"):
+        trajdist.load(debug_run, adapter=tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("phase", [1, 2])
 def test_the_calibration_of_another_model(copied, phase):
     target, other = (copied / f"phase{which}" / "calibration.safetensors" for which in (phase, 3 - phase))
