@@ -47,7 +47,9 @@ def inspect(path: Path) -> Iterator[RenderableType]:
 
 
 def _inspect_run(path: Path) -> Iterator[RenderableType]:
-    status = _object(path / "status.json") if (path / "status.json").exists() else {"status": "never started"}
+    status = {"status": "never started"}
+    if (path / "status.json").exists():
+        status = _object(path / "status.json") | {"status": RunDir(path).told_status()}
     yield _facts(f"run {path}", {**status, "files": _listing(path)})
     if (path / "summary.json").exists():
         from trajdist.runtime.progress import summary_table
