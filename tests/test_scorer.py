@@ -352,6 +352,12 @@ def test_no_adapter_there(debug_run, tmp_path):
         trajdist.load(debug_run, adapter=tmp_path / "nothing")
 
 
+def test_a_folder_around_the_adapter(debug_run):
+    for folder in (debug_run, debug_run / "phase2"):
+        with pytest.raises(ArtifactError, match=r"has no adapter_config\.json: name '.*/phase2/adapter'\.$"):
+            trajdist.load(debug_run, adapter=folder)
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 

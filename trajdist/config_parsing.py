@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trajdist import launcher
-from trajdist.config import Config, Model, fields
+from trajdist.config import Config, Model, fields, flatten
 from trajdist.errors import ConfigError
 
 
@@ -41,7 +41,8 @@ def _check_domains(config: Config) -> None:
     names = ", ".join(config.data.domains)
     if config.data.domain.path is not None:
         raise ConfigError(
-            f"data.domain.path={config.data.domain.path!r} and data.domains ({names}) are both set: leave one out."
+            f"data.domain.path={config.data.domain.path!r} and data.domains ({names}) are both set: leave one out, as "
+            "data.domain.path=null does."
         )
     if config.validation.path is not None:
         raise ConfigError(
@@ -95,14 +96,34 @@ def _explain(error: ValidationError, known: list[str]) -> str:
         key = f"{key}.{part}"
     value = problem["input"]
     if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        shown = key if key.isprintable() else ascii(key)
-        return f"unknown config key {shown} (= {value!r}): did you mean {close[0]}?"
+        # A group that there is not: what is in it tells more about what was meant.
+        key, value = next(iter(flatten({key: value}).items()))
+        shown, close = key if key.isprintable() else ascii(key), _nearest(key, known)
+        mend = f"did you mean {close}?" if close else "trajdist config lists the keys there are."
+        return f"unknown config key {shown} (= {value!r}): {mend}"
     if key in sections:
         return f"{key} = {value!r} is not a group of keys: write {key}.KEY=VALUE (see trajdist config)."
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if problem["type"] == "list_type" and isinstance(value, (str, int, float)):
+        message += f", as in {key}=[{value}]"
     return f"{key} = {value!r} is not possible: {message} (see trajdist config --schema)."
+
+
+def _nearest(key: str, known: list[str]) -> str | None:
+    """What was probably meant: the same but for capitals or the groups before it, or much alike to its last part."""
+    names = {name.lower(): name for name in known}
+    lower, last = key.lower(), _last(key.lower())
+    if lower in names:
+        return names[lower]
+    ends = [name for name in names if name.endswith(f".{lower}")]
+    alike = difflib.get_close_matches(lower, names, n=5)
+    found = ends or [name for name in alike if difflib.get_close_matches(last, [_last(name)])]
+    return names[found[0]] if found else None
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _of_domain(location: tuple[Any, ...], known: list[str]) -> list[str]:

@@ -22,6 +22,7 @@ from trajdist.saved.rundir import RunDir
 
 # The adapter's config names its base by this prefix and the base's fingerprint.
 BASE_PREFIX = "trajdist:"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def attach(
@@ -133,7 +134,11 @@ def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str, trainabl
 
 def check_base(folder: Path, base_fingerprint: str) -> None:
     """Refuse an adapter that was trained on another base model, projection or backbone."""
-    document = read_json(folder / "adapter_config.json")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        inside = [path for path in (folder / "adapter", folder / "phase2/adapter") if (path / ADAPTER_CONFIG).is_file()]
+        mend = f"name {str(inside[0])!r}" if inside else "name a folder like RUN_DIR/phase2/adapter"
+        raise ArtifactError(f"the adapter {str(folder)!r} has no {ADAPTER_CONFIG}: {mend}.")
+    document = read_json(folder / ADAPTER_CONFIG)
     base = str(document.get("base_model_name_or_path")) if isinstance(document, dict) else json.dumps(document)
     if base != BASE_PREFIX + base_fingerprint:
         raise ArtifactError(

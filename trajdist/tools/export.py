@@ -32,6 +32,7 @@ from trajdist.scoring.scorer import Detector, Scorer
 Arrays = tuple[np.ndarray[Any, Any], ...]
 INPUT, OUTPUTS = "images", ("maps", "scores", "p_values")
 METADATA = "trajdist"
+FILES = {"onnx": "export.onnx", "torch": "export.pt2"}
 # Scores are in standard deviations of clean cells. Other kernels round differently; more than this is another function.
 TOLERANCE = 0.01
 TRIALS = (1, 3)
@@ -96,10 +97,12 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
         path: of the file, which appears whole or not at all.
 
     Raises:
-        ConfigError: a package is missing.
+        ConfigError: a package is missing, or the path is a folder.
         ArtifactError: the file cannot be written.
         TrainingError: the network cannot be exported, or the file computes something else.
     """
+    if path.is_dir():
+        raise ConfigError(f"--out {str(path)!r} is a folder: name a file, such as {str(path / FILES[kind])!r}.")
     scorer.to("cpu")
     detector = scorer.detectors[0]
     module = Exported(scorer, detector).eval()
@@ -108,8 +111,9 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
     writers = {"onnx": _write_onnx, "torch": _write_torch}
     try:
         run = writers[kind](module, trial_images(scorer.size, 2), path, json.dumps(document))
-    except (OSError, ArtifactError) as error:
-        raise ArtifactError(f"{str(path)!r} cannot be written ({error}): free some space or name another.") from None
+    except OSError as error:
+        reason = one_line(error)
+        raise ArtifactError(f"{str(path)!r} cannot be written ({reason}): free some space or name another.") from None
     differences = [_compare(scorer, run, trial_images(scorer.size, count)) for count in TRIALS]
     found = Export(path, *(max(values) for values in zip(*differences, strict=True)))
     if not max(found.map_difference, found.score_difference) <= TOLERANCE:
