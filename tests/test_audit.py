@@ -139,6 +139,45 @@ def test_a_run_under_way(tmp_path, lines, capsys):
     assert "phase 2: 1 epochs of 21 images, 2, then 1 processes; not finished: 0 images of epoch 2 so far" in printed
 
 
+def test_all_epochs_are_done_and_the_calibration_is_not(tmp_path, lines, capsys):
+    assert main(["audit", str(write_run(tmp_path, lines, done=(1,), status="running"))]) == 0
+    printed = capsys.readouterr().out
+    assert "phase 2: 3 epochs of 21 images" in printed
+    assert "not finished: all its epochs are done, the calibration after them is not" in printed
+    assert "epoch 4" not in printed
+
+
+HOLD = """
+import sys
+from trajdist.saved.rundir import RunDir
+rundir = RunDir(sys.argv[1])
+rundir.lock()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("command", ["audit", "inspect"])
+def test_a_run_that_was_killed_does_not_run(tmp_path, lines, capsys, command):
+    """Its status is what it was; the lock of its process is gone."""
+    run_dir = write_run(tmp_path, lines[:5], done=(), status="running")
+
+    def told() -> str:
+        assert main([command, str(run_dir)]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "no process" in told(), "without a lock, as in a copy"
+    run = [sys.executable, "-c", HOLD, str(run_dir)]
+    with subprocess.Popen(run, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        assert "no process" not in told()
+        assert "no process" not in told(), "looking does not take the lock"
+        holder.kill()
+    assert "running (by its status; no process" in told()
+    (run_dir / "status.json").write_text('{"status": "failed"}')
+    assert "no process" not in told()
+
+
 def test_images_done_without_are_listed(tmp_path):
     absent = int(selection(2).train(1, np.arange(1))[0])
     run_dir = write_run(tmp_path, records(1, (1,)) + records(2, (1,), (absent,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -176,6 +177,15 @@ def test_a_second_run_does_nothing(debug_run, tmp_path, capsys, fresh_accelerate
     assert_sentence(capsys.readouterr().err, "model.latent_dim=8", "began with 16", "--fresh")
 
 
+@pytest.mark.parametrize("kind", ["autoencoder", "vae", "transformer"])
+def test_target_modules_that_are_not_there_cost_no_phase_1(tmp_path, capsys, kind):
+    targets = "domain_adaptation.lora.target_modules=[nothing]"
+    command = ["run", "debug", f"run_dir={tmp_path}/run", f"model.type={kind}", targets]
+    assert main(command) == 2
+    assert_sentence(capsys.readouterr().err, "target_modules=['nothing']", "encoder.0")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("part", "words"),
     [
@@ -190,6 +200,36 @@ def test_inspect(debug_run, capsys, part, words):
     assert main(["inspect", str(debug_run / part)]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in words), shown
+
+
+def inspected(run_dir: Path, capsys) -> str:
+    capsys.readouterr()
+    assert main(["inspect", str(run_dir)]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_folds_folders_of_many_files(debug_run, tmp_path, capsys):
+    run_dir = shutil.copytree(debug_run, tmp_path / "run")
+    maps = run_dir / "evaluation" / "maps"
+    maps.mkdir(parents=True)
+    for number in range(30):
+        (maps / f"{number}.png").write_bytes(b"x" * 100)
+    (maps.parent / "metrics.json").write_text("{}")
+    shown = inspected(run_dir, capsys)
+    assert "evaluation/maps/ 30 files, 3,000 bytes" in shown
+    assert ".png" not in shown
+    assert "evaluation/metrics.json 2 bytes" in shown
+    assert "phase2/adapter/adapter_config.json" in shown
+
+
+@pytest.mark.parametrize(
+    ("time", "words"),
+    [(1795699843.06, r"2026-11-2\d \d\d:\d\d:43[+-]\d\d:\d\d "), ("noon", "noon"), (1e300, r"1e\+300"), (None, "None")],
+)
+def test_inspect_shows_the_date_here(debug_run, tmp_path, capsys, time, words):
+    run_dir = shutil.copytree(debug_run, tmp_path / "run")
+    (run_dir / "status.json").write_text(json.dumps({"status": "done", "time": time}))
+    assert re.search(rf"time\W+{words}", inspected(run_dir, capsys))
 
 
 def cut(file: Path) -> None:

@@ -63,7 +63,13 @@ def test_the_last_override_wins_and_a_section_can_be_given_whole():
     ("override", "words"),
     [
         ("data.imagenet.batchsize=3", ["data.imagenet.batchsize", "did you mean data.imagenet.batch_size?"]),
-        ("modle.type=vae", ["modle", "did you mean model."]),
+        ("modle.type=vae", ["modle", "did you mean model.type?"]),
+        ("Data.image_size=3", ["Data.image_size (= 3)", "did you mean data.image_size?"]),
+        ("data.domains.Road.Path=x", ["did you mean data.domains.Road.path?"]),
+        ("lora.rank=3", ["lora.rank (= 3)", "did you mean domain_adaptation.lora.rank?"]),
+        ("nokey=1", ["unknown config key nokey (= 1): trajdist config lists the keys there are."]),
+        ("data.imagenet.lr=1", ["unknown config key data.imagenet.lr (= 1): trajdist config lists"]),
+        ("logging.trackers=tensorboard", ["valid list, as in logging.trackers=[tensorboard] (see"]),
         ("model.hidden_dim=-1", ["model.hidden_dim = -1", "greater than 0"]),
         ("model.hidden_dim=many", ["model.hidden_dim = 'many'", "integer"]),
         ("model.hidden_dim=1.5", ["model.hidden_dim = 1.5"]),
@@ -78,6 +84,11 @@ def test_the_last_override_wins_and_a_section_can_be_given_whole():
         ("model.hidden_dim", ["'model.hidden_dim' is not of the form key=value"]),
         ("=3", ["'=3' is not of the form key=value"]),
         ("model.type={a: 1}", ["model.type"]),
+        (
+            "domain_adaptation.lora.target_modules=[a,b",
+            ["='[a,b' is no regular expression", "[encoder.0"],
+        ),
+        ("domain_adaptation.lora.target_modules=q{99999999999}", ["no regular expression"]),
     ],
 )
 def test_mistakes_are_named(override, words):
@@ -86,6 +97,13 @@ def test_mistakes_are_named(override, words):
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert all(word in sentence for word in words), sentence
+
+
+def test_one_domain_and_several_say_how_to_leave_the_one_out():
+    both = ["data.domain.path=a", "data.domains={road: {path: b}}"]
+    with pytest.raises(ConfigError, match=r"both set: leave one out, as data\.domain\.path=null does\.$"):
+        load_config(None, both)
+    assert list(load_config(None, [*both, "data.domain.path=null"]).data.domains) == ["road"]
 
 
 def test_heads_must_divide_the_width_where_they_matter():

@@ -238,6 +238,44 @@ def test_one_image_is_a_source(tmp_path):
     assert (len(source), source.name(0)) == (1, "0001.png")
 
 
+def fill(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        (["a.gif", "b.GIF", "deeper/c.gif"], "3 files with other endings (.gif) are left out"),
+        (["a.gif"], "1 file with another ending (.gif) is left out"),
+        (
+            ["a.gif", "b.gif", "a.psd", "b.psd", "a.jp2", "a.tga"],
+            "6 files with other endings (.gif, .psd, .jp2, ...) are left out",
+        ),
+    ],
+)
+def test_pictures_in_formats_that_do_not_count_are_told(tmp_path, capsys, others, words):
+    source = open_source(str(fill(tmp_path, "one.jpg", "two.TIFF", *others)), "data.imagenet.path")
+    assert list(map(source.name, range(len(source)))) == ["one.jpg", "two.TIFF"]
+    told = capsys.readouterr().err
+    assert told.startswith(f"trajdist: data.imagenet.path={str(tmp_path)!r}: {words}")
+    assert told.count("\n") == 1
+
+
+def test_labels_notes_and_hidden_files_are_no_news(tmp_path, capsys):
+    fill(tmp_path, "one.jpg", "one.txt", "one.json", "labels.csv", "README.md", "one.cls", "one.xml", "LICENSE")
+    open_source(str(fill(tmp_path, ".thumb.gif", ".cache/a.gif")), "key")
+    assert capsys.readouterr().err == ""
+
+
+def test_one_process_tells_of_pictures_that_are_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    open_source(str(fill(tmp_path, "one.jpg", "a.gif")), "key")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("path", "words"), [(None, "is not set"), ("/no/such/folder", "does not exist"), ("skimage:cats", "skimage:photos")]
 )

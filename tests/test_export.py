@@ -106,7 +106,9 @@ def test_a_file_that_computes_something_else_is_removed(debug_run, tmp_path, mon
     ("what", "code", "words"),
     [
         ("no package", 2, "pip install 'trajdist[onnx]'"),
-        ("no folder", 4, "cannot be written"),
+        ("no folder", 4, "cannot be written (No such file or directory): free some space"),
+        ("a folder", 2, "' is a folder: name a file, such as '"),
+        ("below a file", 4, "cannot be written (Not a directory): free some space"),
         ("no run", 4, "has no phase1"),
         ("no adapter", 4, "adapter_config.json"),
     ],
@@ -117,6 +119,11 @@ def test_refusals(debug_run, tmp_path, monkeypatch, capsys, what, code, words):
         monkeypatch.setitem(sys.modules, "onnx", None)
     elif what == "no folder":
         out = tmp_path / "none" / "a.onnx"
+    elif what == "a folder":
+        out = tmp_path
+    elif what == "below a file":
+        (tmp_path / "file").touch()
+        out = tmp_path / "file" / "a.onnx"
     elif what == "no run":
         run_dir = tmp_path
     else:
@@ -125,4 +132,5 @@ def test_refusals(debug_run, tmp_path, monkeypatch, capsys, what, code, words):
     told = capsys.readouterr().err
     assert words in told
     assert told.count("\n") == 1
-    assert not out.exists()
+    assert told.count("cannot be written") <= 1
+    assert not out.is_file()

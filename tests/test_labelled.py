@@ -152,7 +152,13 @@ def test_a_mask_of_another_shape(root):
         folder.mask(0, 64, "squash")
 
 
-def test_a_damaged_mask(root):
-    (root / "ground_truth/crack/000_mask.png").write_bytes(b"not a picture")
-    with pytest.raises(DataError, match=r"000_mask\.png' or its image cannot be read"):
+@pytest.mark.parametrize(
+    ("what", "name"), [("mask", "ground_truth/crack/000_mask.png"), ("image", "test/crack/000.png")]
+)
+def test_a_damaged_mask_or_image(root, what, name):
+    (root / name).write_bytes(b"not a picture")
+    with pytest.raises(
+        DataError, match=rf"^the {what} '{root / name}' cannot be read \(.*image file\): rest"
+    ) as caught:
         LabelledFolder(root, "DATASET").mask(0, 64, "squash")
+    assert "0x" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trajdist.artifacts import fingerprint
+from trajdist.config_parsing import parse_config
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.files import read_json, write_json
 from trajdist.models.registry import build_model
@@ -85,6 +87,28 @@ def test_targets_by_regular_expression():
 def test_targets_that_are_no_linear_layers(targets):
     with pytest.raises(ConfigError, match=r"target_modules=.*must match linear layers.*there are encoder\.0"):
         attach(base_model(), targets)
+
+
+TARGETS = ["all-linear", ["encoder.0"], ["q"], ["0.attention.o", "none"], r"encoder\.0", r".*\.q", ["none"], [], ""]
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize("kind", ["autoencoder", "vae", "transformer"])
+def test_targets_are_judged_before_phase_1_as_they_are_after_it(kind, targets):
+    """Whatever the shape of the model will be."""
+    config = parse_config({"model": {"type": kind}, "domain_adaptation": {"lora": {"target_modules": targets}}})
+    state = torch.get_rng_state()
+    early = is_refused(lambda: lora.check_targets(config))
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn"
+    assert early == is_refused(lambda: attach(base_model(kind), targets))
+
+
+def is_refused(check: Callable[[], object]) -> bool:
+    try:
+        check()
+    except ConfigError as error:
+        return "must match linear layers" in str(error)
+    return False
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["plain", "rslora", "dora"])

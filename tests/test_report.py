@@ -286,6 +286,22 @@ def test_an_evaluated_run_with_hostile_names(tmp_path):
 
 
 @needs_browser
+def test_verdicts_keep_to_a_line_in_narrow_cards(tmp_path):
+    """Else the picture below "false alarm" stands lower than its neighbours'."""
+    path, _ = written(tmp_path, evaluated(60))
+    seen, _ = browse(
+        path,
+        """
+        all(".shots").forEach(grid => { grid.style.gridTemplateColumns = "repeat(auto-fill, 135px)"; });
+        seen.names = all(".shot .pill").map(pill => pill.textContent);
+        seen.heights = all(".shot .pill").map(pill => pill.offsetHeight);
+        """,
+    )
+    assert "false alarm" in seen["names"]
+    assert len(set(seen["heights"])) == 1
+
+
+@needs_browser
 def test_sorting_filtering_and_paging(tmp_path):
     path, _ = written(tmp_path, evaluated(1000))
     seen, console = browse(

@@ -352,6 +352,12 @@ def test_no_adapter_there(debug_run, tmp_path):
         trajdist.load(debug_run, adapter=tmp_path / "nothing")
 
 
+def test_a_folder_around_the_adapter(debug_run):
+    for folder in (debug_run, debug_run / "phase2"):
+        with pytest.raises(ArtifactError, match=r"has no adapter_config\.json: name '.*/phase2/adapter'\.$"):
+            trajdist.load(debug_run, adapter=folder)
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
@@ -385,6 +391,19 @@ def test_a_damaged_calibration(copied, damage, phase):
     with pytest.raises(ArtifactError, match=words) as caught:
         trajdist.load(copied, phase=phase)
     assert f"phase{phase}/calibration.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(("phase", "name"), [(1, "model"), (1, "calibration"), (2, "calibration")])
+def test_a_run_that_was_killed_before_its_end(copied, phase, name):
+    (copied / f"phase{phase}" / f"{name}.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"does not exist: the run is not finished; .* give its command again"):
+        trajdist.load(copied, phase=phase)
+
+
+def test_an_adapter_that_left_its_calibration_behind(debug_run, tmp_path):
+    shutil.copytree(debug_run / "phase2" / "adapter", tmp_path / "adapter")
+    with pytest.raises(ArtifactError, match="does not exist: finish the adapter's run, or copy the file from there"):
+        trajdist.load(debug_run, adapter=tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("phase", [1, 2])

@@ -27,9 +27,10 @@ from trajdist.artifacts import read_document, read_tensors, write_tensors
 from trajdist.cli import main
 from trajdist.data.sources import open_source
 from trajdist.scoring.calibration import QuantileSketch
-from trajdist.scoring.files import picture_name
+from trajdist.scoring.files import most_anomalous, picture_name
 from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.pictures import outline, overlay
+from trajdist.scoring.report import GALLERY, calmest_besides
 from trajdist.scoring.residuals import upsample
 from trajdist.scoring.scorer import Scorer
 
@@ -221,6 +222,32 @@ def test_an_overlay_is_brightest_where_the_map_is():
     assert np.unravel_index(brightness.argmax(), (4, 4)) == (1, 2)
     spread = shown.max(-1) - shown.min(-1)
     assert spread[map_SS == 1].min() > spread[map_SS == 0].max()
+
+
+def in_report(out: Path) -> dict:
+    page = (out / "report.html").read_text(encoding="utf-8")
+    return json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+
+
+def test_the_report_shows_each_image_once(scored):
+    """Of fewer than fill one gallery, none is left for the other."""
+    shown = in_report(scored)
+    assert len(shown["most_anomalous"]) == len({picture["row"]["image"] for picture in shown["most_anomalous"]})
+    assert len(shown["most_anomalous"]) == COUNT - 1
+    assert shown["least_anomalous"] == []
+
+
+@pytest.mark.parametrize("count", [5, 12, 20, 24, 100])
+@pytest.mark.parametrize("score_of", [lambda number: number % 7, lambda number: 1], ids=["some", "all alike"])
+def test_the_calmest_besides_the_most_anomalous(tmp_path, count, score_of):
+    rows = [{"image": f"{number}.png", "score": score_of(number)} for number in range(count)]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gallery = most_anomalous(tmp_path, GALLERY)
+    calmest = calmest_besides(gallery, tmp_path)
+    shown = [position for position, _ in [*gallery, *calmest]]
+    assert len(shown) == len(set(shown)) == min(count, 2 * GALLERY)
+    left = [row["score"] for position, row in enumerate(rows) if position not in shown[: len(gallery)]]
+    assert [row["score"] for _, row in calmest] == sorted(left)[:GALLERY]
 
 
 def test_names_of_pictures_are_flat_short_and_unlike():

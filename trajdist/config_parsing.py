@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from trajdist import launcher
-from trajdist.config import Config, Model, fields
+from trajdist.config import Config, Model, fields, flatten
 from trajdist.errors import ConfigError
 
 
@@ -29,6 +30,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         )
     _check_validation(config)
     _check_domains(config)
+    _check_targets(config)
     return config
 
 
@@ -39,7 +41,8 @@ def _check_domains(config: Config) -> None:
     names = ", ".join(config.data.domains)
     if config.data.domain.path is not None:
         raise ConfigError(
-            f"data.domain.path={config.data.domain.path!r} and data.domains ({names}) are both set: leave one out."
+            f"data.domain.path={config.data.domain.path!r} and data.domains ({names}) are both set: leave one out, as "
+            "data.domain.path=null does."
         )
     if config.validation.path is not None:
         raise ConfigError(
@@ -67,6 +70,18 @@ def _check_validation(config: Config) -> None:
         )
 
 
+def _check_targets(config: Config) -> None:
+    """PEFT meets the regular expression when Phase 1 has been trained."""
+    targets = config.domain_adaptation.lora.target_modules
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"domain_adaptation.lora.target_modules={targets!r} is no regular expression ({error}): mend it, or write "
+            "a list of module names, as in [encoder.0, decoder.0]."
+        ) from None
+
+
 def _explain(error: ValidationError, known: list[str]) -> str:
     """The first mistake as one sentence; ``known`` are the dotted keys that there are."""
     problem = error.errors(include_url=False)[0]
@@ -81,14 +96,34 @@ def _explain(error: ValidationError, known: list[str]) -> str:
         key = f"{key}.{part}"
     value = problem["input"]
     if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        shown = key if key.isprintable() else ascii(key)
-        return f"unknown config key {shown} (= {value!r}): did you mean {close[0]}?"
+        # A group that there is not: what is in it tells more about what was meant.
+        key, value = next(iter(flatten({key: value}).items()))
+        shown, close = key if key.isprintable() else ascii(key), _nearest(key, known)
+        mend = f"did you mean {close}?" if close else "trajdist config lists the keys there are."
+        return f"unknown config key {shown} (= {value!r}): {mend}"
     if key in sections:
         return f"{key} = {value!r} is not a group of keys: write {key}.KEY=VALUE (see trajdist config)."
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if problem["type"] == "list_type" and isinstance(value, (str, int, float)):
+        message += f", as in {key}=[{value}]"
     return f"{key} = {value!r} is not possible: {message} (see trajdist config --schema)."
+
+
+def _nearest(key: str, known: list[str]) -> str | None:
+    """What was probably meant: the same but for capitals or the groups before it, or much alike to its last part."""
+    names = {name.lower(): name for name in known}
+    lower, last = key.lower(), _last(key.lower())
+    if lower in names:
+        return names[lower]
+    ends = [name for name in names if name.endswith(f".{lower}")]
+    alike = difflib.get_close_matches(lower, names, n=5)
+    found = ends or [name for name in alike if difflib.get_close_matches(last, [_last(name)])]
+    return names[found[0]] if found else None
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _of_domain(location: tuple[Any, ...], known: list[str]) -> list[str]:

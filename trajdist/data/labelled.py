@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 from trajdist.data.base import EncodedSource
-from trajdist.data.decode import Fit, to_square
+from trajdist.data.decode import Fit, reason, to_square
 from trajdist.data.sources import ImageFolder
 from trajdist.data.storage import read_bytes
 from trajdist.errors import DataError
@@ -82,17 +84,17 @@ class LabelledFolder(EncodedSource):
         All false for a good image. Resampled by nearest neighbour, so thin defects may vanish at small sizes.
 
         Raises:
-            DataError: the mask or its image cannot be read, or their aspect ratios differ.
+            DataError: the mask or its image cannot be read, or the mask has another aspect ratio than its image.
         """
         path = self._mask_path(index)
         if path is None:
             return np.zeros((size, size), np.bool_)
-        try:
+        with _reading("mask", path):
             mask = _read_mask(read_bytes(path, self._retries))
-            width, height = _upright_size(read_bytes(self._root / self.name(index), self._retries))
-        except Exception as error:  # Decoders can raise anything on malformed bytes.
-            raise DataError(f"the mask {str(path)!r} or its image cannot be read ({error}): restore it.") from None
-        # A mask may be a scaled version of its image; allow for rounding of its sides to whole pixels.
+        image = self._root / self.name(index)
+        with _reading("image", image):
+            width, height = _upright_size(read_bytes(image, self._retries))
+        # A mask is its image scaled, sides rounded to whole pixels.
         if 2 * abs(mask.width * height - mask.height * width) > width + height:
             raise DataError(
                 f"the mask {str(path)!r} is {mask.width} x {mask.height} pixels but its image {width} x {height}: "
@@ -113,6 +115,14 @@ class LabelledFolder(EncodedSource):
 
     def _shown(self, index: int) -> str:
         return repr(str(self._root / self.name(index)))
+
+
+@contextmanager
+def _reading(what: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Hostile bytes make decoders raise anything.
+        raise DataError(f"the {what} {str(path)!r} cannot be read ({reason(error)}): restore it.") from None
 
 
 def _files_in(folder: Path) -> frozenset[str]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
+from trajdist import launcher
 from trajdist.data.base import EXTENSIONS, EncodedSource, ImageSource, Names, numbered
 from trajdist.data.storage import Access, expand, has_pattern, is_url, read_bytes, refusal
 from trajdist.errors import DataError
@@ -49,7 +53,7 @@ def _shards_of(path: str, key: str) -> list[str]:
     if is_url(path) or (path.endswith(".tar") and not local.is_dir() and (local.exists() or has_pattern(path))):
         return _expanded(path if is_url(path) else str(local), key)
     shards = sorted(str(shard) for shard in local.glob("*.tar") if shard.is_file())
-    if shards and _list_images(local):
+    if shards and _list_images(local)[0]:
         raise DataError(
             f"{key}={path!r} holds images as well as tar files: name {str(local / '*.tar')!r} for the shards, or move "
             "the tar files away."
@@ -75,9 +79,10 @@ class ImageFolder(EncodedSource):
             raise DataError(f"{key}={str(root)!r} does not exist: name a folder of images.")
         self._root = root if root.is_dir() else root.parent
         self._retries = read_retries
-        names = _list_images(root) if root.is_dir() else [root.name]
+        names, others = _list_images(root) if root.is_dir() else ([root.name], Counter[str]())
         if not names:
             raise DataError(f"{key}={str(root)!r} holds no images: files that end in {', '.join(EXTENSIONS)} count.")
+        _tell_left_out(f"{key}={str(root)!r}", others)
         self._names = Names(names)
         self.fingerprint = self._names.fingerprint
 
@@ -106,9 +111,10 @@ class ImageFolder(EncodedSource):
         return digest.hexdigest()
 
 
-def _list_images(root: Path) -> list[str]:
-    """Paths below ``root``, sorted; linked folders are followed, once each."""
+def _list_images(root: Path) -> tuple[list[str], Counter[str]]:
+    """Paths below ``root``, sorted, and how many files have which other ending; linked folders are followed, once."""
     names: list[str] = []
+    others: Counter[str] = Counter()
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise_unreadable):
         stat = os.stat(folder)
@@ -119,8 +125,25 @@ def _list_images(root: Path) -> list[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = os.path.relpath(folder, root)
         prefix = "" if relative == "." else relative + os.sep
-        names += [prefix + name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-    return sorted(names)
+        for name in files:
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                names.append(prefix + name)
+            elif not name.startswith("."):
+                others[os.path.splitext(name)[1].lower()] += 1
+    return sorted(names), others
+
+
+def _tell_left_out(folder: str, others: Counter[str]) -> None:
+    """A line on stderr about pictures in formats that do not count; labels and notes beside images are no news."""
+    if launcher.rank() or not others:
+        return
+    pictures = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    left_out = sorted(others.keys() & pictures, key=lambda ending: (-others[ending], ending))
+    if not left_out:
+        return
+    count, endings = sum(others[ending] for ending in left_out), ", ".join([*left_out[:3], "..."][: len(left_out)])
+    files = f"file with another ending ({endings}) is" if count == 1 else f"files with other endings ({endings}) are"
+    print(f"trajdist: {folder}: {count:,} {files} left out; {', '.join(EXTENSIONS)} count", file=sys.stderr)
 
 
 def _raise_unreadable(error: OSError) -> None:

@@ -13,13 +13,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from trajdist.artifacts import fingerprint, read_tensors
+from trajdist.config import Config
 from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
 from trajdist.files import read_json, sync_file, sync_folder
+from trajdist.models.registry import MODELS, build_model
 from trajdist.saved.bundle import load_model
 from trajdist.saved.rundir import RunDir
 
 # The adapter's config names its base by this prefix and the base's fingerprint.
 BASE_PREFIX = "trajdist:"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def attach(
@@ -53,7 +56,7 @@ def attach(
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        if "arget module" not in str(error):
+        if "arget module" not in str(error).replace("_", " "):
             raise
         raise ConfigError(
             f"domain_adaptation.lora.target_modules={target_modules!r} must match linear layers, and only those: "
@@ -61,6 +64,27 @@ def attach(
         ) from None
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def check_targets(config: Config) -> None:
+    """Refuse target modules that the model does not have, while nothing has been trained yet.
+
+    The names of a built-in model's modules do not depend on the number of blocks, which only the backbone knows. Those
+    of another package's model may: its targets are checked when it is adapted.
+
+    Raises:
+        ConfigError: as :func:`attach` does.
+    """
+    if config.model.type not in MODELS:
+        return
+    sizes = config.model.model_dump(exclude={"type", "spatial_resolution", "feature_dim"})
+    settings = config.domain_adaptation.lora.model_dump(exclude={"learning_rate", "weight_decay"})
+    with torch.device("meta"):
+        attach(
+            build_model(config.model.type, length=1, width=config.model.feature_dim, **sizes),
+            **settings,
+            base_fingerprint="",
+        )
 
 
 def base_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
@@ -110,7 +134,11 @@ def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str, trainabl
 
 def check_base(folder: Path, base_fingerprint: str) -> None:
     """Refuse an adapter that was trained on another base model, projection or backbone."""
-    document = read_json(folder / "adapter_config.json")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        inside = [path for path in (folder / "adapter", folder / "phase2/adapter") if (path / ADAPTER_CONFIG).is_file()]
+        mend = f"name {str(inside[0])!r}" if inside else "name a folder like RUN_DIR/phase2/adapter"
+        raise ArtifactError(f"the adapter {str(folder)!r} has no {ADAPTER_CONFIG}: {mend}.")
+    document = read_json(folder / ADAPTER_CONFIG)
     base = str(document.get("base_model_name_or_path")) if isinstance(document, dict) else json.dumps(document)
     if base != BASE_PREFIX + base_fingerprint:
         raise ArtifactError(

@@ -187,6 +187,27 @@ class RunDir:
             os.close(self._lock)
             self._lock = None
 
+    def is_held(self) -> bool | None:
+        """Whether another process holds the folder; None where nobody can tell.
+
+        Not for the process that holds it: closing the file again would drop its lock.
+        """
+        try:
+            lock = os.open(self.path / ".lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return None
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:
+            return None
+        finally:
+            os.close(lock)
+        return False
+
     def move_away(self) -> Path | None:
         """Rename an old run directory to make way for a new one; returns its new path, None if there was none.
 
@@ -214,6 +235,13 @@ class RunDir:
         path = self.path / "status.json"
         document = read_json(path) if path.exists() else {}
         return str(document.get("status", "unknown")) if isinstance(document, dict) else "unknown"
+
+    def told_status(self) -> str:
+        """For people: what was killed had no time to write how it ended."""
+        status = self.read_status()
+        if status != "running" or self.is_held() is not False:
+            return status
+        return "running (by its status; no process that this machine sees holds the run directory: it was killed)"
 
     def read_summary(self) -> dict[str, Any]:
         """Summaries of the finished phases, by phase; empty if there are none.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,9 @@ class Labels:
 
 def report(job: Scoring, labels: Labels | None = None) -> None:
     """Write ``report.html`` of a finished scoring; the main process calls it."""
-    top, bottom = most_anomalous(job.out, TABLE_ROWS), least_anomalous(job.out, GALLERY)
+    top = most_anomalous(job.out, TABLE_ROWS)
     gallery = top[:GALLERY]
+    bottom = calmest_besides(gallery, job.out)
     scored = _score_again(job, [position for position, _ in (*gallery, *bottom)])
     failed, num_failed = unreadable(job.out, UNREADABLE)
     data = ReportData(
@@ -79,6 +81,13 @@ def report(job: Scoring, labels: Labels | None = None) -> None:
         num_unreadable=num_failed,
     )
     write_report(job.out / "report.html", data)
+
+
+def calmest_besides(gallery: list[tuple[int, Row]], out: Path) -> list[tuple[int, Row]]:
+    """The least anomalous images that are not in ``gallery`` already: of a few images each is shown once."""
+    shown = {position for position, _ in gallery}
+    others = [item for item in least_anomalous(out, GALLERY + len(gallery)) if item[0] not in shown]
+    return others[:GALLERY]
 
 
 def _summary(job: Scoring) -> dict[str, str | int | float]:

@@ -29,6 +29,10 @@ from trajdist.scoring import residuals
 from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.histogram import ScoreHistogram
 
+# What to do about a file that a phase makes at its end, and that is not there.
+GO_ON = "the run is not finished; wait for it, or give its command again, which goes on"
+COPY = "finish the adapter's run, or copy the file from there"
+
 
 @dataclass(frozen=True)
 class CellScores:
@@ -300,7 +304,7 @@ def _own_adapters(rundir: RunDir) -> list[Path]:
 
 def _load_base(rundir: RunDir, extractor: TrajectoryExtractor) -> tuple[nn.Module, str]:
     """The sequence model without adapters, and its fingerprint."""
-    model, document = bundle.load_model(rundir.model)
+    model, document = bundle.load_model(_made(rundir.model))
     bundle.check_trajectories(rundir, document, extractor)
     return model, bundle.base_fingerprint(model, document)
 
@@ -308,8 +312,19 @@ def _load_base(rundir: RunDir, extractor: TrajectoryExtractor) -> tuple[nn.Modul
 def _load_detector(rundir: RunDir, extractor: TrajectoryExtractor) -> Detector:
     model, base = _load_base(rundir, extractor)
     detector = Detector("phase1", model, extractor.projection.valid_LD, extractor.resolution)
-    detector.load(rundir.calibration(1), base)
+    detector.load(_made(rundir.calibration(1)), base)
     return detector
+
+
+def _made(path: Path, mend: str = GO_ON) -> Path:
+    """The path of what a phase makes at its end, the calibration last.
+
+    Raises:
+        ArtifactError: it is not there.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{str(path)!r} does not exist: {mend}.")
+    return path
 
 
 def _load_adapted(rundir: RunDir, extractor: TrajectoryExtractor, name: str, adapter: Path) -> Detector:
@@ -319,7 +334,9 @@ def _load_adapted(rundir: RunDir, extractor: TrajectoryExtractor, name: str, ada
     model, base = _load_base(rundir, extractor)
     adapted = lora.load_adapter(model, adapter, base)
     detector = Detector(name, adapted, extractor.projection.valid_LD, extractor.resolution)
-    detector.load(adapter.parent / "calibration.safetensors", lora.adapter_fingerprint(adapted, base))
+    calibration = adapter.parent / "calibration.safetensors"
+    own = adapter.resolve() == rundir.adapter.resolve()
+    detector.load(_made(calibration, GO_ON if own else COPY), lora.adapter_fingerprint(adapted, base))
     return detector
 
 

@@ -48,6 +48,7 @@ class PhaseAudit:
 
     phase: int
     selection: Selection
+    num_epochs: int
     cursor: int = 0
     worlds: list[int] = field(default_factory=list)
     missing: dict[int, list[int]] = field(default_factory=dict)
@@ -107,7 +108,10 @@ class PhaseAudit:
         done, position = divmod(self.cursor, self.selection.num_train)
         worlds = ", then ".join(map(str, self.worlds)) or "no"
         text = f"phase {self.phase}: {done} epochs of {self.selection.num_train:,} images, {worlds} processes"
-        unfinished = f"; not finished: {position:,} images of epoch {done + 1} so far" if epochs is None else ""
+        so_far = f"{position:,} images of epoch {done + 1} so far"
+        if done >= self.num_epochs:
+            so_far = "all its epochs are done, the calibration after them is not"
+        unfinished = f"; not finished: {so_far}" if epochs is None else ""
         count = sum(map(len, self.missing.values()))
         return text + unfinished + (f"; {count} times an image could not be used" if count else "")
 
@@ -142,7 +146,7 @@ def audit(run_dir: str | Path) -> Audit:
     )
     gone = set(_domains_done(rundir)) - {path.name for path in rundir.domains()}
     problems += [f"{name}: its folder {str(rundir.path / 'domains' / name)!r} is gone" for name in sorted(gone)]
-    return Audit(rundir.read_status(), facts, replaced, problems)
+    return Audit(rundir.told_status(), facts, replaced, problems)
 
 
 def _domains_done(rundir: RunDir) -> list[str]:
@@ -180,7 +184,7 @@ def _phases(rundir: RunDir, config: Config) -> Iterator[tuple[int, PhaseAudit]]:
     for phase in SETS:
         selection = recall(rundir, config, phase)
         if selection is not None and selection.num_train:
-            yield phase, PhaseAudit(phase, selection)
+            yield phase, PhaseAudit(phase, selection, getattr(config.data, SETS[phase]).num_epochs)
 
 
 def _epochs_done(summary: dict[str, Any], phase: int) -> int | None:

@@ -33,6 +33,7 @@ from trajdist.scoring.scorer import Detector, Scorer
 Arrays = tuple[np.ndarray[Any, Any], ...]
 INPUT, OUTPUTS = "images", ("maps", "scores", "p_values")
 METADATA = "trajdist"
+FILES = {"onnx": "export.onnx", "torch": "export.pt2"}
 # In standard deviations of clean cell scores. Other kernels round differently; larger differences are errors.
 TOLERANCE = 0.01
 TRIALS = (1, 3)
@@ -97,10 +98,12 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
         path: the output file; written atomically.
 
     Raises:
-        ConfigError: a package is missing.
+        ConfigError: a package is missing, or the path is a folder.
         ArtifactError: the file cannot be written.
         TrainingError: the network cannot be exported, or the file gives different results.
     """
+    if path.is_dir():
+        raise ConfigError(f"--out {str(path)!r} is a folder: name a file, such as {str(path / FILES[kind])!r}.")
     scorer.to("cpu")
     detector = scorer.detectors[0]
     module = Exported(scorer, detector).eval()
@@ -109,12 +112,21 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
     writers = {"onnx": _write_onnx, "torch": _write_torch}
     try:
         run = writers[kind](module, trial_images(scorer.size, 2), path, json.dumps(document))
-    except (OSError, ArtifactError) as error:
-        raise ArtifactError(f"{str(path)!r} cannot be written ({error}): free some space or name another.") from None
+    except OSError as error:
+        reason = one_line(error)
+        raise ArtifactError(f"{str(path)!r} cannot be written ({reason}): free some space or name another.") from None
+    try:
+        return _verify(scorer, run, path)
+    except Exception:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _verify(scorer: Scorer, run: Callable[[torch.Tensor], Arrays], path: Path) -> Export:
+    """Hold an exported file against the run."""
     differences = [_compare(scorer, run, trial_images(scorer.size, count)) for count in TRIALS]
     found = Export(path, *(max(values) for values in zip(*differences, strict=True)))
     if not max(found.map_difference, found.score_difference) <= TOLERANCE:
-        path.unlink()
         raise TrainingError(
             f"the exported file gives other scores (by {found.score_difference:.2g}, maps {found.map_difference:.2g} "
             "standard deviations): it was removed; try --format torch, or another version of the exporter."

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from trajdist.saved.rundir import RunDir
 
 # The safetensors format itself allows no longer header.
 LARGEST_HEADER = 100_000_000
+# A folder with more files than this, such as one of pictures, is one row.
+MOST_FILES = 12
 
 
 def inspect(path: Path) -> Iterator[RenderableType]:
@@ -47,7 +51,10 @@ def inspect(path: Path) -> Iterator[RenderableType]:
 
 
 def _inspect_run(path: Path) -> Iterator[RenderableType]:
-    status = _object(path / "status.json") if (path / "status.json").exists() else {"status": "never started"}
+    status: dict[str, Any] = {"status": "never started"}
+    if (path / "status.json").exists():
+        status = _object(path / "status.json")
+        status |= {"status": RunDir(path).told_status(), "time": _local_time(status.get("time"))}
     yield _facts(f"run {path}", {**status, "files": _listing(path)})
     if (path / "summary.json").exists():
         from trajdist.runtime.progress import summary_table
@@ -70,11 +77,30 @@ def _object(path: Path) -> dict[str, Any]:
     return document
 
 
+def _local_time(seconds: Any) -> Any:
+    """A date for people; what is no time stays as it is."""
+    try:
+        return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
+    except (TypeError, ValueError, OverflowError, OSError):
+        return seconds
+
+
 def _listing(path: Path) -> str:
-    """All files of a run but those of its domains, which are runs themselves."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    relative = [(file, file.relative_to(path)) for file in files]
-    return "\n".join(f"{name}  {file.stat().st_size:,} bytes" for file, name in relative if name.parts[0] != "domains")
+    """All files of a run but those of its domains, which are runs themselves; many files of a folder are one row."""
+    folders: defaultdict[Path, list[Path]] = defaultdict(list)
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path)
+        if name.parts[0] != "domains" and not file.name.startswith(".") and file.is_file():
+            folders[name.parent].append(file)
+    return "\n".join(row for folder, files in folders.items() for row in _rows(path, folder, files))
+
+
+def _rows(path: Path, folder: Path, files: list[Path]) -> Iterator[str]:
+    sizes = [file.stat().st_size for file in files]
+    if len(files) > MOST_FILES:
+        yield f"{folder}/  {len(files):,} files, {sum(sizes):,} bytes"
+    else:
+        yield from (f"{file.relative_to(path)}  {size:,} bytes" for file, size in zip(files, sizes, strict=True))
 
 
 def _inspect_adapter(path: Path) -> Iterator[RenderableType]:

@@ -44,6 +44,11 @@ def run(
         UserError: its subclass determines the exit code.
         StopRequested: by a signal or the STOP file; the same call resumes from the checkpoint.
     """
+    if 2 in phases and config.domain_adaptation.lora.target_modules != "all-linear":
+        # Only where names were chosen: PEFT takes longer to import than torch, and Phase 1 does without.
+        from trajdist.saved import lora
+
+        lora.check_targets(config)
     session = open_session(config, sources, fresh, profile)
     at = Position()
     with session.stop.listening():
