@@ -78,6 +78,28 @@ def hold(path: Path) -> int | None:
     return descriptor
 
 
+def is_held(path: Path) -> bool | None:
+    """Whether another process holds a lock file (:func:`hold`); None if that cannot be determined.
+
+    Not for the process that holds it: closing the file again drops its lock.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def sync_file(path: Path) -> None:
     """Make the contents of a file survive a power cut."""
     with open(path, "rb") as handle:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trajdist.errors import ArtifactError
-from trajdist.files import hold, read_json, write_bytes, write_json
+from trajdist.files import hold, is_held, read_json, write_bytes, write_json
 
 
 class RunDir:
@@ -188,25 +188,8 @@ class RunDir:
             self._lock = None
 
     def is_held(self) -> bool | None:
-        """Whether another process holds the folder; None where nobody can tell.
-
-        Not for the process that holds it: closing the file again would drop its lock.
-        """
-        try:
-            lock = os.open(self.path / ".lock", os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return None
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
-        except OSError:
-            return None
-        finally:
-            os.close(lock)
-        return False
+        """Whether another process holds the lock; None if that cannot be determined. Not for the holder itself."""
+        return is_held(self.path / ".lock")
 
     def move_away(self) -> Path | None:
         """Rename an old run directory to make way for a new one; returns its new path, None if there was none.
