@@ -313,11 +313,10 @@ def _export(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from trajdist.scoring.scorer import load
-    from trajdist.tools.export import export
+    from trajdist.tools.export import FILES, export
 
-    name = "export.onnx" if arguments.format == "onnx" else "export.pt2"
     scorer = load(arguments.run_dir, arguments.adapter, arguments.phase, device="cpu")
-    made = export(scorer, arguments.format, Path(arguments.out or Path(arguments.run_dir, name)))
+    made = export(scorer, arguments.format, Path(arguments.out or Path(arguments.run_dir, FILES[arguments.format])))
     shape = f"uint8 [B, 3, {scorer.size}, {scorer.size}]"
     print(f"{made.path} ({made.path.stat().st_size / 2**20:.1f} MiB): {shape} -> maps, scores, p_values")
     print(f"against the run itself: scores within {made.score_difference:.1g}, maps within {made.map_difference:.1g}")
