@@ -207,3 +207,12 @@ def test_a_pattern_that_the_shell_has_expanded_is_refused():
     with pytest.raises(ConfigError, match=r"data\.imagenet\.path is given 3 times.*quote it"):
         load_config("debug", shards)
     assert load_config("debug", ["data.domain.path=null", "data.domain.path=here"]).data.domain.path == "here"
+
+
+def test_merged_keys_may_be_overridden(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        "data:\n  domains:\n    a: &b {<<: {batch_size: 4, path: q}, path: p}\n  imagenet: {<<: *b, num_epochs: 2}\n"
+    )
+    data = load_config(path).data
+    assert (data.imagenet.path, data.imagenet.batch_size, data.domains["a"].path) == ("p", 4, "p")

@@ -51,7 +51,7 @@ def test_it_is_a_linear_layer():
     assert ours.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_a_quickened_network_is_the_same_network():
+def test_a_network_with_fast_layers_is_the_same_network():
     class Own(nn.Linear):
         pass
 

@@ -260,7 +260,7 @@ def _score(arguments: argparse.Namespace) -> int:
         job.console.print(score_table(job))
         job.console.print(f"the report is {job.out / 'report.html'}")
     job.processes.main_does(lambda: tell_unreadable(job))
-    job.processes.leave()
+    job.close()
     return 0
 
 
@@ -280,7 +280,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         job.console.print(metrics_table(metrics))
         job.console.print(f"the report is {job.out / 'report.html'}")
     job.processes.main_does(lambda: tell_unreadable(job))
-    job.processes.leave()
+    job.close()
     return 0
 
 

@@ -38,7 +38,7 @@ def _refuse_expanded_paths(overrides: list[str]) -> None:
         if len(paths) > 1:
             raise ConfigError(
                 f"{key} is given {len(paths)} times, {min(paths)!r} for one: name it once, and quote it if it has "
-                "braces or asterisks, which the shell expands otherwise."
+                "braces, which the shell expands otherwise."
             )
 
 
@@ -68,13 +68,14 @@ def _config_folders() -> Iterator[Path]:
 class _UniqueKeys(yaml.SafeLoader):
     """YAML itself forbids a key that is there twice; PyYAML keeps the last one without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is there twice", key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _check_targets(config: Config) -> None:
         re.compile(targets if isinstance(targets, str) else "")
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
-            f"domain_adaptation.lora.target_modules={targets!r} is no regular expression ({error}): mend it, or write "
+            f"domain_adaptation.lora.target_modules={targets!r} is no regular expression ({error}): fix it, or write "
             "a list of module names, as in [encoder.0, decoder.0]."
         ) from None
 

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         ArtifactError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Process numbers repeat on the machines that share a network folder.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as handle:
             handle.write(data)
@@ -68,7 +70,7 @@ def hold(path: Path) -> int | None:
     Raises:
         OSError: the file cannot be made.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         # A POSIX record lock belongs to the process: forked workers that outlive the trainer must not keep it.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

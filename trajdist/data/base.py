@@ -14,6 +14,10 @@ from PIL import Image
 from trajdist.data.decode import decode
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# Endings of pictures that are not read, and that a user may expect to be; of files with any other ending, nobody does.
+OTHER_PICTURES = {".apng", ".arw", ".avif", ".cr2", ".dds", ".dng", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif"}
+OTHER_PICTURES |= {".jp2", ".jpe", ".jpx", ".jxl", ".nef", ".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".qoi"}
+OTHER_PICTURES |= {".sgi", ".tga"}
 
 
 class ImageSource(ABC):

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from trajdist import launcher
-from trajdist.data.base import EXTENSIONS, EncodedSource, ImageSource, Names, numbered
+from trajdist.data.base import EXTENSIONS, OTHER_PICTURES, EncodedSource, ImageSource, Names, numbered
 from trajdist.data.storage import Access, expand, has_pattern, is_url, read_bytes, refusal
 from trajdist.errors import DataError
 
@@ -137,8 +136,7 @@ def _tell_left_out(folder: str, others: Counter[str]) -> None:
     """A line on stderr about pictures in formats that do not count; labels and notes beside images are no news."""
     if launcher.rank() or not others:
         return
-    pictures = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    left_out = sorted(others.keys() & pictures, key=lambda ending: (-others[ending], ending))
+    left_out = sorted(others.keys() & OTHER_PICTURES, key=lambda ending: (-others[ending], ending))
     if not left_out:
         return
     count, endings = sum(others[ending] for ending in left_out), ", ".join([*left_out[:3], "..."][: len(left_out)])

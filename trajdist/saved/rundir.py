@@ -224,7 +224,7 @@ class RunDir:
         status = self.read_status()
         if status != "running" or self.is_held() is not False:
             return status
-        return "running (by its status; no process that this machine sees holds the run directory: it was killed)"
+        return "running (by its status; no process here holds the run directory: it was killed, or runs elsewhere)"
 
     def read_summary(self) -> dict[str, Any]:
         """Summaries of the finished phases, by phase; empty if there are none.

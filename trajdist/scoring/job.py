@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,13 @@ class Scoring:
     rates: list[float]
     thresholds: list[float]
     lock: int | None = None
+
+    def close(self) -> None:
+        """Give the output folder free, and end the group of processes."""
+        if self.lock is not None:
+            os.close(self.lock)
+        self.lock = None
+        self.processes.leave()
 
     @property
     def drawing_threads(self) -> int:

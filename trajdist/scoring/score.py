@@ -6,7 +6,6 @@ Shape suffixes: B images, H W grid, L blocks, S pixels per side.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,14 +84,14 @@ def score(job: Scoring, visit: Visit | None = None) -> None:
 
     def prepare() -> None:
         nonlocal done
-        done = _prepare_out(job, plan, maps, resumable=visit is None)
+        with _writing(job.out):
+            done = _prepare_out(job, plan, maps, resumable=visit is None)
 
     job.processes.main_does(prepare)
     done = job.processes.broadcast(done)
     if done < num_images:
         _walk(job, plan, done, maps, visit)
     maps.close()
-    _release_out(job)
     job.processes.wait()
 
 
@@ -290,12 +289,6 @@ def _claim_out(job: Scoring) -> None:
             "name another."
         )
     write_json(marker, identity)
-
-
-def _release_out(job: Scoring) -> None:
-    if job.lock is not None:
-        os.close(job.lock)
-    job.lock = None
 
 
 def tell_unreadable(job: Scoring) -> None:

@@ -115,4 +115,6 @@ def is_better(found: Found, best: Found) -> bool:
     """Compare by the AUROC on labelled images if there is one, else by the loss on held-out images."""
     if found.get("image_auroc") is not None:
         return best["image_auroc"] is None or bool(found["image_auroc"] > best["image_auroc"])
+    if best.get("image_auroc") is not None:
+        return False
     return bool(found["loss"] < best["loss"])
