@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,14 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"cache\.dir='.*file' cannot be written .*: name another folder"):
         TrajectoryCache(tmp_path / "file", {}, 1, SHAPE).create()
+
+
+def test_all_processes_make_it_at_once(tmp_path):
+    """On different machines they may have the same number, as threads have here."""
+    caches = [TrajectoryCache(tmp_path / "cache", {"round": number // 4}, 3, SHAPE) for number in range(200)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(TrajectoryCache.create, caches))
+    assert all(len(cache) == 0 for cache in caches)
 
 
 def test_few_sizes_of_batches():

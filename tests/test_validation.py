@@ -16,7 +16,7 @@ from trajdist.config_files import load_config
 from trajdist.data.defects import write_labelled
 from trajdist.data.sources import open_source
 from trajdist.errors import ConfigError
-from trajdist.training.keeper import Keeper
+from trajdist.training.keeper import Keeper, is_better
 from trajdist.training.validation import Examiner
 
 SMALL = ("data.image_size=32", "runtime.mixed_precision=no", "calibration.holdout_fraction=0.2")
@@ -198,3 +198,12 @@ def test_good_images_alone_tell_nothing_apart(tmp_path, capsys):
     command = ["train", "debug", f"run_dir={tmp_path / 'run'}", EVERY, f"validation.path={labelled}"]
     assert main(command) == 3
     assert "good images alone" in capsys.readouterr().err
+
+
+def test_once_there_is_an_auroc_only_a_higher_one_is_better():
+    """The labelled images may be unreadable for one validation."""
+    none, low, high = ({"loss": loss, "image_auroc": auroc} for loss, auroc in ((0.1, None), (0.9, 0.6), (0.5, 0.9)))
+    assert is_better(low, none)
+    assert is_better(high, low)
+    assert not is_better(none, low)
+    assert not is_better(low, high)
