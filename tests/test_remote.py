@@ -24,6 +24,7 @@ from trajdist.data.shard_cache import ShardCache
 from trajdist.data.shards import TarShards
 from trajdist.data.sources import open_source
 from trajdist.data.storage import Access
+from trajdist.errors import DataError
 from trajdist.sharding import Order, Plan, Selection
 from trajdist.tools.audit import audit
 
@@ -256,6 +257,22 @@ def test_a_store_that_answers_again(store, tmp_path, monkeypatch):
     store.fault = lambda number, path: "503"
     with pytest.raises(OSError, match="Service Unavailable"):
         source.read(0)
+
+
+def test_a_listing_that_fails_for_a_moment(store, tmp_path, monkeypatch):
+    write_tar(tmp_path / "tars" / "a.tar", {f"{number}.png": encoded(number) for number in range(3)})
+    url, listing, failures = upload(tmp_path / "tars", "listed"), storage._remote_glob, [1, 1]
+
+    def at_last(name: str) -> list[str]:
+        if failures and failures.pop():
+            raise OSError("Service Unavailable")
+        return listing(name)
+
+    monkeypatch.setattr(storage, "_remote_glob", at_last)
+    with pytest.raises(DataError, match="Service Unavailable"):
+        open_source(url, "key", Access(retries=0))
+    assert len(open_source(url, "key", Access(retries=3))) == 3
+    assert not failures
 
 
 def cache_files(folder: Path) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -12,6 +14,8 @@ import yaml
 from trajdist.config import Config
 from trajdist.config_parsing import parse_config
 from trajdist.errors import ConfigError
+
+DIGITS = re.compile(r"\d+")
 
 
 def load_config(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -29,16 +33,13 @@ def load_config(source: str | Path | None = None, overrides: Iterable[str] = ())
 
 
 def _refuse_expanded_paths(overrides: list[str]) -> None:
-    """Of a path that is named several times, all but the last would be ignored without a word."""
-    named: dict[str, set[str]] = {}
-    for key, _, text in (override.partition("=") for override in overrides):
-        if key.endswith(".path") and text != "null":
-            named.setdefault(key, set()).add(text)
-    for key, paths in named.items():
-        if len(paths) > 1:
+    """Refuse what a shell makes of ``key=/data/{000..127}.tar``: as many arguments, of which the last would win."""
+    for one, other in itertools.pairwise(overrides):
+        key = one.partition("=")[0]
+        if one != other and key.endswith(".path") and DIGITS.sub("", one) == DIGITS.sub("", other):
             raise ConfigError(
-                f"{key} is given {len(paths)} times, {min(paths)!r} for one: name it once, and quote it if it has "
-                "braces, which the shell expands otherwise."
+                f"{one!r} and {other!r} both set {key}, as when the shell expands braces: quote the pattern, or name "
+                "one path."
             )
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from trajdist import launcher
 from trajdist.data.base import EXTENSIONS, OTHER_PICTURES, EncodedSource, ImageSource, Names, numbered
-from trajdist.data.storage import Access, expand, has_pattern, is_url, read_bytes, refusal
+from trajdist.data.storage import Access, expand, has_pattern, is_url, read_bytes, refusal, retrying
 from trajdist.errors import DataError
 
 
@@ -35,14 +35,14 @@ def open_source(path: str | None, key: str, access: Access | None = None) -> Ima
         from trajdist.data.hub import HubDataset
 
         return HubDataset(path, key)
-    if shards := _shards_of(path, key):
+    if shards := _shards_of(path, key, access.retries):
         from trajdist.data.shards import TarShards
 
         return TarShards(shards, key, access)
     return ImageFolder(Path(path).expanduser(), key, access.retries)
 
 
-def _shards_of(path: str, key: str) -> list[str]:
+def _shards_of(path: str, key: str, retries: int) -> list[str]:
     """The tar shards that a path means: what a pattern or URL names, or all of a folder that holds no images; or none.
 
     Raises:
@@ -50,7 +50,7 @@ def _shards_of(path: str, key: str) -> list[str]:
     """
     local = Path(path).expanduser()
     if is_url(path) or (path.endswith(".tar") and not local.is_dir() and (local.exists() or has_pattern(path))):
-        return _expanded(path if is_url(path) else str(local), key)
+        return _expanded(path if is_url(path) else str(local), key, retries)
     shards = sorted(str(shard) for shard in local.glob("*.tar") if shard.is_file())
     if shards and _list_images(local)[0]:
         raise DataError(
@@ -60,9 +60,9 @@ def _shards_of(path: str, key: str) -> list[str]:
     return shards
 
 
-def _expanded(path: str, key: str) -> list[str]:
+def _expanded(path: str, key: str, retries: int) -> list[str]:
     try:
-        found = expand(f"{path}*.tar" if path.endswith("/") else path)
+        found = retrying(lambda: expand(f"{path}*.tar" if path.endswith("/") else path), retries)
     except Exception as error:  # Each store raises errors of its own.
         raise refusal(key, path, error) from None
     if not found:
