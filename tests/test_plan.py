@@ -83,7 +83,7 @@ def test_the_command_trains_nothing_and_writes_nothing(images, tmp_path, monkeyp
     monkeypatch.setattr("trajdist.training.phases.run", None)
     monkeypatch.setattr(probe, "LIMIT_S", 0.01)
     command = ["plan", "default", *TINY, f"data.imagenet.path={images}", "--device", "cpu"]
-    assert main([*command, "--memory", "64GiB"]) == 0
+    assert main([*command, "--memory", "3GiB"]) == 0
     shown = capsys.readouterr().out
     assert "peak while training" in shown
     assert "largest batch_size" in shown
@@ -115,7 +115,7 @@ def test_the_probe_changes_no_weight(images, monkeypatch):
 
 
 def test_json_holds_every_figure(images):
-    plans = plan(images, phases=(1, 2), memory_bytes=64 * 2**30, processes=2)
+    plans = plan(images, phases=(1, 2), memory_bytes=3 * 2**30, processes=2)
     assert list(plans) == ["phase1", "phase2"]
     assert json.loads(json.dumps(plans, allow_nan=False)) == plans
     for figures in plans.values():
@@ -211,6 +211,21 @@ def test_largest_within(start, fixed, slope, jump, available):
     assert found == 0 or needed(found) <= available
     assert found == LARGEST_BATCH or needed(found + 1) > available
     assert len(set(asked)) <= 60
+
+
+def test_the_last_group_of_a_batch_stands_for_all(images):
+    """Counting every group of a batch of thousands would take minutes."""
+    config = load_config(None, [*TINY, f"data.imagenet.path={images}"])
+    found = []
+    for rehearses in (False, True):
+        modules = build_modules(config, 1)
+        modules.extractor.suit("cpu")
+        rehearsal = Rehearsal(config, 1, modules, precision="no", micro_batches=1, shared_gradients=False)
+        rehearsal.extractor.rehearses = rehearses
+        batch_size = 3 * len(range(*rehearsal.extractor.groups(10_000)[0].indices(10_000)))
+        found.append(rehearsal.peaks(batch_size))
+        assert len(rehearsal.extractor.groups(batch_size)) == 3
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -125,13 +125,16 @@ class TrajectoryExtractor:
     Args:
         resolution: places per side of an image.
         subcells: sub-cells per side of a place.
+
+    Attributes:
+        rehearses: of a batch, only the last group is computed, to count bytes; the other results are zeros.
     """
 
     def __init__(self, backbone: Backbone, projection: Projection, resolution: int, subcells: int = 1) -> None:
         self.backbone, self.projection, self.resolution = backbone, projection, resolution
         self.subcells, self.steps = subcells, trajectory_steps(backbone.blocks, resolution, subcells)
         self.images_per_pass: int | None = None
-        self.gathers = self.compiled = False
+        self.gathers = self.compiled = self.rehearses = False
         projection.lay_out()
         self._run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = self._trajectories
 
@@ -210,14 +213,21 @@ class TrajectoryExtractor:
     def _extract(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
         # Not len(): while exporting it would fix the batch size, whereas shape[0] stays symbolic.
         groups = self.groups(images_BCSS.shape[0], places_BK)
-        parts = [self._run(images_BCSS[part], None if places_BK is None else places_BK[part]) for part in groups]
+        # Groups are alike: whoever counts bytes needs the last one, beside which the results of all others live.
+        skipped = groups[:-1] if self.rehearses else []
+        parts = [self._empty(images_BCSS[part], places_BK) for part in skipped]
+        for part in groups[len(skipped) :]:
+            parts.append(self._run(images_BCSS[part], None if places_BK is None else places_BK[part]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _empty(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
+        length, width = self.projection.valid_LD.shape
+        places = self._num_places(places_BK)
+        return torch.zeros(images_BCSS.shape[0], places, length, width, device=images_BCSS.device)
 
     def _trajectories(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
         """Trajectories of one group, ``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
-        length, width = self.projection.valid_LD.shape
-        places, device = self._num_places(places_BK), images_BCSS.device
-        out_BPLD = torch.zeros(images_BCSS.shape[0], places, length, width, device=device)
+        out_BPLD = self._empty(images_BCSS, places_BK)
 
         def project(step: int, pooled_BPC: torch.Tensor) -> None:
             projected = self.projection(step, pooled_BPC)
@@ -293,7 +303,8 @@ def update_moments(
     moments: list[BlockMoments], extractor: TrajectoryExtractor, images_BCSS: torch.Tensor, weights_B: torch.Tensor
 ) -> None:
     """Add uint8 images ``[B, 3, S, S]`` to the moments of every step; images of weight 0 do not count."""
-    for part in extractor.groups(len(images_BCSS)):
+    groups = extractor.groups(len(images_BCSS))
+    for part in groups[-1:] if extractor.rehearses else groups:
         weights_N = weights_B[part].repeat_interleave(extractor.resolution**2)
 
         def visit(step: int, pooled_BPC: torch.Tensor, weights_N: torch.Tensor = weights_N) -> None:

@@ -139,6 +139,7 @@ class Rehearsal:
         self._micro_batches, self._shared_gradients = min(2, micro_batches), shared_gradients
         self._mode = FakeTensorMode()
         self.extractor, self.model = modules.extractor, modules.model.train()
+        self.extractor.rehearses = True
         for module in (self.extractor.backbone, self.extractor.projection, self.model):
             self._become_fake(module)
         self.widths = [min(count, config.model.feature_dim) for count in self.extractor.projection.channels]
