@@ -124,10 +124,10 @@ def _list_images(root: Path) -> tuple[list[str], Counter[str]]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = os.path.relpath(folder, root)
         prefix = "" if relative == "." else relative + os.sep
-        for name in files:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+        for name in (name for name in files if not name.startswith(".")):
+            if name.lower().endswith(EXTENSIONS):
                 names.append(prefix + name)
-            elif not name.startswith("."):
+            else:
                 others[os.path.splitext(name)[1].lower()] += 1
     return sorted(names), others
 

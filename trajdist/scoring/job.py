@@ -23,6 +23,9 @@ from trajdist.runtime.progress import make_console
 from trajdist.scoring.scorer import Detector, Scorer, load
 from trajdist.sharding import Plan, in_order
 
+# How long the processes wait for one another.
+TIMEOUT_S = 1800.0
+
 
 @dataclass(frozen=True)
 class Options:
@@ -43,7 +46,6 @@ class Options:
     batch_size: int = 32
     explain: bool = False
     overlays: str = "all"
-    timeout_s: float = 1800.0
 
 
 @dataclass
@@ -86,7 +88,7 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
         ArtifactError: a run that is not finished or damaged.
         ConfigError: options that do not go together.
     """
-    accelerator = start_accelerator("no", options.timeout_s, False)
+    accelerator = start_accelerator("no", TIMEOUT_S, False)
     processes = Processes(accelerator)
     console = make_console(processes.is_main)
     scorer = _load(run_dir, options, processes)
