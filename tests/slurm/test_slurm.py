@@ -85,6 +85,8 @@ def test_a_node_that_loses_power(cluster, uninterrupted, tmp_path):
         job.wait_for(lambda: job.record()["Restarts"] == "1")
     finally:
         cluster.power_on("n2")
+    # The signals that ended the first start's steps, 0 and 1, are still on their way to n2.
+    job.wait_for(lambda: f"StepId={job.number}.2 " in cluster.run("scontrol", "show", "steps"))
     assert job.end()["JobState"] == "COMPLETED", job.told()
     assert_same_bits(tmp_path / "run", uninterrupted[1])
 
