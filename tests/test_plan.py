@@ -58,6 +58,8 @@ def test_the_plan_is_what_a_run_measures(name, images, tmp_path):
     run_dir = tmp_path / "run"
     job = [*job, f"run_dir={run_dir}", f"data.imagenet.path={images}", "runtime.mixed_precision=no"]
     job += [f"data.domain.path={images}"] if phases == 2 else []
+    # Contrast, the objective of both phases' job, keeps nothing in Phase 2.
+    job += [f"cache.dir={tmp_path / 'cache'}", "cache.max_gib=0.005"]
     planned = launch(["plan", *job, "--json", "--no-probe"])
     assert planned.returncode == 0, planned.stderr
     assert not run_dir.exists()
@@ -76,6 +78,9 @@ def test_the_plan_is_what_a_run_measures(name, images, tmp_path):
     assert plans[max(plans)]["checkpoint_bytes"] == pytest.approx(size, rel=0.15, abs=4000)
     on_disk = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
     assert on_disk / 2 < sum(each["disk_bytes"] for each in plans.values()) < 2 * on_disk
+    kept = sum(file.read_bytes().count(b"\1") for file in (tmp_path / "cache").glob("*/present"))
+    assert kept == sum(each["cached_images"] for each in plans.values()) > 0
+    assert max(each["cache_bytes"] for each in plans.values()) <= 0.005 * 2**30
 
 
 def test_the_command_trains_nothing_and_writes_nothing(images, tmp_path, monkeypatch, capsys):
@@ -149,6 +154,22 @@ def test_a_given_rate_is_not_measured(images, monkeypatch):
     assert figures["hours_per_epoch"] == pytest.approx(54 / 30 / 3600)
     assert figures["hours"] > figures["hours_per_epoch"]
     assert figures["bottleneck"] == "given"
+
+
+def test_cached_images_cost_the_models_time_alone(images, monkeypatch):
+    monkeypatch.setattr(probe, "measure", lambda *args: Rates(decode=1000, backbone=10, model=1000))
+    epochs = "data.imagenet.num_epochs=11"
+    without, all_of_them, some = (
+        plan(images, epochs, *cache, measure=True)["phase1"]
+        for cache in ([], ["cache.dir=/nowhere"], ["cache.dir=/nowhere", f"cache.max_gib={27 * 4096 / 2**30}"])
+    )
+    assert (without["cached_images"], without["cache_bytes"]) == (0, 0)
+    assert (all_of_them["cached_images"], all_of_them["cache_bytes"]) == (54, 54 * 4096)
+    assert some["cached_images"] == 27
+    saved = [without["hours"] - figures["hours"] for figures in (all_of_them, some)]
+    # A whole image costs 1/10 s in the backbone and 1/1000 s each in reading and in the model.
+    assert saved == pytest.approx([10 * count * 0.101 / 3600 if count else 0 for count in (54, 27)])
+    assert without["hours_per_epoch"] == all_of_them["hours_per_epoch"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plans for a device that is not here")

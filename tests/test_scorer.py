@@ -324,6 +324,14 @@ def test_a_run_without_phase_2(debug_run, tmp_path, crops):
         trajdist.load(tmp_path / "run", phase=2, device="cpu")
 
 
+@pytest.mark.parametrize(("phase", "options", "told"), [(1, (), False), (2, (), True), (2, ("--phase", "1"), False)])
+def test_who_scores_with_an_unfinished_run_is_told(debug_run, tmp_path, capsys, fresh_accelerate, phase, options, told):
+    shutil.copytree(debug_run / "phase1", tmp_path / "run" / "phase1")
+    RunDir(tmp_path / "run").write_status("running", phase, 3)
+    command_line(tmp_path / "run", write_images(tmp_path / "images", 1), tmp_path / "out", *options)
+    assert ("did not finish its Phase 2" in capsys.readouterr().out) == told
+
+
 # ------------------------------------------------------------------------------------------- what is refused
 
 

@@ -97,6 +97,10 @@ class TrajectoryCache:
             count += os.pread(descriptor, 2**20, start).count(b"\1")
         return count
 
+    def capacity(self, gib: float) -> int:
+        """How many records ``gib`` GiB have room for, be there as many images or not."""
+        return int(gib * GIB / self.stride)
+
     def read(self, number: int, record_PLD: npt.NDArray[np.uint16]) -> bool:
         """Read an image's record into ``record_PLD`` (uint16, the bits of bfloat16); False if missing or unreadable."""
         try:

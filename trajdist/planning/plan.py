@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -15,7 +16,9 @@ from rich.table import Table
 from trajdist import launcher
 from trajdist.config import SETS, Config, domain_config
 from trajdist.data.base import ImageSource
+from trajdist.data.cache import TrajectoryCache
 from trajdist.data.loader import resolve_workers
+from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.planning import probe
 from trajdist.planning.budget import FLOAT, Budget, measure_bases
 from trajdist.planning.footprint import Rehearsal, build_modules
@@ -130,6 +133,7 @@ def _plan_phase(
     )
     saves_between = any(each.total_steps > config.checkpoint.every_steps for each in walks)
     budget = Budget(rehearsal, base_bytes, device, saves_between)
+    cache = _cache(config, trainings, modules.extractor)
     peaks = rehearsal.peaks(walk.slots)
     return {
         "device": device,
@@ -151,7 +155,9 @@ def _plan_phase(
         "memory_bytes": options.memory_bytes,
         "largest_batch_size": budget.largest_batch(walk.slots, options.memory_bytes),
         **_disk(config, rehearsal, walks, phase),
-        **_time(config, trainings, walks, rates, workers, device),
+        "cached_images": cache.images,
+        "cache_bytes": cache.size,
+        **_time(config, trainings, walks, rates, workers, device, cache),
     }
 
 
@@ -198,8 +204,37 @@ def _disk(config: Config, rehearsal: Rehearsal, walks: list[Plan], phase: int) -
     return {"checkpoint_bytes": checkpoint, "disk_bytes": disk}
 
 
+class _Cache(NamedTuple):
+    """What ``cache.dir`` will hold: images, their bytes, and how many images of the later epochs are read from it."""
+
+    images: int
+    size: int
+    reads: int
+
+
+def _cache(config: Config, trainings: list[PlannedTraining], extractor: TrajectoryExtractor) -> _Cache:
+    images, size, reads = 0, 0, 0
+    for training in trainings:
+        contrast = training.config.domain_adaptation.objective == "contrast" and training.selection.phase == 2
+        # Contrast draws defects into the images themselves.
+        if config.cache.dir is None or contrast:
+            continue
+        shape = (extractor.resolution**2, *extractor.projection.valid_LD.shape)
+        cache = TrajectoryCache(Path(config.cache.dir), {}, len(training.source), shape)
+        kept = min(training.selection.num_train, cache.capacity(config.cache.max_gib))
+        images, size = images + kept, size + kept * cache.stride
+        reads += kept * (getattr(training.config.data, SETS[training.selection.phase]).num_epochs - 1)
+    return _Cache(images, size, reads)
+
+
 def _time(
-    config: Config, trainings: list[PlannedTraining], walks: list[Plan], rates: Rates, workers: int, device: str
+    config: Config,
+    trainings: list[PlannedTraining],
+    walks: list[Plan],
+    rates: Rates,
+    workers: int,
+    device: str,
+    cache: _Cache,
 ) -> dict[str, Any]:
     """Rates of one process and of the job, in images/s, the job's hours, and its bottleneck."""
     rate, bottleneck = rates.of_training(workers)
@@ -208,13 +243,18 @@ def _time(
     # The passes compute no gradients, so they are no slower than training.
     passes = sum(_passes(config, training.selection) for training in trainings)
     hours_per_image = 1 / (rate * world) / 3600 if rate else None
+    hours = None
+    if rate and hours_per_image:
+        # A cached image costs the model's time alone; where only the rate of all is known, as much as any.
+        share = rate / rates.model if rates.model else 1.0
+        hours = hours_per_image * (images + passes - cache.reads * (1 - share))
     return {
         "decoded_images_per_s": rates.decode,
         "backbone_images_per_s": rates.backbone,
         "model_images_per_s": rates.model,
         "images_per_s": rate * world if rate else None,
         "hours_per_epoch": epoch * hours_per_image if hours_per_image else None,
-        "hours": (images + passes) * hours_per_image if hours_per_image else None,
+        "hours": hours,
         "bottleneck": bottleneck,
         "advice": advice(bottleneck, workers, device),
     }
@@ -309,6 +349,7 @@ _ROWS: Cells = {
     "workers' batches": lambda p: _size(p["loader_bytes"]),
     "checkpoint": lambda p: _size(p["checkpoint_bytes"]),
     "disk": lambda p: _size(p["disk_bytes"]),
+    "cache": lambda p: _size(p["cache_bytes"]),
     "decoding, per reader": lambda p: _rate(p["decoded_images_per_s"]),
     "backbone, per process": lambda p: _rate(p["backbone_images_per_s"]),
     "model, per process": lambda p: _rate(p["model_images_per_s"]),

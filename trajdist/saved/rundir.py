@@ -215,9 +215,16 @@ class RunDir:
 
     def read_status(self) -> str:
         """The last written status: "running", "stopped", "done" or "failed"; "unknown" if there is none."""
+        return str(self._read_status_file().get("status", "unknown"))
+
+    def reached_phase(self) -> int:
+        """The phase that the run was last in; 0 if that is not written down."""
+        return int(self._read_status_file().get("phase", 0))
+
+    def _read_status_file(self) -> dict[str, Any]:
         path = self.path / "status.json"
         document = read_json(path) if path.exists() else {}
-        return str(document.get("status", "unknown")) if isinstance(document, dict) else "unknown"
+        return document if isinstance(document, dict) else {}
 
     def told_status(self) -> str:
         """For people: what was killed had no time to write how it ended."""

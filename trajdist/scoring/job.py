@@ -20,6 +20,7 @@ from trajdist.data.loader import (
 )
 from trajdist.runtime.processes import Processes, start_accelerator
 from trajdist.runtime.progress import make_console
+from trajdist.saved.rundir import RunDir
 from trajdist.scoring.scorer import Detector, Scorer, load
 from trajdist.sharding import Plan, in_order
 
@@ -135,6 +136,12 @@ def supported_rate(detector: Detector) -> float:
 
 
 def _announce(job: Scoring) -> None:
+    unadapted = [detector.name for detector in job.scorer.detectors] == ["phase1"]
+    if unadapted and job.options.phase is None and RunDir(job.run_dir).reached_phase() == 2:
+        job.console.print(
+            f"{job.run_dir!r} did not finish its Phase 2, so its unadapted Phase 1 is used: train on with the same "
+            "command, or name --phase 1 if this is meant"
+        )
     for detector, rate, threshold in zip(job.scorer.detectors, job.rates, job.thresholds, strict=True):
         job.console.print(
             f"{detector.name}: threshold {threshold:.4g} for a false-alarm rate of {rate:.3g}, "

@@ -46,7 +46,7 @@ def _absolute(path: str) -> str:
 def open_writer(session: Session, cache: TrajectoryCache) -> CacheWriter:
     """A writer that may add this process's equal share of what is left of ``cache.max_gib``."""
     kept, world = len(cache), session.processes.world
-    holds = int(session.config.cache.max_gib * GIB / cache.stride)
+    holds = cache.capacity(session.config.cache.max_gib)
     session.say(
         f"cache: {cache.folder} has the trajectories of {kept:,} of {cache.num_images:,} images "
         f"and may keep {min(holds, cache.num_images):,} ({cache.stride / GIB * min(holds, cache.num_images):.1f} GiB)"
