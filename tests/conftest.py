@@ -13,6 +13,8 @@ from hypothesis import settings
 # Before torch is imported.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Jobs have one thread each: a run continued here sums in their order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("trajdist", deadline=None, derandomize=True)
 settings.load_profile("trajdist")

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -124,6 +125,21 @@ def test_a_full_disk_ends_the_caching_and_nothing_else(cache, monkeypatch):
     for _ in range(10):  # More than the queue holds: nobody may wait for ever.
         writer.add(torch.tensor([1]), some(1))
     assert "cannot be written (No space left on device)" in writer.close()
+    assert len(cache) == 0
+
+
+def test_a_last_sync_that_fails_ends_the_caching_and_nothing_else(cache, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("trajdist.data.cache.SYNC", full)
+    writer, closed = CacheWriter(cache, 100), []
+    writer.add(torch.tensor([1]), some(1))
+    closing = threading.Thread(target=lambda: closed.append(writer.close()), daemon=True)
+    closing.start()
+    closing.join(30)
+    assert closed
+    assert "cannot be written (No space left on device)" in closed[0]
     assert len(cache) == 0
 
 

@@ -61,9 +61,12 @@ def test_a_watched_module_is_taken_out_of_the_stage_around_it(clock, hours):
             hours.now += 4
 
     module = Slow()
-    with clock("backbone"), clock.watching(module, "projection", within="backbone"):
-        hours.now += 6
-        module()
+    with clock.watching(module, "projection", within="backbone"):
+        with clock("backbone"):
+            hours.now += 6
+            module()
+            module()
+        # As in validation, which is no part of the stages.
         module()
     module()
     assert spent(clock) == {"backbone": 6, "projection": 8}

@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 from test_loop import arguments, assert_same_training, batches, records
 
 from trajdist.cli import main
+from trajdist.config import Lora
 from trajdist.data.drawing import DefectDraw, draw_defect
 from trajdist.data.loader import ImageBatch, SlotDataset
 from trajdist.data.sources import open_source
@@ -167,8 +168,7 @@ def test_it_learns_what_reconstruction_hides():
         for layer, weight in ((base.encoder[0], basis[:, :4].T), (base.decoder[0], basis[:, :4])):
             layer.weight.copy_(weight)
             layer.bias.zero_()
-    lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear", "use_rslora": False}
-    adapted = attach(base, **lora, use_dora=False, base_fingerprint="")
+    adapted = attach(base, Lora(rank=4, alpha=8), "")
     valid_LD = torch.ones(2, 4, dtype=torch.bool)
     model = ContrastModel(adapted, ResidualModel([4, 4], resolution=4), torch.arange(8))
     optimizer = make_optimizer(model, 0.01, 0.0, torch.device("cpu"))

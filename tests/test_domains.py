@@ -167,7 +167,7 @@ def test_stop_and_go_on(how, number, folders, base, together, tmp_path, monkeypa
 )
 def test_killed_between_two_domains(fault, folders, base, together, tmp_path):
     """One domain is then further than the other."""
-    faults = {"PYTHONPATH": f"{Path(adaptation.__file__).parents[1]}:{Path(__file__).parent / 'faults'}"}
+    faults = {"PYTHONPATH": f"{Path(adaptation.__file__).parents[2]}:{Path(__file__).parent / 'faults'}"}
     command = several(folders, tmp_path / "run", base)
     killed = launch(command, module="faulty", env={**faults, "FAULT": fault})
     assert killed.returncode == -signal.SIGKILL

@@ -88,7 +88,7 @@ def test_other_models(tmp_path, fresh_accelerate, overrides):
     np.testing.assert_allclose(scores, expected.scores, atol=1e-3)
 
 
-def test_a_file_that_computes_something_else_is_removed(debug_run, tmp_path, monkeypatch, capsys):
+def test_a_file_that_computes_something_else_is_not_kept(debug_run, tmp_path, monkeypatch, capsys):
     table = export._program
 
     def spoilt(module, images):
@@ -97,9 +97,10 @@ def test_a_file_that_computes_something_else_is_removed(debug_run, tmp_path, mon
 
     monkeypatch.setattr(export, "_program", spoilt)
     monkeypatch.setattr(export, "_compare", lambda *_: (1.0, 1.0))
+    (tmp_path / "a.pt2").write_bytes(b"the last good one")
     assert main(["export", str(debug_run), "--format", "torch", "--out", str(tmp_path / "a.pt2")]) == 1
     assert "gives other scores" in capsys.readouterr().err
-    assert not (tmp_path / "a.pt2").exists()
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.pt2", b"the last good one")]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trajdist.artifacts import fingerprint
+from trajdist.config import Lora
 from trajdist.config_parsing import parse_config
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.files import read_json, write_json
@@ -19,7 +20,7 @@ from trajdist.models.registry import build_model
 from trajdist.saved import bundle, lora
 
 SIZES = {"length": 4, "width": 6, "hidden_dim": 16, "latent_dim": 8, "num_layers": 1, "num_heads": 2, "dropout": 0.0}
-SETTINGS = {"rank": 2, "alpha": 4, "dropout": 0.0, "use_rslora": False, "use_dora": False}
+SETTINGS = {"rank": 2, "alpha": 4}
 
 
 def base_model(kind: str = "autoencoder") -> nn.Module:
@@ -28,7 +29,7 @@ def base_model(kind: str = "autoencoder") -> nn.Module:
 
 
 def attach(model: nn.Module, target_modules="all-linear", base="base", **changes) -> PeftModel:
-    return lora.attach(model, **{**SETTINGS, **changes}, target_modules=target_modules, base_fingerprint=base)
+    return lora.attach(model, Lora(**{**SETTINGS, **changes}, target_modules=target_modules), base)
 
 
 def trajectories() -> torch.Tensor:

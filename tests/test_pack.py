@@ -160,7 +160,9 @@ def test_a_killed_command_goes_on(tmp_path):
     [
         ("other options", 2, "holds shards of other images or options"),
         ("other images", 2, "holds shards of other images or options"),
-        ("foreign shard", 2, "holds 'mine.tar', which is none of these"),
+        ("foreign shard", 2, "holds 'mine.tar', none of these shards"),
+        ("foreign shard of our name", 2, "holds 'shard-000000.tar', none of these shards"),
+        ("foreign shard beside ours", 2, "holds 'mine.tar', none of these shards"),
         ("no files", 3, "has no image files to pack"),
         ("a file", 4, "cannot be written"),
         ("gone", 3, "cannot be read"),
@@ -175,9 +177,12 @@ def test_refusals(images, tmp_path, capsys, monkeypatch, what, code, words):
             options = ("--short-side", "16")
         else:
             (images / "cat" / "0000.png").write_bytes((images / "cat" / "0001.png").read_bytes())
-    elif what == "foreign shard":
-        out.mkdir()
-        (out / "mine.tar").write_bytes(b"")
+    elif what.startswith("foreign shard"):
+        if what.endswith("beside ours"):
+            assert packed(images, out, *options) == 0
+        out.mkdir(exist_ok=True)
+        foreign = out / ("shard-000000.tar" if what.endswith("of our name") else "mine.tar")
+        foreign.write_bytes(b"mine")
     elif what == "no files":
         source = "skimage:gravel"
     elif what == "a file":
@@ -188,6 +193,8 @@ def test_refusals(images, tmp_path, capsys, monkeypatch, what, code, words):
     told = capsys.readouterr().err
     assert words in told
     assert told.count("\n") == 1
+    if what.startswith("foreign shard"):
+        assert foreign.read_bytes() == b"mine"
 
 
 def test_a_disk_that_took_something_else(images, tmp_path, monkeypatch, capsys):

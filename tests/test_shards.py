@@ -222,7 +222,7 @@ def test_an_index_goes_to_the_cache_where_the_shard_may_not_be_touched(tmp_path,
     write_tar(tmp_path / "tars" / "a.tar", {"0.png": encoded(0)})
     assert len(shards(tmp_path / "tars")) == 1
     assert len(list((tmp_path / ".cache" / "trajdist").glob("*-a.tar.index.json"))) == 1
-    monkeypatch.setattr("trajdist.data.shard_index.walk", lambda *_: pytest.fail("it was indexed already"))
+    monkeypatch.setattr("trajdist.data.shard_index.scan", lambda *_: pytest.fail("it was indexed already"))
     assert len(shards(tmp_path / "tars")) == 1
 
 

@@ -275,6 +275,13 @@ def test_pooling_of_some_places_is_that_of_all(side, subcells, memory_format):
     torch.testing.assert_close(some, every[torch.arange(3)[:, None], places], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("height", "width"), [(9, 14), (7, 8), (32, 20)])
+def test_uneven_pooling_as_products(height, width):
+    """What MPS gets where its own pooling refuses."""
+    activation = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(trajectory._pool_uneven(activation, 7), F.adaptive_avg_pool2d(activation, 7))
+
+
 @pytest.mark.parametrize("subcells", [1, 2])
 @pytest.mark.parametrize("pooled_bytes", [2**10, 2**18, 2**30])
 def test_in_groups_and_passes_it_is_the_same(monkeypatch, subcells, pooled_bytes):
@@ -312,6 +319,29 @@ def test_a_compiler_that_errs_is_found_out(backbone, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *inputs: 1.1 * function(*inputs))
     with pytest.raises(ConfigError, match=r"backbone\.compile=true gives other trajectories here .*: set it to false"):
         extractor.compile()(IMAGES)
+
+
+def test_a_compiler_that_rounds_elsewhere_is_trusted_in_half_precision_alone(backbone, monkeypatch):
+    """One large outlier, as roundings give it; a wrong step of a trajectory is found out there too."""
+
+    def compiled(change):
+        monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *inputs: change(function(*inputs)))
+        return TrajectoryExtractor(backbone, random_projection_for(backbone, 8), 2).compile()
+
+    def outlier(trajectories):
+        trajectories.view(-1)[0] += trajectories.abs().max()
+        return trajectories
+
+    def wrong(trajectories):
+        trajectories[:, :, 0] *= -1
+        return trajectories
+
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(outlier)(IMAGES)
+        with pytest.raises(ConfigError, match=r"backbone\.compile=true"):
+            compiled(wrong)(IMAGES)
+    with pytest.raises(ConfigError, match=r"backbone\.compile=true"):
+        compiled(outlier)(IMAGES)
 
 
 def test_few_batch_sizes_are_compiled_and_the_others_run(backbone, monkeypatch):

@@ -269,7 +269,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from trajdist.data.labelled import LabelledFolder
 
-    dataset = LabelledFolder(Path(arguments.images), "DATASET", read_retries=3)
+    dataset = LabelledFolder(Path(arguments.images).expanduser(), "DATASET", read_retries=3)
     from trajdist.scoring.evaluation import evaluate, metrics_table
     from trajdist.scoring.job import open_scoring
     from trajdist.scoring.score import tell_unreadable

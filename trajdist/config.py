@@ -92,6 +92,11 @@ class Data(Section):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.05, json_schema_extra=FREE)
     """Unreadable images are skipped and listed; if they exceed this share of the images, the run stops."""
 
+    def of_phase(self, phase: int) -> ImageSet:
+        """The image set that a phase trains on."""
+        settings: ImageSet = getattr(self, SETS[phase])
+        return settings
+
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, tree: Any) -> Any:
@@ -115,7 +120,7 @@ class Backbone(Section):
     weights: str = "DEFAULT"
     """`DEFAULT` (pretrained), `none` (random, seeded), or a .safetensors, .pt or .pth file."""
     blocks: list[str] = []
-    """Glob patterns of the modules to observe; if empty, residual blocks are found from the network's structure."""
+    """Glob patterns of the modules to observe; if empty, residual blocks are recognised by the names of their classes."""
     compile: bool = Field(False, json_schema_extra=FREE)
     """Compile backbone and sequence model (torch.compile): faster steps, slower start; needs a C++ compiler."""
 
@@ -277,7 +282,7 @@ class Runtime(Section):
     """The machine."""
 
     mixed_precision: Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(_yaml_no)] = "auto"
-    """`auto` takes Accelerate's setting; without one, bf16 on CUDA devices with native support."""
+    """`auto` takes Accelerate's setting, or else bf16 on CUDA; GPUs that only emulate bf16 run in float32."""
     deterministic: bool = Field(False, json_schema_extra=FREE)
     """Use deterministic algorithms only (slower on CUDA)."""
     detect_anomaly: bool = Field(False, json_schema_extra=FREE)

@@ -133,6 +133,18 @@ def write_json(path: Path, document: Any) -> None:
     write_bytes(path, json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ArtifactError: see :func:`read_json`, or the document is something else.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{str(path)!r} is damaged: it is not a JSON object.")
+    return document
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON document.
 

@@ -199,9 +199,9 @@ def permute_windows(positions: Int64s, sizes: Int64s, window: int, key: int) -> 
         within, first = windows == number, borders[number]
         size = int(borders[number + 1] - first)
         mixed[within] = first + permute(positions[within] - first, size, key64(key, 1, int(number)))
-    places = np.searchsorted(ends, mixed, side="right")
-    shards = order[places]
-    return starts[shards] + mixed - (ends[places] - sizes[shards])
+    turns = np.searchsorted(ends, mixed, side="right")
+    shards = order[turns]
+    return starts[shards] + mixed - (ends[turns] - sizes[shards])
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """``python -m faulty ARGUMENTS``: the command line, with an accident at a chosen moment.
 
-``FAULT=module:function:call:what[:rank]``: at the given call of the function, the process of that rank is sent the
-signal ``what``, or stands still where ``what`` is ``hang``.
+``FAULT=module:function:call:what[:rank]``, several joined by commas: at the given call of the function, the process of
+that rank is sent the signal ``what``, or stands still where ``what`` is ``hang``; where it is ``stuck``, in C code that
+no signal interrupts, as NCCL does when it waits for a process that is gone.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import itertools
@@ -36,12 +38,16 @@ def happen(what: str) -> None:
     if what == "hang":
         while True:
             time.sleep(1)
+    if what == "stuck":
+        mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)
     os.kill(os.getpid(), signal.Signals[what])
 
 
 if __name__ == "__main__":
-    if os.environ.get("FAULT"):
-        arm(os.environ["FAULT"])
+    for fault in filter(None, os.environ.get("FAULT", "").split(",")):
+        arm(fault)
     from trajdist.cli import main
 
     sys.exit(main())

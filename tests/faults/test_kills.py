@@ -79,6 +79,14 @@ def test_a_process_that_hangs_is_named(tmp_path, capsys):
     assert_done(tmp_path / "run")
 
 
+def test_a_lost_process_is_named_by_one_that_cannot_be_interrupted(tmp_path):
+    """NCCL waits in C code; the launcher's SIGTERM comes long before its SIGKILL."""
+    lost = run_with(f"{STEP}:3:SIGKILL:1,{STEP}:3:stuck:0", tmp_path / "run", 2)
+    assert lost.returncode != 0
+    assert "process 1 gave no sign of life when this process was asked to end: run the same command" in lost.stderr
+    assert status(tmp_path / "run") == "failed"
+
+
 MOMENTS = [
     f"{STATISTICS}:1",
     f"{STATISTICS}:4",

@@ -5,12 +5,11 @@ byte per image. The presence byte is set only after the record has been synced t
 records but never exposes a corrupt one. Any number of processes may read and add, also in later runs with another world
 size. Files are read rather than memory-mapped, because mapped pages would count towards the process's memory.
 
-Shape suffixes: B images, P places, K chosen places, L blocks, D channels of a trajectory.
+Shape suffixes: B images, P places, K chosen places, L steps, D channels of a trajectory.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import threading
@@ -198,15 +197,20 @@ class CacheWriter:
 
     def _work(self) -> None:
         written: list[int] = []
-        try:
-            while item := self._waiting.get():
-                written += self._write(*item)
-                if self._waiting.empty() or len(written) * self._cache.stride > SYNC_BYTES:
+        while True:
+            item = self._waiting.get()
+            try:
+                # Once writing has ended, items are only taken out: a full queue would block training.
+                if item is not None and not self.ended:
+                    written += self._write(*item)
+                if item is None or self._waiting.empty() or len(written) * self._cache.stride > SYNC_BYTES:
                     self._cache.commit(written)
                     written = []
-            self._cache.commit(written)
-        except Exception as error:  # Whatever went wrong, training must not block on this thread.
-            self._stop(f"the cache in {str(self._cache.folder)!r} cannot be written ({one_line(error)})")
+            except Exception as error:  # Whatever went wrong, training must not block on this thread.
+                self.ended = f"the cache in {str(self._cache.folder)!r} cannot be written ({one_line(error)})"
+                written = []
+            if item is None:
+                return
 
     def _write(self, numbers: list[int], trajectories_BPLD: torch.Tensor, copied: torch.cuda.Event | None) -> list[int]:
         if copied is not None:
@@ -220,11 +224,3 @@ class CacheWriter:
         if len(kept) < len(usable):
             self.ended = f"the cache in {str(self._cache.folder)!r} is full (cache.max_gib)"
         return [number for number, _ in kept]
-
-    def _stop(self, why: str) -> None:
-        self.ended = why
-        # Keep draining the queue so that a blocked producer is released.
-        while True:
-            with contextlib.suppress(queue.Empty):
-                if self._waiting.get(timeout=1.0) is None:
-                    return

@@ -81,13 +81,13 @@ def load_index(shard: str, folder: Path) -> ShardIndex:
         Exception: whatever the file system or the store raises.
     """
     version = storage.version(shard)
-    places = [_beside(shard), lambda: (folder / _cached_name(shard)).read_bytes()]
-    for place in places:
-        index = _parse(place)
+    locations = [_beside(shard), lambda: (folder / _cached_name(shard)).read_bytes()]
+    for location in locations:
+        index = _parse(location)
         if index is not None and _is_of(index, shard, version):
             return index
     with storage.open_file(shard) as file:
-        index = walk(file, shard, version)
+        index = scan(file, shard, version)
     keep_index(index, shard, folder)
     return index
 
@@ -123,15 +123,15 @@ def _is_of(index: ShardIndex, shard: str, version: Version) -> bool:
 def keep_index(index: ShardIndex, shard: str, folder: Path) -> None:
     """Save the index next to the shard, else in ``folder``; if neither works, the next process has to scan again."""
     content = index.model_dump_json().encode()
-    places = [] if storage.is_url(shard) else [Path(shard + SUFFIX)]
-    for place in (*places, folder / _cached_name(shard)):
+    locations = [] if storage.is_url(shard) else [Path(shard + SUFFIX)]
+    for location in (*locations, folder / _cached_name(shard)):
         with suppress(OSError, ArtifactError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(place, content)
+            location.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(location, content)
             return
 
 
-def walk(file: IO[bytes], shard: str, version: Version) -> ShardIndex:
+def scan(file: IO[bytes], shard: str, version: Version) -> ShardIndex:
     """Scan all member headers of a shard.
 
     Args:

@@ -106,9 +106,9 @@ class TarShards(EncodedSource):
         """
         shard, member = self._find(index)
         start, size = int(self._shards[shard].offsets[member]) - BLOCK, int(self._shards[shard].sizes[member])
-        place = self._place(shard)
+        location = self._location(shard)
         try:
-            content = storage.read_exactly(place, start, BLOCK + size, self._access.retries)
+            content = storage.read_exactly(location, start, BLOCK + size, self._access.retries)
         except FileNotFoundError:
             # Evicted from the cache between the lookup and the read.
             content = storage.read_exactly(self._paths[shard], start, BLOCK + size, self._access.retries)
@@ -116,7 +116,7 @@ class TarShards(EncodedSource):
             raise OSError(f"{self._shown[shard]} has changed since it was indexed")
         return content[BLOCK:]
 
-    def _place(self, shard: int) -> str:
+    def _location(self, shard: int) -> str:
         """Where to read a shard from: the local copy if there is a cache with room for it."""
         name = self._paths[shard]
         if self._cache is None or not storage.is_url(name):

@@ -15,7 +15,7 @@ TOLERANCE = 1e-3
 Outputs = Callable[[], list[torch.Tensor]]
 
 
-def fold_batchnorm(network: nn.Module, keep: Collection[str], outputs: Outputs) -> int:
+def fold_batchnorm(network: nn.Module, keep: Collection[str], outputs: Outputs) -> None:
     """Fold, in place, every BatchNorm that reads a convolution's output (Jacob et al. 2018, section 3.2).
 
     The pairs are found in one forward pass, so networks with any control flow can be folded. Other readers of a
@@ -25,9 +25,6 @@ def fold_batchnorm(network: nn.Module, keep: Collection[str], outputs: Outputs) 
     Args:
         keep: names of modules whose own output is observed and must not change.
         outputs: runs the network in eval mode on one image and returns the observed outputs.
-
-    Returns:
-        The number of folded pairs; 0 if the network was restored.
     """
     before = outputs()
     names = {module: name for name, module in network.named_modules()}
@@ -39,8 +36,6 @@ def fold_batchnorm(network: nn.Module, keep: Collection[str], outputs: Outputs) 
         for conv, norm in pairs:
             network.set_submodule(names[conv], conv)
             network.set_submodule(names[norm], norm)
-        return 0
-    return len(pairs)
 
 
 def _pairs(network: nn.Module, outputs: Outputs) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:

@@ -23,9 +23,9 @@ from trajdist.extraction.backbones import Backbone, Block
 from trajdist.extraction.cpu_kernels import is_plain
 from trajdist.extraction.projection import BlockMoments, Projection
 
-# Allowed difference between compiled and eager trajectories, relative to the largest value: half precision rounds at
-# other points.
-COMPILED_TOLERANCE = 0.03
+# Allowed difference between compiled and eager trajectories: of the largest values; in half precision, where the
+# compiler rounds at other points and whitening amplifies single ones, of the root mean squares (rounding: .02 to .15).
+COMPILED_TOLERANCE, HALF_TOLERANCE = 0.03, 0.25
 # On CPUs a pass through the backbone takes as many images as keep its largest activation within PASS_BYTES: larger
 # passes are no faster, and they take more memory and fragment the heap. Pooled rows of several passes, up to
 # POOLED_BYTES, are projected together: between passes the projection matrices are evicted from the CPU caches.
@@ -36,7 +36,7 @@ UNLIMITED = 2**16
 
 
 @dataclass(frozen=True)
-class Step:
+class TrajectoryStep:
     """One step of a trajectory: a block's activation at a place, pooled to one mean or to concatenated sub-cell means.
 
     Attributes:
@@ -52,7 +52,7 @@ class Step:
     subcells: int = 1
 
 
-def trajectory_steps(blocks: Sequence[Block], resolution: int, subcells: int) -> list[Step]:
+def trajectory_steps(blocks: Sequence[Block], resolution: int, subcells: int) -> list[TrajectoryStep]:
     """The steps through ``blocks``: a block whose map is fine enough gives its sub-cells and then its mean.
 
     Scoring goes from the deepest step up and counts what each one adds. The mean comes last, so that the sub-cells
@@ -62,8 +62,8 @@ def trajectory_steps(blocks: Sequence[Block], resolution: int, subcells: int) ->
     for number, block in enumerate(blocks):
         if 1 < subcells <= block.side / resolution:
             name = f"{block.name} {subcells} x {subcells}"
-            steps.append(Step(name, number, subcells**2 * block.channels, subcells))
-        steps.append(Step(block.name, number, block.channels))
+            steps.append(TrajectoryStep(name, number, subcells**2 * block.channels, subcells))
+        steps.append(TrajectoryStep(block.name, number, block.channels))
     return steps
 
 
@@ -73,10 +73,31 @@ def pool(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
     if (height, width) == (resolution, resolution):
         pooled = map_BCHW
     elif height >= resolution and width >= resolution:
-        pooled = F.adaptive_avg_pool2d(map_BCHW, resolution)
+        even = height % resolution == width % resolution == 0
+        pooled = (
+            F.adaptive_avg_pool2d(map_BCHW, resolution)
+            if even or map_BCHW.device.type != "mps"
+            else _pool_uneven(map_BCHW, resolution)
+        )
     else:
         pooled = F.interpolate(map_BCHW, (resolution, resolution), mode="bilinear", align_corners=False)
     return pooled.flatten(2).transpose(1, 2).float()
+
+
+def _pool_uneven(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
+    """``adaptive_avg_pool2d`` by matrix products: MPS has it for sizes that divide evenly alone."""
+    height, width = map_BCHW.shape[-2:]
+    rows_RH, columns_RW = (_windows(size, resolution).to(map_BCHW) for size in (height, width))
+    return rows_RH @ map_BCHW @ columns_RW.T
+
+
+def _windows(size: int, resolution: int) -> torch.Tensor:
+    """The weights of ``size`` pixels in each of ``resolution`` overlapping windows, ``[resolution, size]``."""
+    windows_RS = torch.zeros(resolution, size)
+    for number in range(resolution):
+        window = slice(number * size // resolution, -(-(number + 1) * size // resolution))
+        windows_RS[number, window] = 1 / (window.stop - window.start)
+    return windows_RS
 
 
 def pool_subcells(map_BCHW: torch.Tensor, resolution: int, subcells: int) -> torch.Tensor:
@@ -138,11 +159,11 @@ class TrajectoryExtractor:
         projection.lay_out()
         self._run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = self._trajectories
 
-    def to(self, device: torch.device) -> TrajectoryExtractor:
-        """Move to a device, with that device's default number of images per pass."""
+    def to(self, device: torch.device, images_per_pass: int | None = None) -> TrajectoryExtractor:
+        """Move to a device, and do there as :meth:`suit` says."""
         self.backbone.to(device)
         self.projection.to(device)
-        self.suit(device.type)
+        self.suit(device.type, images_per_pass)
         return self
 
     def suit(self, device_type: str, images_per_pass: int | None = None) -> None:
@@ -179,11 +200,11 @@ class TrajectoryExtractor:
         from torch._inductor import config as inductor
 
         compiled = torch.compile(self._trajectories, fullgraph=True, dynamic=False)
-        proven: set[tuple[int, ...]] = set()
+        proven: set[tuple[int | bool, ...]] = set()
 
         def run(images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
-            on_cpu = images_BCSS.device.type == "cpu"
-            shape = (*images_BCSS.shape, *(() if places_BK is None else places_BK.shape))
+            on_cpu, half = images_BCSS.device.type == "cpu", torch.is_autocast_enabled(images_BCSS.device.type)
+            shape = (half, *images_BCSS.shape, *(() if places_BK is None else places_BK.shape))
             if shape not in proven and len(proven) >= MOST_GRAPHS:
                 return self._trajectories(images_BCSS, places_BK)
             # Freezing: on CPUs, constant weights are prepacked and activations fused into convolutions. Dynamo's own
@@ -192,7 +213,7 @@ class TrajectoryExtractor:
                 result = compiled(_with_slack(images_BCSS) if on_cpu else images_BCSS, places_BK)
             # Compilers have bugs: every new graph is compared with eager execution once.
             if shape not in proven:
-                _check_agreement(result, self._trajectories(images_BCSS, places_BK))
+                _check_agreement(result, self._trajectories(images_BCSS, places_BK), half)
                 proven.add(shape)
             return result
 
@@ -281,7 +302,7 @@ class TrajectoryExtractor:
 
         self.backbone(images_BCSS, reduce_at_once)
 
-    def _pool(self, map_BCHW: torch.Tensor, step: Step, places_BK: torch.Tensor | None) -> torch.Tensor:
+    def _pool(self, map_BCHW: torch.Tensor, step: TrajectoryStep, places_BK: torch.Tensor | None) -> torch.Tensor:
         if places_BK is None:
             return pool_subcells(map_BCHW, self.resolution, step.subcells)
         return pool_places(map_BCHW, self.resolution, step.subcells, places_BK)
@@ -319,13 +340,22 @@ def _full_precision(device_type: str) -> AbstractContextManager[object]:
     return nullcontext() if exporting else torch.autocast(device_type, enabled=False)
 
 
-def _check_agreement(compiled: torch.Tensor, plain: torch.Tensor) -> None:
-    difference, scale = (compiled - plain).abs().max(), plain.abs().max()
-    if not bool(difference <= COMPILED_TOLERANCE * scale):
+def _check_agreement(compiled: torch.Tensor, plain: torch.Tensor, half: bool) -> None:
+    size, tolerance = (_root_mean_square, HALF_TOLERANCE) if half else (_largest, COMPILED_TOLERANCE)
+    difference, scale = size(compiled - plain), size(plain)
+    if not difference <= tolerance * scale:
         raise ConfigError(
             f"backbone.compile=true gives other trajectories here (they differ by {difference:.2g} of {scale:.2g}): "
             "set it to false, or install another torch."
         )
+
+
+def _largest(values: torch.Tensor) -> float:
+    return float(values.abs().max())
+
+
+def _root_mean_square(values: torch.Tensor) -> float:
+    return float(values.square().mean().sqrt())
 
 
 def _with_slack(images_BCSS: torch.Tensor) -> torch.Tensor:

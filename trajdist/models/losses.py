@@ -1,6 +1,6 @@
 """Losses: pure functions, float32, one value per image.
 
-Shape suffixes: B images, N rows (places of all images), L blocks, D channels of a trajectory, Z latent code.
+Shape suffixes: B images, N rows (places of all images), L steps, D channels of a trajectory, Z latent code.
 """
 
 from __future__ import annotations

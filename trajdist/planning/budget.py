@@ -98,6 +98,8 @@ class Budget:
         """Bytes held between two steps."""
         sizes = self._rehearsal.sizes
         batches = (BATCHES_HELD - 1) * peaks.images_bytes
+        # On an accelerator the next batch is extracted before the current one is trained on.
+        batches += 0 if self._on_cpu else peaks.trajectories_bytes
         return self._frozen + sizes.model_bytes + self._optimizer_bytes + batches
 
     def _moment(self, rest: int, live: int) -> int:
@@ -127,7 +129,9 @@ class Budget:
 
     def required(self, peaks: Peaks) -> int:
         """Peak bytes of the whole phase."""
-        return max(self.statistics(peaks), self.training(peaks), self.calibration(peaks))
+        # Extraction and training have a CUDA stream each, and memory that one has freed is not given to the other.
+        training = self.training(peaks) + (0 if self._on_cpu else min(peaks.backbone, peaks.model))
+        return max(self.statistics(peaks), training, self.calibration(peaks))
 
     def parts(self, peaks: Peaks) -> dict[str, int]:
         """Breakdown in bytes. It does not add up to the peak: backbone and model are never active at the same time."""

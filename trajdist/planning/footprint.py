@@ -3,7 +3,7 @@
 The real code of a training step runs on fake tensors, which have shapes but no data, while every storage that is
 created or freed is counted: that gives the peak for any batch size, device and precision on any machine.
 
-Shape suffixes: B images, P places, N = B x P rows, L blocks, D channels of a trajectory, F its valid entries, S image
+Shape suffixes: B images, P places, N = B x P rows, L steps, D channels of a trajectory, F its valid entries, S image
 side.
 """
 
@@ -27,7 +27,6 @@ from trajdist.data.cache import Cached
 from trajdist.data.loader import ImageBatch
 from trajdist.extraction.projection import BlockMoments, pca_whitening
 from trajdist.extraction.trajectory import TrajectoryExtractor, update_moments
-from trajdist.models.registry import build_model
 from trajdist.runtime.clock import Clock
 from trajdist.saved import bundle
 from trajdist.scoring.residuals import PlaceMoments, ResidualModel
@@ -326,13 +325,10 @@ def build_modules(config: Config, phase: int) -> Modules:
     weights = "none" if config.backbone.weights == "DEFAULT" else config.backbone.weights
     backbone = config.backbone.model_copy(update={"weights": weights})
     extractor = bundle.new_extractor(config.model_copy(update={"backbone": backbone}))
-    settings = config.model.model_dump(exclude={"type", "spatial_resolution", "feature_dim"})
-    length, width = extractor.projection.valid_LD.shape
-    model = build_model(config.model.type, length=length, width=width, **settings)
+    model = bundle.untrained_model(config.model, *extractor.projection.valid_LD.shape)
     if phase == 1:
         return Modules(extractor, model)
     # PEFT takes longer to import than torch, and Phase 1 does not need it.
     from trajdist.saved import lora
 
-    adapter = config.domain_adaptation.lora.model_dump(exclude={"learning_rate", "weight_decay"})
-    return Modules(extractor, lora.attach(model, **adapter, base_fingerprint=""))
+    return Modules(extractor, lora.attach(model, config.domain_adaptation.lora, ""))

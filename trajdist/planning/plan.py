@@ -83,7 +83,7 @@ class PlannedTraining:
 
     def walk(self, world: int) -> Plan:
         """The steps that ``world`` processes will take."""
-        settings = getattr(self.config.data, SETS[self.selection.phase])
+        settings = self.config.data.of_phase(self.selection.phase)
         global_batch = world * settings.batch_size * settings.gradient_accumulation_steps
         return Plan(self.selection.num_train, settings.num_epochs, global_batch, world, settings.batch_size)
 
@@ -223,7 +223,7 @@ def _cache(config: Config, trainings: list[PlannedTraining], extractor: Trajecto
         cache = TrajectoryCache(Path(config.cache.dir), {}, len(training.source), shape)
         kept = min(training.selection.num_train, cache.capacity(config.cache.max_gib))
         images, size = images + kept, size + kept * cache.stride
-        reads += kept * (getattr(training.config.data, SETS[training.selection.phase]).num_epochs - 1)
+        reads += kept * (training.config.data.of_phase(training.selection.phase).num_epochs - 1)
     return _Cache(images, size, reads)
 
 

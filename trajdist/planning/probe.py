@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from trajdist.config import SETS, Config
+from trajdist.config import Config
 from trajdist.data.base import ImageSource
 from trajdist.data.loader import SlotDataset, resolve_threads
 from trajdist.extraction.trajectory import TrajectoryExtractor
@@ -67,7 +67,7 @@ def measure(
     workers: int,
 ) -> Rates:
     """Measure on the configured images. The model's weights do not change; it and the extractor end up on the CPU."""
-    settings = getattr(config.data, SETS[selection.phase])
+    settings = config.data.of_phase(selection.phase)
     threads = resolve_threads(config.data.num_workers, workers)
     dataset = SlotDataset(source, selection.train, config.data.image_size, settings.fit, threads=threads)
     batch = dataset[Slots(0, 0, min(BATCH, selection.num_train), BATCH)]
@@ -77,8 +77,7 @@ def measure(
     device = torch.device(device_name)
     if device.type == "cpu":
         keep_freed_memory()
-    extractor.to(device)
-    extractor.suit(device.type, config.memory.images_per_pass)
+    extractor.to(device, config.memory.images_per_pass)
     model.to(device)
     backbone, step = _step_rates(extractor, model.train(), batch.images.to(device), precision)
     extractor.to(torch.device("cpu"))

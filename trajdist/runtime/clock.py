@@ -27,11 +27,16 @@ class Clock:
         self._seconds: dict[str, float] = defaultdict(float)
         self._pending: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
         self._turn: tuple[str, Moment] | None = None
+        self._open: list[str] = []
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         begin = self._now(stage)
-        yield
+        self._open.append(stage)
+        try:
+            yield
+        finally:
+            self._open.pop()
         end = self._now(stage)
         turn, self._turn = self._turn, None
         if turn is None:
@@ -50,12 +55,15 @@ class Clock:
         begun: list[Moment] = []
 
         def begin(*_: Any) -> None:
-            begun.append(self._now(stage))
+            # Validation calls the module outside of all stages.
+            if within in self._open:
+                begun.append(self._now(stage))
 
         def end(*_: Any) -> None:
-            span = begun.pop(), self._now(stage)
-            self._add(stage, *span)
-            self._add(within, *span, sign=-1)
+            if begun:
+                span = begun.pop(), self._now(stage)
+                self._add(stage, *span)
+                self._add(within, *span, sign=-1)
 
         handles = [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
         try:

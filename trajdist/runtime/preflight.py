@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed.distributed_c10d import PrefixStore
@@ -64,7 +64,7 @@ def compare(config: Config, sources: Mapping[str, ImageSource]) -> str | None:
         TrainingError: processes that do not show up in time.
         SystemExit: on the other processes, with the exit code of the main one.
     """
-    rank, world = _place(os.environ)
+    rank, world = _rank_and_world(os.environ)
     sentence, init_method = slurm_problem(os.environ, world), None
     if not sentence and world > 1:
         meeting = Meeting(rank, world, min(config.runtime.timeout_s, ARRIVAL_S))
@@ -80,7 +80,7 @@ def compare(config: Config, sources: Mapping[str, ImageSource]) -> str | None:
     return init_method
 
 
-def _place(environment: Mapping[str, str]) -> tuple[int, int]:
+def _rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
     """Rank and world size from the launcher's variables; ``(0, 1)`` unless all of them are set."""
     values = [environment.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
     return (int(values[0] or 0), int(values[1] or 1)) if all(values) else (0, 1)
@@ -152,8 +152,7 @@ class Meeting:
                 if self._has([self._key("tokens", 0)]) and self.see("tokens", 0)[self._rank] == token:
                     return self.name
             time.sleep(POLL_S)
-        self._complain("here", self.ranks if self.name else range(1))
-        return self.name
+        return self._complain("here", self.ranks if self.name else range(1))
 
     def init_method(self) -> str:
         """A URL for the process group: the same store, under a prefix free of what earlier attempts left in it."""
@@ -219,7 +218,7 @@ class Meeting:
         if not self._come(what, ranks, self._deadline_s + patience_s):
             self._complain(what, ranks)
 
-    def _complain(self, what: str, ranks: range) -> None:
+    def _complain(self, what: str, ranks: range) -> NoReturn:
         missing = [rank for rank in ranks if not self._has([self._key(what, rank)])]
         raise TrainingError(
             f"{named(missing or [0])} did not answer within {self._deadline_s:g} seconds of the start: {GO_ON}."
@@ -292,7 +291,7 @@ def add_up(processes: Processes) -> None:
         ConfigError: Accelerate did not see all processes.
         TrainingError: a wrong sum, or the backend's own error.
     """
-    expected = _place(os.environ)[1]
+    expected = _rank_and_world(os.environ)[1]
     if processes.world < expected:
         raise ConfigError(
             f"Accelerate sees {processes.world} processes where WORLD_SIZE is {expected}: set LOCAL_RANK as well, or "

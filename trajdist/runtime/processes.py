@@ -30,6 +30,7 @@ from trajdist.errors import ConfigError, TrainingError, UserError, one_line
 from trajdist.runtime.allocator import keep_freed_memory
 
 Batch = TypeVar("Batch")
+Answer = TypeVar("Answer")
 
 
 def start_accelerator(
@@ -78,13 +79,11 @@ def precision(setting: str, device: str | None = None) -> str:
     """
     if setting != "auto":
         return setting
-    if chosen := launcher.mixed_precision():
-        return chosen
-    if (device or device_type()) != "cuda":
-        return "no"
-    # Older GPUs only emulate bfloat16, which is slow.
-    here = torch.cuda.is_available()
-    return "bf16" if not here or torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    on_cuda = (device or device_type()) == "cuda"
+    chosen = launcher.mixed_precision() or ("bf16" if on_cuda else "no")
+    # Older GPUs only emulate bfloat16, which is slow. A launcher is set up once, for all kinds of GPUs.
+    emulated = on_cuda and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "no" if chosen == "bf16" and emulated else chosen
 
 
 def device_type() -> str:
@@ -143,6 +142,20 @@ class Processes:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def main_knows(self, question: Callable[[], Answer]) -> Answer:
+        """The main process's answer, on every process. For what is in a folder that the main process writes to.
+
+        Another machine that asks the folder itself may be told for half a minute what was there before.
+
+        Raises:
+            UserError: on the main process, if the question does.
+            SystemExit: with its exit code, on the others.
+        """
+        answers: list[Answer] = []
+        self.main_does(lambda: answers.append(question()))
+        answer: Answer = self.broadcast(answers[0] if answers else None)
+        return answer
+
     def main_does(self, work: Callable[[], None]) -> None:
         """The main process does ``work`` while the others wait; a user error ends all of them and is reported once.
 
@@ -182,8 +195,7 @@ class Processes:
 
     def wait(self) -> None:
         """Wait for all processes."""
-        if self.world > 1:
-            torch.distributed.barrier()
+        self.any(False)
 
     def leave(self) -> None:
         """Destroy the process group together once all are done, before the interpreter tears its threads down.
@@ -238,7 +250,8 @@ class StopFlag:
     def __init__(self, stop_file: Path, watches_file: bool) -> None:
         self._file, self._watches_file = stop_file, watches_file
         self.why = ""
-        self._interrupted = False
+        self._interrupted = self._heard = False
+        self._heard_from: int | None = None
 
     def __bool__(self) -> bool:
         if not self.why and self._watches_file and self._file.exists():
@@ -249,16 +262,31 @@ class StopFlag:
         """Request a stop; the first reason is kept."""
         self.why = self.why or why
 
+    def heard(self) -> bool:
+        """Whether a signal has come, even if the main thread is in code that keeps it from handling it."""
+        if self._heard_from is not None:
+            with contextlib.suppress(OSError):
+                self._heard = bool(os.read(self._heard_from, 64)) or self._heard
+        return self._heard
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopFlag]:
         """Handle signals while the block runs, then restore the previous handlers."""
         numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        self._heard_from, write = os.pipe()
+        for end in (self._heard_from, write):
+            os.set_blocking(end, False)
+        woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(woken)
+            for end in (self._heard_from, write):
+                os.close(end)
+            self._heard_from = None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -299,9 +327,14 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes in use since the reset: allocated on CUDA, else resident (since process start without /proc)."""
+    """Most bytes in use since the reset: allocated on CUDA, else resident (since process start without /proc).
+
+    MPS counts no peak: there it is what Metal holds for this process by now, free blocks included.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

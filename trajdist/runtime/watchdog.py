@@ -19,6 +19,9 @@ INTERVAL_S = 1.0
 LISTEN_S = 3.0
 # Process 0 hosts the store; if the network is down, it never answers.
 ANSWER_S = 10.0
+# After a signal, so long without progress means that the main thread cannot come to act on it: NCCL waits for a lost
+# process without end, in code that no Python handler interrupts. Launchers kill after 30 s, which leaves no word.
+STUCK_S = 10.0
 GO_ON = "run the same command again to go on from the last checkpoint"
 
 
@@ -72,7 +75,7 @@ class Watchdog:
         if "DataLoader worker" in str(error):
             return f"a decoding process was killed: lower data.num_workers or free some memory, then {GO_ON}."
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            return f"{self._who_is_missing()}: {GO_ON}."
+            return f"{self._who_is_missing()[0]}: {GO_ON}."
         return None
 
     def _live(self) -> None:
@@ -89,7 +92,11 @@ class Watchdog:
             seen = self._beats
             # A process at a debugger's prompt is not hanging.
             if waited_s > self._timeout_s and "pdb" not in sys.modules:
-                self._end()
+                self._end(f"{self._who_is_missing()[0]} for runtime.timeout_s={self._timeout_s:g} seconds")
+            elif waited_s >= STUCK_S and self._stop.heard():
+                who, silent = self._who_is_missing()
+                if silent:
+                    self._end(f"{who} when this process was asked to end")
 
     def _show(self) -> None:
         self._ticks += 1
@@ -98,8 +105,8 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"alive/{self._processes.rank}", f"{self._ticks} {self._beats}")
 
-    def _end(self) -> None:
-        why = f"{self._who_is_missing()} for runtime.timeout_s={self._timeout_s:g} seconds: {GO_ON}."
+    def _end(self, reason: str) -> None:
+        why = f"{reason}: {GO_ON}."
         print(f"trajdist: [process {self._processes.rank}] {why}", file=sys.stderr, flush=True)
         # A thread that is blocked in network or file system code cannot be ended in any other way.
         try:
@@ -107,24 +114,25 @@ class Watchdog:
         finally:
             os._exit(TrainingError.exit_code)
 
-    def _who_is_missing(self) -> str:
+    def _who_is_missing(self) -> tuple[str, bool]:
+        """Whom this process waits for, and whether there is no sign of life from there."""
         if self._store is None:
-            return "the training stands still"
-        answers: list[str] = []
+            return "the training stands still", False
+        answers: list[tuple[str, bool]] = []
         asking = threading.Thread(target=lambda: answers.append(self._compare()), daemon=True)
         asking.start()
         asking.join(ANSWER_S)
-        return answers[0] if answers else "the machine of process 0 did not answer"
+        return answers[0] if answers else ("the machine of process 0 did not answer", True)
 
-    def _compare(self) -> str:
+    def _compare(self) -> tuple[str, bool]:
         before = self._signs()
         threading.Event().wait(LISTEN_S)
         after = self._signs()
         silent = [rank for rank, sign in after.items() if sign == (0, 0) or sign[0] == before[rank][0]]
         if silent:
-            return f"{named(silent)} gave no sign of life"
+            return f"{named(silent)} gave no sign of life", True
         fewest = min(beats for _, beats in after.values())
-        return f"{named([rank for rank, (_, beats) in after.items() if beats == fewest])} stood still"
+        return f"{named([rank for rank, (_, beats) in after.items() if beats == fewest])} stood still", False
 
     def _signs(self) -> dict[int, tuple[int, int]]:
         """Ticks (liveness) and beats (progress) of every process; zeros for one that never published any."""

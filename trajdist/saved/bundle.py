@@ -2,7 +2,7 @@
 
 The metadata of each file describes its contents; it is validated against the schemas here before anything is built.
 
-Shape suffixes: L blocks, D channels of a trajectory.
+Shape suffixes: L steps, D channels of a trajectory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from torch import nn
 
 from trajdist.artifacts import fingerprint, load_state, read_document, read_tensors, write_tensors
-from trajdist.config import Config
+from trajdist.config import Config, Model
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.extraction.backbones import Backbone, build_backbone
 from trajdist.extraction.projection import Projection
@@ -194,6 +194,12 @@ def model_document(config: Config, extractor: TrajectoryExtractor) -> ModelDocum
     return ModelDocument(
         **settings, length=length, width=width, trajectory_fingerprint=trajectory_fingerprint(extractor)
     )
+
+
+def untrained_model(settings: Model, length: int, width: int) -> nn.Module:
+    """The sequence model of a config, for trajectories of ``length`` steps and ``width`` channels."""
+    sizes = settings.model_dump(exclude={"type", "spatial_resolution", "feature_dim"})
+    return build_model(settings.type, length=length, width=width, **sizes)
 
 
 def new_model(document: ModelDocument) -> nn.Module:

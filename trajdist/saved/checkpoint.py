@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trajdist.artifacts import holds, read_tensors
-from trajdist.errors import ArtifactError
+from trajdist.errors import ArtifactError, one_line
 from trajdist.files import read_json, sha256, sync_file, sync_folder, write_bytes
 
 Tensors = dict[str, torch.Tensor]
@@ -103,7 +103,7 @@ class CheckpointWriter:
             sync_folder(self._folder)
         except (OSError, SafetensorError, ArtifactError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            reason = error.strerror if isinstance(error, OSError) else str(error)
+            reason = one_line(error)
             raise ArtifactError(
                 f"the checkpoint {str(final)!r} could not be written ({reason}): free some space or make the folder "
                 "writable and run the same command again; it continues from the last good checkpoint."

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from trajdist.artifacts import fingerprint, read_tensors
-from trajdist.config import Config
+from trajdist.config import Config, Lora
 from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
 from trajdist.files import read_json, sync_file, sync_folder
-from trajdist.models.registry import MODELS, build_model
-from trajdist.saved.bundle import load_model
+from trajdist.models.registry import MODELS
+from trajdist.saved.bundle import load_model, untrained_model
 from trajdist.saved.rundir import RunDir
 
 # The adapter's config names its base by this prefix and the base's fingerprint.
@@ -25,17 +25,7 @@ BASE_PREFIX = "trajdist:"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def attach(
-    model: nn.Module,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    target_modules: list[str] | str,
-    use_rslora: bool,
-    use_dora: bool,
-    base_fingerprint: str,
-) -> PeftModel:
+def attach(model: nn.Module, settings: Lora, base_fingerprint: str) -> PeftModel:
     """Wrap ``model`` in a fresh adapter: only ``lora_`` weights train, and the output does not change yet.
 
     Raises:
@@ -43,12 +33,12 @@ def attach(
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with floats although it declares an int.
-        lora_dropout=dropout,
-        target_modules=linear if target_modules == "all-linear" else target_modules,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT computes with floats although it declares an int.
+        lora_dropout=settings.dropout,
+        target_modules=linear if settings.target_modules == "all-linear" else settings.target_modules,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
         base_model_name_or_path=BASE_PREFIX + base_fingerprint,
     )
     # PEFT takes the name of the base from the model itself.
@@ -59,8 +49,8 @@ def attach(
         if "arget module" not in str(error).replace("_", " "):
             raise
         raise ConfigError(
-            f"domain_adaptation.lora.target_modules={target_modules!r} must match linear layers, and only those: "
-            f"there are {', '.join(linear)}."
+            f"domain_adaptation.lora.target_modules={settings.target_modules!r} must match linear layers, and only "
+            f"those: there are {', '.join(linear)}."
         ) from None
     assert isinstance(adapted, PeftModel)
     return adapted
@@ -77,14 +67,8 @@ def check_targets(config: Config) -> None:
     """
     if config.model.type not in MODELS:
         return
-    sizes = config.model.model_dump(exclude={"type", "spatial_resolution", "feature_dim"})
-    settings = config.domain_adaptation.lora.model_dump(exclude={"learning_rate", "weight_decay"})
     with torch.device("meta"):
-        attach(
-            build_model(config.model.type, length=1, width=config.model.feature_dim, **sizes),
-            **settings,
-            base_fingerprint="",
-        )
+        attach(untrained_model(config.model, 1, config.model.feature_dim), config.domain_adaptation.lora, "")
 
 
 def base_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
@@ -115,7 +99,7 @@ def save_adapter(adapted: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # A form to be filled in; the run writes a card at its end.
 
 
-def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str, trainable: bool = False) -> PeftModel:
+def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftModel:
     """Put a saved adapter on its base model.
 
     Raises:
@@ -124,7 +108,7 @@ def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str, trainabl
     check_base(folder, base_fingerprint)
     read_tensors(folder / "adapter_model.safetensors")  # Damage is named before PEFT sees it.
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        adapted = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = one_line(error)
         raise ArtifactError(f"the adapter {str(folder)!r} does not fit the model: {reason}") from None

@@ -7,12 +7,12 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from trajdist.errors import ArtifactError
-from trajdist.files import hold, is_held, read_json, write_bytes, write_json
+from trajdist.files import hold, is_held, read_object, write_bytes, write_json
 
 
 class RunDir:
@@ -152,11 +152,7 @@ class RunDir:
         Raises:
             ArtifactError: run.json is damaged.
         """
-        path = self.path / "run.json"
-        facts = read_json(path) if path.exists() else {}
-        if not isinstance(facts, dict):
-            raise ArtifactError(f"{str(path)!r} is damaged: it is not a JSON object.")
-        return facts.get(key)
+        return self._document("run.json").get(key)
 
     def remember(self, key: str, value: Any, replace: bool = False) -> None:
         """Set ``key`` in run.json, unless it already has a value and ``replace`` is false.
@@ -164,10 +160,14 @@ class RunDir:
         Raises:
             ArtifactError: run.json is damaged or cannot be written.
         """
-        if replace or self.recall(key) is None:
-            path = self.path / "run.json"
-            facts = read_json(path) if path.exists() else {}
-            write_json(path, {**facts, key: value})
+        facts = self._document("run.json")
+        if replace or facts.get(key) is None:
+            write_json(self.path / "run.json", {**facts, key: value})
+
+    def _document(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file of this folder; empty if there is no such file."""
+        path = self.path / name
+        return read_object(path) if path.exists() else {}
 
     def lock(self) -> None:
         """Lock the folder until :meth:`unlock` or process exit; no-op on file systems without locks.
@@ -215,16 +215,13 @@ class RunDir:
 
     def read_status(self) -> str:
         """The last written status: "running", "stopped", "done" or "failed"; "unknown" if there is none."""
-        return str(self._read_status_file().get("status", "unknown"))
+        return str(self._document("status.json").get("status", "unknown"))
 
-    def reached_phase(self) -> int:
-        """The phase that the run was last in; 0 if that is not written down."""
-        return int(self._read_status_file().get("phase", 0))
-
-    def _read_status_file(self) -> dict[str, Any]:
-        path = self.path / "status.json"
-        document = read_json(path) if path.exists() else {}
-        return document if isinstance(document, dict) else {}
+    def was_adapting(self) -> bool:
+        """Whether status.json, if it can be read, says that the run was last in Phase 2."""
+        with suppress(ArtifactError):
+            return self._document("status.json").get("phase") == 2
+        return False
 
     def told_status(self) -> str:
         """For people: what was killed had no time to write how it ended."""
@@ -239,11 +236,7 @@ class RunDir:
         Raises:
             ArtifactError: summary.json is damaged.
         """
-        path = self.path / "summary.json"
-        summary = read_json(path) if path.exists() else {}
-        if not isinstance(summary, dict):
-            raise ArtifactError(f"{str(path)!r} is damaged: it is not a JSON object.")
-        return summary
+        return self._document("summary.json")
 
     def write_summary(self, phase: str, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", {**self.read_summary(), phase: summary})

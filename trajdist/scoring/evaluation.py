@@ -104,7 +104,8 @@ def measure(
 
 
 def _measure_kind(images: Curve, pixels: PixelScores) -> dict[str, Any]:
-    pixel_curve, image_f1, pixel_f1 = pixels.curve(), images.best_f1(), pixels.curve().best_f1()
+    pixel_curve, image_f1 = pixels.curve(), images.best_f1()
+    pixel_f1 = pixel_curve.best_f1()
     return {
         "image_auroc": images.area(),
         "image_ap": images.average_precision(),

@@ -74,14 +74,10 @@ def _scored_rows(out: Path) -> Iterator[tuple[int, Row]]:
 
 def picture_name(image: str) -> str:
     """A flat file name that is unique for the image's path: ``a/b.jpg`` -> ``a__b.jpg``."""
-    flat = image.replace("_", "_u").replace("/", "__").replace("\\", "__")
+    flat = image.replace("_", "_u").replace("/", "__").replace("\\", "_b")
     # Most file systems allow 255 bytes; the hash keeps shortened names apart.
     raw = os.fsencode(flat)
-    return flat if len(raw) <= 200 else f"{raw[:150].decode(errors='ignore')}-{hash_of(image)[:16]}"
-
-
-def hash_of(text: str) -> str:
-    return fingerprint({}, {"text": text})
+    return flat if len(raw) <= 200 else f"{raw[:150].decode(errors='ignore')}-{fingerprint({}, {'text': image})[:16]}"
 
 
 class MapsFile:

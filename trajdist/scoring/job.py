@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,18 @@ class Scoring:
     def drawing_threads(self) -> int:
         return min(MOST_READERS, processors() // self.processes.local_world)
 
+    @cached_property
+    def map_range(self) -> tuple[float, float]:
+        """The scores that overlays show as dark and as bright.
+
+        Dark up to what one clean place in ten exceeds, half-way at what one in a thousand does.
+        """
+        cells = self.scorer.detectors[0].cells
+        low, middle = (cells.threshold(max(rate, 1 / (cells.count + 1))) for rate in (0.1, 0.001))
+        return low, 2 * middle - low
+
     @property
-    def block_names(self) -> list[str]:
+    def step_names(self) -> list[str]:
         return [step.name for step in self.scorer.extractor.steps]
 
 
@@ -119,15 +130,8 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
 
 def _load(run_dir: str, options: Options, processes: Processes) -> Scorer:
     """The main process first: the others find what it downloaded, and do not wait for it where it cannot go on."""
-    loaded: list[Scorer] = []
-
-    def load_here() -> None:
-        loaded.append(load(run_dir, list(options.adapters) or None, options.phase, str(processes.device)))
-
-    processes.main_does(load_here)
-    if not loaded:
-        load_here()
-    return loaded[0]
+    with processes.main_first():
+        return load(run_dir, list(options.adapters) or None, options.phase, str(processes.device))
 
 
 def supported_rate(detector: Detector) -> float:
@@ -137,7 +141,7 @@ def supported_rate(detector: Detector) -> float:
 
 def _announce(job: Scoring) -> None:
     unadapted = [detector.name for detector in job.scorer.detectors] == ["phase1"]
-    if unadapted and job.options.phase is None and RunDir(job.run_dir).reached_phase() == 2:
+    if unadapted and job.options.phase is None and RunDir(job.run_dir).was_adapting():
         job.console.print(
             f"{job.run_dir!r} did not finish its Phase 2, so its unadapted Phase 1 is used: train on with the same "
             "command, or name --phase 1 if this is meant"

@@ -1,6 +1,6 @@
 """Renders anomaly maps: the image, the map overlaid on it and a colour bar, side by side.
 
-Shape suffixes: S pixels per side, K colours, L blocks.
+Shape suffixes: S pixels per side, K colours, L steps.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from trajdist.scoring.page import (
     ScoreBars,
     write_report,
 )
-from trajdist.scoring.score import Scored, map_of, map_range, score_batch
+from trajdist.scoring.score import Scored, map_of, score_batch
 
 TABLE_ROWS, GALLERY, UNREADABLE = 10_000, 12, 100
 CARDS = {
@@ -74,7 +74,7 @@ def report(job: Scoring, labels: Labels | None = None) -> None:
         metrics=_cards(labels.metrics) if labels else (),
         defects=_defects(labels.metrics) if labels else (),
         curves=_curves(labels) if labels else (),
-        blocks=job.block_names,
+        blocks=job.step_names,
         most_anomalous=[_picture(job, scored[position], row, labels) for position, row in gallery],
         least_anomalous=[_picture(job, scored[position], row, labels) for position, row in bottom],
         unreadable=[(row["image"], row["error"]) for row in failed],
@@ -110,7 +110,7 @@ def _image_row(position: int, row: Row, labels: Labels | None) -> ImageRow:
 
 
 def _picture(job: Scoring, scored: Scored, row: Row, labels: Labels | None) -> Picture:
-    overlay = pictures.overlay(scored.pixels_SS3, map_of(job, scored), *map_range(job))
+    overlay = pictures.overlay(scored.pixels_SS3, map_of(job, scored), *job.map_range)
     if labels:
         mask_SS = labels.dataset.mask(scored.position, job.scorer.size, job.scorer.fit)
         overlay = pictures.outline(overlay, mask_SS)

@@ -1,7 +1,7 @@
 """Reduces the residual at a place to one number: its distance from the residuals of clean images.
 
 Shape suffixes: B images, H W grid, P places (H x W, row-major), N = B x P, F valid entries of a trajectory (block after
-block), L blocks.
+block), L steps.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``trajdist score``: unlabelled images -> scores.jsonl, anomaly maps, pictures; streamed, sharded, resumable.
 
-Shape suffixes: B images, H W grid, L blocks, S pixels per side.
+Shape suffixes: B images, H W grid, L steps, S pixels per side.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _walk(job: Scoring, plan: Plan, cursor: int, maps: MapsFile, visit: Visit | 
             _draw_all(job, scored)
             if visit is not None:
                 _visit_all(job.processes, visit, scored)
-            rows = job.processes.gather(_rows(job, scored, batch, slots.start))
+            rows = job.processes.gather(_rows(job, scored, batch))
             _write(job, maps, sorted(rows, key=lambda row: row[0]))
             progress.advance(step.stop)
 
@@ -176,21 +176,13 @@ def _row(job: Scoring, position: int, scores: list[float], p_values: list[float]
 
 def _explanation(job: Scoring, energies_L: pictures.Floats, hottest: int) -> Row:
     side = job.scorer.extractor.resolution
-    blocks = dict(zip(job.block_names, np.round(energies_L.astype(float), 5).tolist(), strict=True))
+    blocks = dict(zip(job.step_names, np.round(energies_L.astype(float), 5).tolist(), strict=True))
     return {"hottest": [hottest // side, hottest % side], "blocks": blocks}
 
 
 def map_of(job: Scoring, image: Scored) -> pictures.Floats:
-    """The smoothed map at the size of the image, ``[S, S]``."""
+    """The upsampled map at the size of the image, ``[S, S]``."""
     return residuals.upsample(torch.from_numpy(image.cells_HW)[None], job.scorer.size)[0].numpy()
-
-
-def map_range(job: Scoring) -> tuple[float, float]:
-    """What overlays show as dark and as bright: dark up to what one clean place in ten exceeds, half-way at one in a
-    thousand."""
-    cells = job.scorer.detectors[0].cells
-    low, middle = (cells.threshold(max(rate, 1 / (cells.count + 1))) for rate in (0.1, 0.001))
-    return low, 2 * middle - low
 
 
 def _draw(job: Scoring, image: Scored) -> None:
@@ -199,22 +191,17 @@ def _draw(job: Scoring, image: Scored) -> None:
     if wanted == "none" or (wanted == "anomalous" and not image.row["is_anomalous"]):
         return
     stem = picture_name(image.row["image"])
-    panel = pictures.panel(image.pixels_SS3, map_of(job, image), *map_range(job))
+    panel = pictures.panel(image.pixels_SS3, map_of(job, image), *job.map_range)
     (job.out / "maps" / f"{stem}.png").write_bytes(pictures.png(panel))
     if job.options.explain:
-        profile = pictures.profile(image.energies_L, job.block_names)
+        profile = pictures.profile(image.energies_L, job.step_names)
         (job.out / "maps" / f"{stem}.depth.png").write_bytes(pictures.png(profile))
 
 
-def _rows(job: Scoring, scored: list[Scored], batch: ImageBatch, start: int) -> list[Numbered]:
-    """The rows and maps of this process's batch, whose first slot is image ``start``."""
+def _rows(job: Scoring, scored: list[Scored], batch: ImageBatch) -> list[Numbered]:
+    """The rows and maps of this process's batch. Images are walked through in order, so a number is a position."""
     found: list[Numbered] = [(image.position, image.row, image.cells_HW) for image in scored]
-    slots = [slot for slot, weight in enumerate(batch.weights.tolist()) if not weight]
-    reasons = dict(batch.failures)
-    for slot in slots:
-        if start + slot in reasons:
-            found.append((start + slot, _failed_row(job, start + slot, reasons[start + slot]), None))
-    return found
+    return found + [(number, _failed_row(job, number, why), None) for number, why in batch.failures]
 
 
 def _write(job: Scoring, maps: MapsFile, rows: list[Numbered]) -> None:

@@ -1,6 +1,6 @@
 """A trained run as a function: images in, anomaly maps, scores and p-values out.
 
-Shape suffixes: B images, H W grid, L blocks, D channels, S pixels per side.
+Shape suffixes: B images, H W grid, L steps, D channels, S pixels per side.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def _phases(rundir: RunDir, config: Config) -> Iterator[tuple[int, PhaseAudit]]:
     for phase in SETS:
         selection = recall(rundir, config, phase)
         if selection is not None and selection.num_train:
-            yield phase, PhaseAudit(phase, selection, getattr(config.data, SETS[phase]).num_epochs)
+            yield phase, PhaseAudit(phase, selection, config.data.of_phase(phase).num_epochs)
 
 
 def _epochs_done(summary: dict[str, Any], phase: int) -> int | None:

@@ -14,7 +14,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from torch import nn
 
 from trajdist import __version__
 from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
-from trajdist.files import write_bytes
+from trajdist.files import sync_file
 from trajdist.scoring import residuals
 from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.histogram import bins_of, lower_edges
@@ -110,16 +110,20 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
     document = {"version": __version__, "size": scorer.size, "fit": scorer.fit, "input": "uint8 [B, 3, S, S], RGB"}
     document |= {"outputs": list(OUTPUTS), "detector": detector.name, "clean_images": detector.images.count}
     writers = {"onnx": _write_onnx, "torch": _write_torch}
+    # What the last command made stays until this one has made something as good.
+    part = path.with_name(f".{path.name}.tmp")
     try:
-        run = writers[kind](module, trial_images(scorer.size, 2), path, json.dumps(document))
+        run = writers[kind](module, trial_images(scorer.size, 2), part, json.dumps(document))
+        found = _verify(scorer, run, path)
+        sync_file(part)
+        part.replace(path)
     except OSError as error:
         reason = one_line(error)
         raise ArtifactError(f"{str(path)!r} cannot be written ({reason}): free some space or name another.") from None
-    try:
-        return _verify(scorer, run, path)
-    except Exception:
-        path.unlink(missing_ok=True)
-        raise
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    return found
 
 
 def _verify(scorer: Scorer, run: Callable[[torch.Tensor], Arrays], path: Path) -> Export:
@@ -181,7 +185,7 @@ def _write_torch(module: Exported, images: torch.Tensor, path: Path, document: s
     program = _program(module, images)
     with _quiet():
         torch.export.save(program, content, extra_files={METADATA: document})
-        write_bytes(path, content.getvalue())
+        path.write_bytes(content.getvalue())
         again = torch.export.load(io.BytesIO(path.read_bytes())).module()
 
     def run(batch: torch.Tensor) -> Arrays:
@@ -205,6 +209,6 @@ def _write_onnx(module: Exported, images: torch.Tensor, path: Path, document: st
     assert converted is not None
     model = converted.model_proto
     onnx.helper.set_model_props(model, {METADATA: document})
-    write_bytes(path, model.SerializeToString())
+    path.write_bytes(model.SerializeToString())
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda batch: tuple(session.run(None, {INPUT: batch.numpy()}))

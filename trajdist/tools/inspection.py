@@ -16,7 +16,7 @@ from rich.text import Text
 
 from trajdist.artifacts import METADATA_KEY
 from trajdist.errors import ArtifactError
-from trajdist.files import read_json
+from trajdist.files import read_object
 from trajdist.saved.rundir import RunDir
 
 # The safetensors format itself allows no longer header.
@@ -53,13 +53,13 @@ def inspect(path: Path) -> Iterator[RenderableType]:
 def _inspect_run(path: Path) -> Iterator[RenderableType]:
     status: dict[str, Any] = {"status": "never started"}
     if (path / "status.json").exists():
-        status = _object(path / "status.json")
+        status = read_object(path / "status.json")
         status |= {"status": RunDir(path).told_status(), "time": _local_time(status.get("time"))}
     yield _facts(f"run {path}", {**status, "files": _listing(path)})
     if (path / "summary.json").exists():
         from trajdist.runtime.progress import summary_table
 
-        yield summary_table(read_json(path / "summary.json"))
+        yield summary_table(RunDir(path).read_summary())
     for file in sorted(path.glob("phase*/*.safetensors")):
         yield from _inspect_safetensors(file)
     for adapter in sorted(path.glob("phase2/adapter*")):
@@ -68,13 +68,6 @@ def _inspect_run(path: Path) -> Iterator[RenderableType]:
         yield from _inspect_checkpoint(checkpoint)
     for domain in RunDir(path).domains():
         yield from _inspect_run(domain)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    document = read_json(path)
-    if not isinstance(document, dict):
-        raise ArtifactError(f"{str(path)!r} is damaged: it is not a JSON object.")
-    return document
 
 
 def _local_time(seconds: Any) -> Any:
@@ -104,7 +97,7 @@ def _rows(path: Path, folder: Path, files: list[Path]) -> Iterator[str]:
 
 
 def _inspect_adapter(path: Path) -> Iterator[RenderableType]:
-    document = _object(path / "adapter_config.json")
+    document = read_object(path / "adapter_config.json")
     shown = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
     facts = {key: document.get(key) for key in (*shown, "base_model_name_or_path")}
     yield _facts(f"adapter {path}", facts)
@@ -118,7 +111,7 @@ def _inspect_checkpoint(path: Path) -> Iterator[RenderableType]:
     facts: dict[str, Any] = {"hashes": "hold" if problem is None else problem}
     if problem is None:
         shown = ("phase", "step", "cursor", "global_batch", "num_processes", "seconds")
-        facts |= {key: _object(path / "state.json").get(key) for key in shown}
+        facts |= {key: read_object(path / "state.json").get(key) for key in shown}
     yield _facts(f"checkpoint {path}", facts)
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import tarfile
 import threading
@@ -20,6 +21,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +32,7 @@ from rich.progress import Progress
 
 from trajdist.data.base import EncodedSource
 from trajdist.data.decode import decode, reason, to_square
-from trajdist.data.shard_index import BLOCK, ShardIndex, keep_index, split_key, walk
+from trajdist.data.shard_index import BLOCK, ShardIndex, keep_index, scan, split_key
 from trajdist.data.storage import version
 from trajdist.errors import ArtifactError, ConfigError, DataError, TrainingError
 from trajdist.files import read_json, sha256, sync_file, sync_folder, write_json
@@ -38,6 +40,7 @@ from trajdist.files import read_json, sha256, sync_file, sync_folder, write_json
 CHUNK = 16  # images per worker task
 TRIAL = 64  # images in the speed comparison
 TRIAL_SIZE = 224  # pixels
+SHARD, NOTHING = re.compile(r"shard-\d{6,}\.tar"), re.compile("")
 
 
 @dataclass(frozen=True)
@@ -141,18 +144,15 @@ class Packing:
         known: Any = read_json(self.out / "pack.json") if (self.out / "pack.json").exists() else {"plan": self._plan}
         if not isinstance(known, dict) or known.get("plan") != self._plan:
             raise ConfigError(f"OUT={str(self.out)!r} holds shards of other images or options: name another folder.")
-        for shard in known.get("shards", []):
-            if not self._is_whole(shard):
-                break
-            self.shards.append(shard)
-        expected = {shard["name"] for shard in self.shards} | {_shard_name(len(self.shards))}
-        strange = sorted(path.name for path in self.out.glob("*.tar") if path.name not in expected)
-        if strange and "shards" not in known:
-            raise ConfigError(
-                f"OUT={str(self.out)!r} holds {strange[0]!r}, which is none of these: name another folder."
-            )
-        for path in (*self.out.glob(".*.part"), *(self.out / name for name in strange)):
-            path.unlink()
+        own = SHARD if "shards" in known else NOTHING
+        # Whoever trains on the folder would read any other archive in it as well.
+        if foreign := sorted(path.name for path in self.out.glob("*.tar") if not own.fullmatch(path.name)):
+            raise ConfigError(f"OUT={str(self.out)!r} holds {foreign[0]!r}, none of these shards: name another folder.")
+        self.shards = list(takewhile(self._is_whole, known.get("shards", [])))
+        whole = {shard["name"] for shard in self.shards}
+        for path in (*self.out.glob(".*.part"), *self.out.glob("*.tar")):
+            if path.name not in whole:
+                path.unlink()
         self._note()
 
     def _is_whole(self, shard: dict[str, Any]) -> bool:
@@ -252,7 +252,7 @@ def _checked(part: Path, named: list[tuple[str, Packed, str | None]]) -> ShardIn
         ArtifactError: it differs.
     """
     with open(part, "rb") as file:
-        index = walk(file, str(part), version(str(part)))
+        index = scan(file, str(part), version(str(part)))
         same = index.names == [name for name, _, _ in named]
         for offset, (_, image, _) in zip(index.offsets, named, strict=False):
             file.seek(offset)

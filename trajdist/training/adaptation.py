@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from trajdist.config import Config
 from trajdist.data.drawing import DefectDraw
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.extraction.trajectory import TrajectoryExtractor
-from trajdist.files import sync_file, write_bytes
+from trajdist.files import write_bytes
 from trajdist.saved import bundle
 from trajdist.saved.card import adapter_card
 from trajdist.scoring.residuals import ResidualModel
@@ -68,24 +67,31 @@ def _adapt_to_all(session: Session, at: Position) -> None:
     session.processes.main_does(lambda: adopt_phase1(session))
     extractor = load_extractor(session)
     session.record(at)
-    places = {name: Position(phase=2) for name in session.config.data.domains}
-    domains = {name: session.of_domain(name) for name in places}
+    progress = {name: Position(phase=2) for name in session.config.data.domains}
+    domains = {name: session.of_domain(name) for name in progress}
     under_way = dict(domains)
     try:
         under_way = {name: domain for name, domain in domains.items() if not is_done(domain, 2)}
-        adaptations = [_prepare(domain, places[name]) for name, domain in under_way.items()]
+        adaptations = [_prepare(domain, progress[name]) for name, domain in under_way.items()]
         jobs = train(extractor, [adaptation.training for adaptation in adaptations]) if adaptations else []
         summaries = [summarise(domain, job) for domain, job in zip(under_way.values(), jobs, strict=True)]
         for name, adaptation, job, summary in zip(tuple(under_way), adaptations, jobs, summaries, strict=True):
             _conclude(adaptation, job, summary)
-            under_way.pop(name).record(places[name], ended=True)
-        finish(session, 2, combine({name: domain.rundir.read_summary()["phase2"] for name, domain in domains.items()}))
+            under_way.pop(name).record(progress[name], ended=True)
+        done = {name: domain.rundir for name, domain in domains.items()}
+        finish(
+            session,
+            2,
+            session.processes.main_knows(
+                lambda: combine({name: rundir.read_summary()["phase2"] for name, rundir in done.items()})
+            ),
+        )
     except BaseException as error:
         for name, domain in under_way.items():
-            domain.record(places[name], error)
+            domain.record(progress[name], error)
         raise
     finally:
-        at.step = max(place.step for place in places.values())
+        at.step = max(position.step for position in progress.values())
         for domain in domains.values():
             domain.rundir.unlock()
 
@@ -97,7 +103,7 @@ def _prepare(session: Session, at: Position) -> Adaptation:
 
     with session.naming():
         session.processes.main_does(lambda: adopt_phase1(session))
-        selection = session.selection("domain", 2)
+        selection = session.selection(2)
     extractor = load_extractor(session)
     base, document = bundle.load_model(session.rundir.model)
     bundle.check_trajectories(session.rundir, document, extractor)
@@ -105,9 +111,7 @@ def _prepare(session: Session, at: Position) -> Adaptation:
     settings = session.config.domain_adaptation.lora
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key64(session.config.seed, 2) >> 1)
-        adapted = lora.attach(
-            base, **settings.model_dump(exclude={"learning_rate", "weight_decay"}), base_fingerprint=base_id
-        )
+        adapted = lora.attach(base, settings, base_id)
     before = fingerprint(lora.base_state(adapted))
     objective = reconstruction(session.config, extractor)
     task = Task(adapted, objective, settings.learning_rate, settings.weight_decay, base_id)
@@ -129,7 +133,7 @@ def _conclude(adaptation: Adaptation, job: Job, summary: dict[str, Any]) -> None
     adapter_id = lora.adapter_fingerprint(trained, base_id)
     path = session.rundir.calibration(2)
     with session.naming():
-        calibrate(session, "domain", selection, adaptation.extractor, trained, path, adapter_id, whitened)
+        calibrate(session, selection, adaptation.extractor, trained, path, adapter_id, whitened)
     session.processes.main_does(lambda: _write_card(session, selection, base_id, summary))
     finish(session, 2, summary)
 
@@ -171,10 +175,7 @@ def adopt_phase1(session: Session) -> None:
         # Check before copying anything: the user can then correct the config and run the command again.
         _check_same_model(session.config, folder / rundir.trajectory.name, folder / rundir.model.name)
         for target in targets:
-            copied = target.with_name(f".{target.name}.tmp")
-            shutil.copyfile(folder / target.name, copied)
-            sync_file(copied)
-            copied.rename(target)
+            write_bytes(target, (folder / target.name).read_bytes())
     if not rundir.model.exists():
         raise ArtifactError(
             f"there is no Phase 1 in {str(rundir.path)!r}: train it first, or name an older run with phase1=DIR."

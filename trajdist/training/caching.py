@@ -23,9 +23,9 @@ def open_cache(session: Session, set_name: str, extractor: TrajectoryExtractor) 
     config, processes = session.config, session.processes
     key = {
         # The fingerprint covers names only: another folder may hold other images under the same names.
-        "path": _absolute(str(getattr(config.data, set_name).path)),
+        "path": _absolute(str(session.settings(set_name).path)),
         "images": session.sources[set_name].fingerprint,
-        "fit": getattr(config.data, set_name).fit,
+        "fit": session.settings(set_name).fit,
         "image_size": config.data.image_size,
         "transform": TRANSFORM,
         "trajectory": trajectory_fingerprint(extractor),

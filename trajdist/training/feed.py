@@ -1,6 +1,6 @@
 """Batches with their trajectories: from the cache where it has them, else from the backbone.
 
-Shape suffixes: B images, P places, K chosen places, L blocks, D channels of a trajectory.
+Shape suffixes: B images, P places, K chosen places, L steps, D channels of a trajectory.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Job:
         writer: saves checkpoints in the background.
         at: the progress shown in status.json, kept up to date by the loop.
         base: fingerprint of what the model builds on; a checkpoint must match it.
-        first_checkpoint_number: number of steps in earlier phases, which checkpoint numbers continue.
+        steps_before: number of steps in earlier phases, which checkpoint numbers continue.
         tick: called after each step; advances the profiler.
         keeper: moving average, best weights and early stopping.
         validate: measures the given weights; returns figures for metrics.jsonl.
@@ -116,7 +116,7 @@ class Job:
     clock: Clock
     at: Position
     base: str
-    first_checkpoint_number: int
+    steps_before: int
     tick: Callable[[], None]
     keeper: Keeper
     trackers: Trackers

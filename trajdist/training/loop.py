@@ -12,6 +12,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from torch import nn
 
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import ArtifactError, StopRequested
@@ -72,6 +73,8 @@ def walk(job: Job, cursor: int = 0) -> Iterator[None]:
                 batch, trajectories = next_batch(job)
                 add_gradients(job, step, micro_batch, batch, trajectories)
                 images += batch.weights.sum()
+                # The next batch is made while these names would keep the last one.
+                del batch, trajectories
             with job.clock("sync"):
                 job.processes.sum(images)
             with job.clock("optimizer"):
@@ -176,7 +179,7 @@ def finish_step(job: Job, step: Step) -> None:
         with job.clock("checkpoint"):
             save_checkpoint(job, step)
     if stop:
-        job.writer.finish()
+        job.processes.main_does(job.writer.finish)
         raise StopRequested(job.stop.why or "another process was asked to stop")
 
 
@@ -288,7 +291,7 @@ def record(job: Job, step: Step, line: dict[str, Any]) -> None:
 
 def number_of(job: Job, step: Step) -> int:
     """Steps done, counted across both phases."""
-    return job.first_checkpoint_number + step.index + 1
+    return job.steps_before + step.index + 1
 
 
 def seconds(job: Job) -> float:
@@ -298,7 +301,11 @@ def seconds(job: Job) -> float:
 
 def trainable(job: Job) -> Tensors:
     """The trainable weights, by name."""
-    model = job.accelerator.unwrap_model(job.model, keep_torch_compile=False)
+    return trainable_weights(job.accelerator.unwrap_model(job.model, keep_torch_compile=False))
+
+
+def trainable_weights(model: nn.Module) -> Tensors:
+    """The trainable weights of a model without wrappers, by name."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 

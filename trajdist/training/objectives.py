@@ -1,6 +1,6 @@
 """What a phase minimises: the reconstruction error, or a contrast between drawn defects and clean places.
 
-Shape suffixes: B images, P places, N rows (places of all images), L blocks, D channels of a trajectory, F its valid
+Shape suffixes: B images, P places, N rows (places of all images), L steps, D channels of a trajectory, F its valid
 entries.
 """
 

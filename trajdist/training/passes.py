@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from trajdist.config import SETS
 from trajdist.data.decode import Fit
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, IndexAt
@@ -35,7 +36,7 @@ def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtra
         ArtifactError, ConfigError: see :func:`load_extractor`.
     """
     path, weights = session.rundir.trajectory, session.config.backbone.weights
-    if not path.exists():
+    if not session.processes.main_knows(path.exists):
         backbone = _make_projection(session, selection)
         # Eigenvectors differ in their last bits between machines, so all processes read those of the main process.
         session.extractor = _ready(session, bundle.with_projection(path, backbone, weights))
@@ -79,8 +80,7 @@ def _ready(session: Session, extractor: TrajectoryExtractor) -> TrajectoryExtrac
 
 
 def _move(session: Session, extractor: TrajectoryExtractor) -> None:
-    extractor.to(session.processes.device)
-    extractor.suit(session.processes.device.type, session.config.memory.images_per_pass)
+    extractor.to(session.processes.device, session.config.memory.images_per_pass)
 
 
 def measure(session: Session, selection: Selection, extractor: TrajectoryExtractor) -> tuple[list[BlockMoments], int]:
@@ -159,8 +159,8 @@ def contrast_residuals(
     """
     path = session.rundir.contrast
     detector = new_detector(session, path.parent.name, extractor, model)
-    if not path.exists():
-        detector.residual.fit(_residual_moments(session, "domain", selection, extractor, detector))
+    if not session.processes.main_knows(path.exists):
+        detector.residual.fit(_residual_moments(session, selection, extractor, detector))
 
         def save() -> None:
             path.parent.mkdir(exist_ok=True)
@@ -178,7 +178,6 @@ def new_detector(session: Session, name: str, extractor: TrajectoryExtractor, mo
 
 def calibrate(
     session: Session,
-    set_name: str,
     selection: Selection,
     extractor: TrajectoryExtractor,
     model: nn.Module,
@@ -201,7 +200,7 @@ def calibrate(
         ArtifactError: ``path`` cannot be written.
     """
     detector = new_detector(session, path.parent.name, extractor, model)
-    fit_detector(session, set_name, selection, extractor, detector, whitened)
+    fit_detector(session, selection, extractor, detector, whitened)
     if not selection.num_holdout:
         session.say("no images are held out: p-values rest on images that were trained on, and promise too much")
     elif _chose_weights(session):
@@ -213,7 +212,7 @@ def calibrate(
     held_out = min(selection.num_holdout, most) or min(selection.num_train, most)
     # Make images square as scoring will, however training did it: otherwise these scores and new ones do not compare.
     fit = session.config.data.domain.fit
-    for batch in clean_batches(session, set_name, index_at, held_out, "calibration", fit=fit):
+    for batch in clean_batches(session, SETS[selection.phase], index_at, held_out, "calibration", fit=fit):
         scores = detector.score(extractor(batch.images))
         cells.update(scores.cells_BHW.cpu(), batch.weights.cpu()[:, None, None].expand_as(scores.cells_BHW))
         images.update(scores.images_B.cpu(), batch.weights.cpu())
@@ -231,7 +230,6 @@ def _chose_weights(session: Session) -> bool:
 
 def fit_detector(
     session: Session,
-    set_name: str,
     selection: Selection,
     extractor: TrajectoryExtractor,
     detector: Detector,
@@ -247,34 +245,32 @@ def fit_detector(
     """
     if whitened is not None:
         detector.residual.load_state_dict(whitened.state_dict())
-    moments = _residual_moments(session, set_name, selection, extractor, detector)
+    moments = _residual_moments(session, selection, extractor, detector)
     detector.residual.fit(moments, whiten=whitened is None)
-    _fit_places(session, set_name, selection, extractor, detector)
+    _fit_places(session, selection, extractor, detector)
 
 
 @torch.no_grad()
 def _residual_moments(
-    session: Session, set_name: str, selection: Selection, extractor: TrajectoryExtractor, detector: Detector
+    session: Session, selection: Selection, extractor: TrajectoryExtractor, detector: Detector
 ) -> PlaceMoments:
     """Moments of the residuals of (a bounded sample of) the images trained on: the first pass."""
     processes, places = session.processes, extractor.resolution**2
     num_images = min(selection.num_train, session.config.trajectory.statistics_images)
     moments = PlaceMoments(places, sum(detector.residual.widths), processes.device)
-    for batch in clean_batches(session, set_name, selection.train, num_images, "residuals"):
+    for batch in clean_batches(session, SETS[selection.phase], selection.train, num_images, "residuals"):
         moments.update(detector.residuals(extractor(batch.images)), batch.weights)
     moments.all_reduce(processes.sum)
     return moments
 
 
 @torch.no_grad()
-def _fit_places(
-    session: Session, set_name: str, selection: Selection, extractor: TrajectoryExtractor, detector: Detector
-) -> None:
+def _fit_places(session: Session, selection: Selection, extractor: TrajectoryExtractor, detector: Detector) -> None:
     """Fit what clean images usually score at each place: the second pass."""
     processes = session.processes
     num_images = min(selection.num_train, session.config.trajectory.statistics_images)
     usual = BlockMoments(extractor.resolution**2, processes.device)
-    for batch in clean_batches(session, set_name, selection.train, num_images, "places"):
+    for batch in clean_batches(session, SETS[selection.phase], selection.train, num_images, "places"):
         usual.update(roots(detector.energies(extractor(batch.images))), batch.weights)
     usual.all_reduce(processes.sum)
     detector.residual.fit_places(usual)

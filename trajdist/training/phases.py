@@ -72,6 +72,8 @@ def _run_phases(session: Session, at: Position, phases: Sequence[int]) -> None:
     with session.watchdog.watching(lambda why: session.record(at, TrainingError(why))):
         for phase in sorted(phases):
             PHASES[phase](session, at)
+            # Accelerate keeps all that it prepared: Phase 2 would carry Phase 1's weights and optimizer.
+            session.accelerator.free_memory()
 
 
 def _record_end(session: Session, at: Position, error: BaseException | None) -> None:
@@ -99,7 +101,7 @@ def phase1(session: Session, at: Position) -> None:
     at.phase = 1
     if is_done(session, 1):
         return
-    selection = session.selection("imagenet", 1)
+    selection = session.selection(1)
     extractor = prepare_extractor(session, selection)
     document = bundle.model_document(session.config, extractor)
     with torch.random.fork_rng(devices=[]):
@@ -114,7 +116,7 @@ def phase1(session: Session, at: Position) -> None:
     trained = trained_model(job)
     session.processes.main_does(lambda: bundle.save_model(session.rundir.model, trained, document))
     base = bundle.base_fingerprint(trained, document)
-    calibrate(session, "imagenet", selection, extractor, trained, session.rundir.calibration(1), base)
+    calibrate(session, selection, extractor, trained, session.rundir.calibration(1), base)
     finish(session, 1, summary)
 
 

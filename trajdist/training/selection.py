@@ -22,7 +22,7 @@ def draw(config: Config, phase: int, source: ImageSource) -> Selection:
     Raises:
         DataError: ``num_samples`` is 0.
     """
-    settings = getattr(config.data, SETS[phase])
+    settings = config.data.of_phase(phase)
     if settings.num_samples == 0:
         raise DataError(f"data.{SETS[phase]}.num_samples=0 leaves nothing to train on: use -1 for all images.")
     classes = source.classes() if 0 < settings.num_samples < len(source) else None
@@ -31,7 +31,7 @@ def draw(config: Config, phase: int, source: ImageSource) -> Selection:
 
 
 def _draw(config: Config, phase: int, total: int, order: Order) -> Selection:
-    num_samples = getattr(config.data, SETS[phase]).num_samples
+    num_samples = config.data.of_phase(phase).num_samples
     return Selection.draw(total, num_samples, config.calibration.holdout_fraction, config.seed, phase, order)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from trajdist import launcher
-from trajdist.config import Config, ImageSet, domain_config, fields, flatten
+from trajdist.config import SETS, Config, ImageSet, domain_config, fields, flatten
 from trajdist.config_files import dump_yaml, read_yaml
 from trajdist.data.base import ImageSource
 from trajdist.data.cache import TrajectoryCache
@@ -126,18 +126,19 @@ class Session:
         settings: ImageSet = getattr(self.config.data, set_name, self.config.data.domain)
         return settings
 
-    def selection(self, set_name: str, phase: int) -> Selection:
-        """Which images of a set to train on; refuses a set that changed since the run began.
+    def selection(self, phase: int) -> Selection:
+        """Which images a phase trains on; refuses a set that changed since the run began.
 
         Raises:
             DataError: the files are not the same as before, or there is nothing to train on.
         """
+        set_name = SETS[phase]
         source = self.sources[set_name]
         selection = draw(self.config, phase, source)
         found = facts(source, selection)
         before = self.rundir.recall(set_name) or found
         if before != found:
-            path = getattr(self.config.data, set_name).path
+            path = self.settings(set_name).path
             count = before.get("num_images") if isinstance(before, dict) else before
             raise DataError(
                 f"data.{set_name}.path={path!r} holds {len(source)} images, the run began with "
@@ -148,11 +149,11 @@ class Session:
             self.rundir.remember(set_name, found)
         return selection
 
-    def plan(self, set_name: str, num_images: int, num_epochs: int) -> Plan:
-        """How training walks through a set. The global batch is that of the world size the run began with."""
-        settings = getattr(self.config.data, set_name)
+    def plan(self, phase: int, num_images: int) -> Plan:
+        """How a phase walks through its images. The global batch is that of the world size the run began with."""
+        settings = self.config.data.of_phase(phase)
         global_batch = self.reference_world * settings.batch_size * settings.gradient_accumulation_steps
-        return Plan(num_images, num_epochs, global_batch, self.processes.world, settings.batch_size)
+        return Plan(num_images, settings.num_epochs, global_batch, self.processes.world, settings.batch_size)
 
     def loader(
         self,

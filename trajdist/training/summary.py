@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from trajdist.config import SETS
 from trajdist.data.loader import processors, resolve_threads, resolve_workers
 from trajdist.runtime.processes import peak_memory_bytes
 from trajdist.training.doctor import Facts, diagnose, split
@@ -15,19 +14,22 @@ from trajdist.training.session import Session
 
 def is_done(session: Session, phase: int) -> bool:
     """Whether a phase is done. If more epochs are wanted now it is not, unless a later phase was built on it."""
-    done = session.rundir.read_summary().get(f"phase{phase}")
+    rundir = session.rundir
+    done, adapted = session.processes.main_knows(
+        lambda: (rundir.read_summary().get(f"phase{phase}"), bool(rundir.domains()))
+    )
     if not done:
         return False
     if done.get("validation", {}).get("stopped_early"):
         session.say(f"phase {phase} stopped early, after {done['epochs']} epochs: nothing to repeat")
         return True
-    epochs, wanted = done["epochs"], getattr(session.config.data, SETS[phase]).num_epochs
-    built_on = phase == 1 and bool(session.rundir.domains())
+    epochs, wanted = done["epochs"], session.config.data.of_phase(phase).num_epochs
+    built_on = phase == 1 and adapted
     checkpoint = session.newest_checkpoint() if wanted > epochs and not built_on else None
     if checkpoint and checkpoint.state["phase"] == phase:
         session.say(f"phase {phase} has {epochs} epochs and goes on to {wanted}")
         return False
-    reason = "Phase 2 is built on these" if phase == 1 else "there is no checkpoint to go on from"
+    reason = "Phase 2 is built on these" if built_on or checkpoint else "there is no checkpoint to go on from"
     why = "" if wanted <= epochs else f"; for {wanted} epochs start over with --fresh: {reason}"
     session.say(f"phase {phase} is done ({epochs} epochs): nothing to repeat{why}")
     return True

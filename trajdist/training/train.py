@@ -22,7 +22,7 @@ from trajdist.runtime.clock import Clock, sum_gradients
 from trajdist.runtime.processes import reset_peak_memory
 from trajdist.runtime.profiling import nothing, profiling
 from trajdist.runtime.progress import Progress
-from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter, Tensors
+from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.training.caching import open_cache, open_writer
@@ -30,7 +30,7 @@ from trajdist.training.feed import Branch, Feed, Stream, num_places
 from trajdist.training.job import Job, Position, Recipe, Rhythm
 from trajdist.training.journal import Journal
 from trajdist.training.keeper import Keeper
-from trajdist.training.loop import fit, restore, settle_weights, walk
+from trajdist.training.loop import fit, restore, settle_weights, trainable_weights, walk
 from trajdist.training.objectives import Objective, ReconstructionError
 from trajdist.training.optimizer import make_optimizer
 from trajdist.training.session import Session
@@ -136,7 +136,7 @@ def train(extractor: TrajectoryExtractor, trainings: Sequence[Training]) -> list
             fit([_named(start, walk(job, start.cursor)) for job, start in zip(jobs, prepared, strict=True)])
         for job in jobs:
             with clock("checkpoint"):
-                job.writer.finish()
+                job.processes.main_does(job.writer.finish)
             settle_weights(job)
     return jobs
 
@@ -157,7 +157,7 @@ def _make_ready(training: Training, extractor: TrajectoryExtractor, clock: Clock
     """Set up a training's model, optimizer, loader and cache; ``sharing`` is how many trainings read at once."""
     session, phase, selection, task = training.session, training.at.phase, training.selection, training.task
     config, processes, set_name = session.config, session.processes, SETS[phase]
-    plan = session.plan(set_name, selection.num_train, getattr(config.data, set_name).num_epochs)
+    plan = session.plan(phase, selection.num_train)
     checkpoint = _checkpoint_of(session, phase, task.base)
     cursor = _cursor_of(checkpoint, plan, set_name) if checkpoint else 0
     model = task.model.to(processes.device)
@@ -218,7 +218,7 @@ def _job(start: Prepared, batches: Branch, clock: Clock, tick: Callable[[], None
         clock=clock,
         at=training.at,
         base=task.base,
-        first_checkpoint_number=_steps_before(session, phase),
+        steps_before=_steps_before(session, phase),
         tick=tick,
         keeper=start.keeper,
         trackers=session.trackers,
@@ -232,8 +232,9 @@ def _job(start: Prepared, batches: Branch, clock: Clock, tick: Callable[[], None
 
 
 def _keeper(config: Config, model: nn.Module) -> Keeper:
-    weights: Tensors = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    return Keeper(weights, config.ema.decay, config.early_stopping.patience, config.validation.keep == "best")
+    return Keeper(
+        trainable_weights(model), config.ema.decay, config.early_stopping.patience, config.validation.keep == "best"
+    )
 
 
 def _examiner(
@@ -254,7 +255,6 @@ def _examiner(
     model = copy.deepcopy(task.model).eval() if validates or session.trackers else task.model
     return Examiner(
         session=session,
-        set_name=SETS[phase],
         selection=selection,
         extractor=extractor,
         model=model,

@@ -3,7 +3,7 @@
 The weights are copied into a separate model outside Accelerate, so the model in training is not touched. Computed in
 float32, as in scoring. All processes take part; all sums are exact, so all of them get the same results.
 
-Shape suffixes: B images, H W grid, N rows (places of all images), L blocks, D channels, S pixels per side.
+Shape suffixes: B images, H W grid, N rows (places of all images), L steps, D channels, S pixels per side.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from trajdist.config import SETS
 from trajdist.data.decode import to_square
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.labelled import GOOD, LabelledFolder
@@ -42,7 +43,6 @@ class Examiner:
     """Examines a phase's weights between its epochs.
 
     Attributes:
-        set_name: of the image set that the phase trains on.
         model: of the same architecture as the one in training; weights are copied into it.
         defects: draws the defects that the objective needs, if any.
         whitened: supplies the whitening that the model is trained with, if any.
@@ -50,7 +50,6 @@ class Examiner:
     """
 
     session: Session
-    set_name: str
     selection: Selection
     extractor: TrajectoryExtractor
     model: nn.Module
@@ -58,6 +57,11 @@ class Examiner:
     defects: DefectDraw | None
     whitened: ResidualModel | None
     labelled: LabelledFolder | None
+
+    @property
+    def set_name(self) -> str:
+        """Of the image set that the phase trains on."""
+        return SETS[self.selection.phase]
 
     @torch.no_grad()
     def validate(self, weights: Tensors) -> dict[str, Any]:
@@ -86,7 +90,7 @@ class Examiner:
         images = torch.from_numpy(pixels_BSS3).permute(0, 3, 1, 2).to(self.session.processes.device)
         trajectories = self.extractor(images)
         target_NLD = trajectories.flatten(0, 2)
-        error_NLD = target_NLD - self._reconstructing().to(images.device)(target_NLD).output_NLD.float()
+        error_NLD = target_NLD - self._reconstructing()(target_NLD).output_NLD.float()
         cells_BHW = error_NLD[:, self.extractor.projection.valid_LD].square().mean(-1).view(trajectories.shape[:3])
         maps_BSS = residuals.upsample(cells_BHW, pixels_BSS3.shape[1]).cpu().numpy()
         low, high = float(maps_BSS.min()), float(maps_BSS.max())
@@ -127,7 +131,7 @@ class Examiner:
         """AUROCs after a calibration as at the end of the phase: the figures that ``evaluate`` would report."""
         session, processes = self.session.silent(), self.session.processes
         detector = new_detector(session, "validation", self.extractor, self._reconstructing())
-        fit_detector(session, self.set_name, self.selection, self.extractor, detector, self.whitened)
+        fit_detector(session, self.selection, self.extractor, detector, self.whitened)
         counts = _Counts(labelled, session)
         plan = pass_plan(session, "validation", len(labelled))
         batches: Iterable[ImageBatch] = clean_batches(session, "validation", in_order, len(labelled), "validation")
@@ -142,7 +146,7 @@ class Examiner:
         config, source, selection = self.session.config, self.session.sources[self.set_name], self.selection
         index_at = selection.holdout if selection.num_holdout else selection.train
         most = selection.num_holdout or selection.num_train
-        size, fit = config.data.image_size, getattr(config.data, self.set_name).fit
+        size, fit = config.data.image_size, self.session.settings(self.set_name).fit
         found: list[pictures.Pixels] = []
         for index in index_at(0, np.arange(min(most, 4 * NUM_PICTURES))).tolist():
             try:
