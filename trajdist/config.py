@@ -120,7 +120,7 @@ class Backbone(Section):
     weights: str = "DEFAULT"
     """`DEFAULT` (pretrained), `none` (random, seeded), or a .safetensors, .pt or .pth file."""
     blocks: list[str] = []
-    """Glob patterns of the modules to observe; if empty, residual blocks are recognised by the names of their classes."""
+    """Glob patterns of the modules to observe; if empty, residual blocks are recognised by their classes' names."""
     compile: bool = Field(False, json_schema_extra=FREE)
     """Compile backbone and sequence model (torch.compile): faster steps, slower start; needs a C++ compiler."""
 
