@@ -23,7 +23,8 @@ make_environment() {
     "$python" -m venv .venv
   fi
   echo "+ .venv/bin/pip install -e '.[$extras]'"
-  .venv/bin/pip install --quiet --disable-pip-version-check -e ".[$extras]"
+  # Python compiles what is imported; pip would compile all of torch, which takes a minute.
+  .venv/bin/pip install --quiet --disable-pip-version-check --no-compile -e ".[$extras]"
   rm -f .venv/.installed-"$extras"-*
   touch "$stamp"
 }

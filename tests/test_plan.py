@@ -45,14 +45,16 @@ def plan(images, *overrides, phases=(1,), **options):
 LINEAR = ["quality", "backbone.weights=none", "data.imagenet.num_epochs=1", "data.domain.num_epochs=1"]
 TRANSFORMER = [*TINY[:2], "data.image_size=96", "model.type=transformer", "model.hidden_dim=128"]
 JOBS = {
-    "activations": (1, ["default", *TINY[:2], "data.imagenet.batch_size=32"]),
     "linear, both phases": (2, LINEAR),
-    "wide blocks": (1, ["default", "backbone.weights=none", "data.image_size=96", "data.imagenet.batch_size=16"]),
     "transformer": (1, ["default", *TRANSFORMER, "data.imagenet.batch_size=16"]),
+    "activations": (1, ["default", *TINY[:2], "data.imagenet.batch_size=32"]),
+    "wide blocks": (1, ["default", "backbone.weights=none", "data.image_size=96", "data.imagenet.batch_size=16"]),
 }
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name", [*list(JOBS)[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in list(JOBS)[2:])]
+)
 def test_the_plan_is_what_a_run_measures(name, images, tmp_path):
     phases, job = JOBS[name]
     run_dir = tmp_path / "run"

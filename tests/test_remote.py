@@ -196,7 +196,7 @@ def test_an_index_that_lies_beside_the_shard_saves_reading_it(store, tmp_path):
     assert contents(source) == contents(open_source(str(tmp_path / "packed"), "key"))
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_training_with_faults_is_training_on_the_folder(store, tmp_path, cached):
     images = write_images(tmp_path / "images", 21)
     write_shards(tmp_path / "tars", images, 4)
@@ -338,6 +338,7 @@ def test_a_full_disk_makes_the_cache_slow_not_wrong(store, tmp_path, monkeypatch
     assert source.read(0) == encoded(0)
 
 
+@pytest.mark.slow
 def test_each_image_once_while_the_number_of_processes_changes(store, tmp_path):
     write_shards(tmp_path / "tars", write_images(tmp_path / "images", 23, side=32), 4)
     url = upload(tmp_path / "tars", "sizes")

@@ -42,6 +42,7 @@ def test_tensorboard(tmp_path, fresh_accelerate):
     assert "model.hidden_dim: 64" in config
 
 
+@pytest.mark.slow
 def test_mlflow_goes_on_with_one_run_at_two_processes_and_after_a_restart(tmp_path):
     mlflow = pytest.importorskip("mlflow")
     run_dir = tmp_path / "run"

@@ -299,7 +299,7 @@ def test_in_groups_and_passes_it_is_the_same(monkeypatch, subcells, pooled_bytes
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("images_per_pass", [None, 2])
+@pytest.mark.parametrize("images_per_pass", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_compiled_it_is_the_same(backbone, images_per_pass):
     """Of all places and of chosen ones, from memory that ends with the last image as a worker's does."""
     projection = random_projection_for(backbone, 80)

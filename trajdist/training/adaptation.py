@@ -16,6 +16,7 @@ from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.files import write_bytes
 from trajdist.saved import bundle
 from trajdist.saved.card import adapter_card
+from trajdist.saved.rundir import RunDir
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import Selection, key64
 from trajdist.training.job import Job, Position
@@ -78,14 +79,8 @@ def _adapt_to_all(session: Session, at: Position) -> None:
         for name, adaptation, job, summary in zip(tuple(under_way), adaptations, jobs, summaries, strict=True):
             _conclude(adaptation, job, summary)
             under_way.pop(name).record(progress[name], ended=True)
-        done = {name: domain.rundir for name, domain in domains.items()}
-        finish(
-            session,
-            2,
-            session.processes.main_knows(
-                lambda: combine({name: rundir.read_summary()["phase2"] for name, rundir in done.items()})
-            ),
-        )
+        rundirs = {name: domain.rundir for name, domain in domains.items()}
+        finish(session, 2, session.processes.main_knows(lambda: combine(_summaries(rundirs))))
     except BaseException as error:
         for name, domain in under_way.items():
             domain.record(progress[name], error)
@@ -94,6 +89,10 @@ def _adapt_to_all(session: Session, at: Position) -> None:
         at.step = max(position.step for position in progress.values())
         for domain in domains.values():
             domain.rundir.unlock()
+
+
+def _summaries(rundirs: dict[str, RunDir]) -> dict[str, dict[str, Any]]:
+    return {name: rundir.read_summary()["phase2"] for name, rundir in rundirs.items()}
 
 
 def _prepare(session: Session, at: Position) -> Adaptation:
