@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,7 +133,15 @@ def test_a_last_sync_that_fails_ends_the_caching_and_nothing_else(cache, monkeyp
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    write = TrajectoryCache.write
+
+    def write_while_it_is_closed(*args):
+        while writer._waiting.empty():
+            time.sleep(0.01)
+        write(*args)
+
     monkeypatch.setattr("trajdist.data.cache.SYNC", full)
+    monkeypatch.setattr(TrajectoryCache, "write", write_while_it_is_closed)
     writer, closed = CacheWriter(cache, 100), []
     writer.add(torch.tensor([1]), some(1))
     closing = threading.Thread(target=lambda: closed.append(writer.close()), daemon=True)

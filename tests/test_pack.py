@@ -163,6 +163,7 @@ def test_a_killed_command_goes_on(tmp_path):
         ("foreign shard", 2, "holds 'mine.tar', none of these shards"),
         ("foreign shard of our name", 2, "holds 'shard-000000.tar', none of these shards"),
         ("foreign shard beside ours", 2, "holds 'mine.tar', none of these shards"),
+        ("foreign shard of our name beside ours", 2, "holds 'shard-000099.tar', none of these shards"),
         ("no files", 3, "has no image files to pack"),
         ("a file", 4, "cannot be written"),
         ("gone", 3, "cannot be read"),
@@ -181,7 +182,8 @@ def test_refusals(images, tmp_path, capsys, monkeypatch, what, code, words):
         if what.endswith("beside ours"):
             assert packed(images, out, *options) == 0
         out.mkdir(exist_ok=True)
-        foreign = out / ("shard-000000.tar" if what.endswith("of our name") else "mine.tar")
+        number = 99 if what.endswith("beside ours") else 0
+        foreign = out / (f"shard-{number:06d}.tar" if "of our name" in what else "mine.tar")
         foreign.write_bytes(b"mine")
     elif what == "no files":
         source = "skimage:gravel"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 from trajdist.errors import ConfigError
-from trajdist.runtime.processes import Processes, precision
+from trajdist.runtime.processes import Processes, StopFlag, precision
 
 
 class OneOfTwo(Processes):
@@ -56,3 +59,39 @@ def test_emulated_bfloat16_is_not_chosen(monkeypatch):
     assert precision("auto", "cuda") == "no"
     assert precision("bf16", "cuda") == "bf16"
     assert precision("auto", "cpu") == "no"
+
+
+def ask(processes: Processes, failure: Exception | None) -> int:
+    def question() -> int:
+        assert processes.is_main, "the others may be told what was there before"
+        if failure:
+            raise failure
+        return 7
+
+    return processes.main_knows(question)
+
+
+@pytest.mark.parametrize(("failure", "code"), [(None, 0), (ConfigError("no weights"), 2)])
+def test_what_the_main_process_knows_all_know(failure, code):
+    said = Queue()
+    with ThreadPoolExecutor(2) as threads:
+        main, other = (threads.submit(ask, OneOfTwo(is_main, said), failure) for is_main in (True, False))
+    if failure is None:
+        assert (main.result(), other.result()) == (7, 7)
+    else:
+        assert main.exception() is failure
+        assert isinstance(other.exception(), SystemExit)
+        assert other.exception().code == code
+
+
+def test_the_end_of_a_worker_is_no_request_to_end(tmp_path):
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        with StopFlag(tmp_path / "STOP", watches_file=False).listening() as stop:
+            subprocess.run(["true"], check=True)
+            assert not stop.heard()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.heard()
+            assert stop.heard(), "once is enough"
+    finally:
+        signal.signal(signal.SIGCHLD, before)

@@ -321,6 +321,7 @@ def test_a_compiler_that_errs_is_found_out(backbone, monkeypatch):
         extractor.compile()(IMAGES)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiler_that_rounds_elsewhere_is_trusted_in_half_precision_alone(backbone, monkeypatch):
     """One large outlier, as roundings give it; a wrong step of a trajectory is found out there too."""
 
@@ -333,7 +334,7 @@ def test_a_compiler_that_rounds_elsewhere_is_trusted_in_half_precision_alone(bac
         return trajectories
 
     def wrong(trajectories):
-        trajectories[:, :, 0] *= -1
+        trajectories[:, :, 0] = 0
         return trajectories
 
     with torch.autocast("cpu", torch.bfloat16):

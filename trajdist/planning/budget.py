@@ -129,7 +129,8 @@ class Budget:
 
     def required(self, peaks: Peaks) -> int:
         """Peak bytes of the whole phase."""
-        # Extraction and training have a CUDA stream each, and memory that one has freed is not given to the other.
+        # Extraction and training have a CUDA stream each, and what one has freed the other has only after a pause, in
+        # which the allocator gives everything back.
         training = self.training(peaks) + (0 if self._on_cpu else min(peaks.backbone, peaks.model))
         return max(self.statistics(peaks), training, self.calibration(peaks))
 

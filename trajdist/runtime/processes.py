@@ -29,6 +29,7 @@ from trajdist import launcher
 from trajdist.errors import ConfigError, TrainingError, UserError, one_line
 from trajdist.runtime.allocator import keep_freed_memory
 
+STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 Batch = TypeVar("Batch")
 Answer = TypeVar("Answer")
 
@@ -265,19 +266,19 @@ class StopFlag:
     def heard(self) -> bool:
         """Whether a signal has come, even if the main thread is in code that keeps it from handling it."""
         if self._heard_from is not None:
+            # Python writes the number of any signal with a handler there, such as SIGCHLD for a worker's end.
             with contextlib.suppress(OSError):
-                self._heard = bool(os.read(self._heard_from, 64)) or self._heard
+                self._heard |= not STOP_SIGNALS.isdisjoint(os.read(self._heard_from, 2**16))
         return self._heard
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopFlag]:
         """Handle signals while the block runs, then restore the previous handlers."""
-        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
         self._heard_from, write = os.pipe()
         for end in (self._heard_from, write):
             os.set_blocking(end, False)
         woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         try:
             yield self
         finally:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from trajdist import launcher
-from trajdist.errors import TrainingError
+from trajdist.errors import StopRequested, TrainingError
 from trajdist.runtime.processes import Processes, StopFlag, named, open_store
 
 INTERVAL_S = 1.0
@@ -19,6 +19,8 @@ INTERVAL_S = 1.0
 LISTEN_S = 3.0
 # Process 0 hosts the store; if the network is down, it never answers.
 ANSWER_S = 10.0
+# The ticks of a process that has come to a proper end: nobody waits for it.
+LEFT = -1
 # After a signal, so long without progress means that the main thread cannot come to act on it: NCCL waits for a lost
 # process without end, in code that no Python handler interrupts. Launchers kill after 30 s, which leaves no word.
 STUCK_S = 10.0
@@ -36,7 +38,7 @@ class Watchdog:
     def __init__(self, processes: Processes, stop: StopFlag, timeout_s: float) -> None:
         self._processes, self._stop, self._timeout_s = processes, stop, timeout_s
         self._beats, self._ticks = 0, 0
-        self._done = threading.Event()
+        self._done, self._left = threading.Event(), False
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._live, self._watch)]
         self._store = open_store() if processes.world > 1 else None
         self._parent = os.getppid() if launcher.is_elastic() else None
@@ -60,6 +62,10 @@ class Watchdog:
             thread.start()
         try:
             yield
+            self._left = True
+        except StopRequested:
+            self._left = True
+            raise
         except RuntimeError as error:
             sentence = self._explain(error)
             if sentence is None:
@@ -80,7 +86,10 @@ class Watchdog:
 
     def _live(self) -> None:
         while not self._done.wait(INTERVAL_S):
-            self._show()
+            self._ticks += 1
+            self._show(self._ticks)
+        if self._left:
+            self._show(LEFT)
 
     def _watch(self) -> None:
         seen, waited_s = 0, 0.0
@@ -93,17 +102,17 @@ class Watchdog:
             # A process at a debugger's prompt is not hanging.
             if waited_s > self._timeout_s and "pdb" not in sys.modules:
                 self._end(f"{self._who_is_missing()[0]} for runtime.timeout_s={self._timeout_s:g} seconds")
-            elif waited_s >= STUCK_S and self._stop.heard():
+            elif waited_s > 0 and waited_s % STUCK_S == 0 and self._stop.heard():
                 who, silent = self._who_is_missing()
-                if silent:
+                waited_s += LISTEN_S
+                if silent and seen == self._beats and not self._done.is_set():
                     self._end(f"{who} when this process was asked to end")
 
-    def _show(self) -> None:
-        self._ticks += 1
+    def _show(self, ticks: int) -> None:
         if self._store is not None:
             # The store may be gone with its process; then the timeout ends the wait.
             with contextlib.suppress(RuntimeError):
-                self._store.set(f"alive/{self._processes.rank}", f"{self._ticks} {self._beats}")
+                self._store.set(f"alive/{self._processes.rank}", f"{ticks} {self._beats}")
 
     def _end(self, reason: str) -> None:
         why = f"{reason}: {GO_ON}."
@@ -127,7 +136,7 @@ class Watchdog:
     def _compare(self) -> tuple[str, bool]:
         before = self._signs()
         threading.Event().wait(LISTEN_S)
-        after = self._signs()
+        after = {rank: sign for rank, sign in self._signs().items() if sign[0] != LEFT}
         silent = [rank for rank, sign in after.items() if sign == (0, 0) or sign[0] == before[rank][0]]
         if silent:
             return f"{named(silent)} gave no sign of life", True

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from torch import nn
 
 from trajdist import __version__
 from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
-from trajdist.files import sync_file
+from trajdist.files import sync_file, sync_folder
 from trajdist.scoring import residuals
 from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.histogram import bins_of, lower_edges
@@ -111,19 +112,28 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
     document |= {"outputs": list(OUTPUTS), "detector": detector.name, "clean_images": detector.images.count}
     writers = {"onnx": _write_onnx, "torch": _write_torch}
     # What the last command made stays until this one has made something as good.
-    part = path.with_name(f".{path.name}.tmp")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        run = writers[kind](module, trial_images(scorer.size, 2), part, json.dumps(document))
+        with _writing(path):
+            run = writers[kind](module, trial_images(scorer.size, 2), part, json.dumps(document))
         found = _verify(scorer, run, path)
-        sync_file(part)
-        part.replace(path)
-    except OSError as error:
-        reason = one_line(error)
-        raise ArtifactError(f"{str(path)!r} cannot be written ({reason}): free some space or name another.") from None
+        with _writing(path):
+            sync_file(part)
+            part.replace(path)
     finally:
         with suppress(OSError):
             part.unlink()
+    sync_folder(path.parent)
     return found
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = one_line(error)
+        raise ArtifactError(f"{str(path)!r} cannot be written ({reason}): free some space or name another.") from None
 
 
 def _verify(scorer: Scorer, run: Callable[[torch.Tensor], Arrays], path: Path) -> Export:
@@ -133,7 +143,7 @@ def _verify(scorer: Scorer, run: Callable[[torch.Tensor], Arrays], path: Path) -
     if not max(found.map_difference, found.score_difference) <= TOLERANCE:
         raise TrainingError(
             f"the exported file gives other scores (by {found.score_difference:.2g}, maps {found.map_difference:.2g} "
-            "standard deviations): it was removed; try --format torch, or another version of the exporter."
+            "standard deviations): it was not kept; try --format torch, or another version of the exporter."
         )
     return found
 

@@ -10,7 +10,6 @@ import io
 import json
 import multiprocessing
 import os
-import re
 import signal
 import tarfile
 import threading
@@ -40,7 +39,6 @@ from trajdist.files import read_json, sha256, sync_file, sync_folder, write_json
 CHUNK = 16  # images per worker task
 TRIAL = 64  # images in the speed comparison
 TRIAL_SIZE = 224  # pixels
-SHARD, NOTHING = re.compile(r"shard-\d{6,}\.tar"), re.compile("")
 
 
 @dataclass(frozen=True)
@@ -144,15 +142,16 @@ class Packing:
         known: Any = read_json(self.out / "pack.json") if (self.out / "pack.json").exists() else {"plan": self._plan}
         if not isinstance(known, dict) or known.get("plan") != self._plan:
             raise ConfigError(f"OUT={str(self.out)!r} holds shards of other images or options: name another folder.")
-        own = SHARD if "shards" in known else NOTHING
+        noted = [shard["name"] for shard in known.get("shards", [])]
+        # A command that is killed may leave one shard more than it has noted.
+        own = {*noted, _shard_name(len(noted))} if "shards" in known else set()
         # Whoever trains on the folder would read any other archive in it as well.
-        if foreign := sorted(path.name for path in self.out.glob("*.tar") if not own.fullmatch(path.name)):
+        if foreign := sorted(path.name for path in self.out.glob("*.tar") if path.name not in own):
             raise ConfigError(f"OUT={str(self.out)!r} holds {foreign[0]!r}, none of these shards: name another folder.")
         self.shards = list(takewhile(self._is_whole, known.get("shards", [])))
         whole = {shard["name"] for shard in self.shards}
-        for path in (*self.out.glob(".*.part"), *self.out.glob("*.tar")):
-            if path.name not in whole:
-                path.unlink()
+        for path in (*self.out.glob(".shard-*.part"), *(self.out / name for name in own - whole)):
+            path.unlink(missing_ok=True)
         self._note()
 
     def _is_whole(self, shard: dict[str, Any]) -> bool:

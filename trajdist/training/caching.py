@@ -15,7 +15,7 @@ from trajdist.training.session import Session
 def open_cache(session: Session, set_name: str, extractor: TrajectoryExtractor) -> TrajectoryCache:
     """Open the trajectory cache of an image set, on a shared disk or on a local disk of each machine.
 
-    A record is one image's trajectories, bfloat16 ``[places, blocks, channels]``. All processes must call it.
+    A record is one image's trajectories, bfloat16 ``[places, steps, channels]``. All processes must call it.
 
     Raises:
         ConfigError: ``cache.dir`` cannot be written.

@@ -108,7 +108,7 @@ class Session:
             rundir=rundir,
             # A terminal has room for only one progress bar.
             console=make_console(self.processes.is_main, bars=False),
-            reference_world=_reference_world(rundir),
+            reference_world=self.processes.main_knows(lambda: _reference_world(rundir)),
             trackers=self.trackers.under(name, int(self.rundir.read_summary().get("phase1", {}).get("steps", 0))),
             domain=name,
         )
@@ -136,7 +136,7 @@ class Session:
         source = self.sources[set_name]
         selection = draw(self.config, phase, source)
         found = facts(source, selection)
-        before = self.rundir.recall(set_name) or found
+        before = self.processes.main_knows(lambda: self.rundir.recall(set_name)) or found
         if before != found:
             path = self.settings(set_name).path
             count = before.get("num_images") if isinstance(before, dict) else before
@@ -258,7 +258,7 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
     processes.main_does(prepare)
     stop = StopFlag(rundir.stop_file, watches_file=processes.is_main)
     watchdog = Watchdog(processes, stop, runtime.timeout_s)
-    reference_world = _reference_world(rundir)
+    reference_world = processes.main_knows(lambda: _reference_world(rundir))
     flat = flatten(config.model_dump(mode="json"))
     trackers = Trackers(config.logging.trackers if processes.is_main else [], rundir, flat, console.print)
     return Session(

@@ -24,12 +24,12 @@ def is_done(session: Session, phase: int) -> bool:
         session.say(f"phase {phase} stopped early, after {done['epochs']} epochs: nothing to repeat")
         return True
     epochs, wanted = done["epochs"], session.config.data.of_phase(phase).num_epochs
-    built_on = phase == 1 and adapted
-    checkpoint = session.newest_checkpoint() if wanted > epochs and not built_on else None
+    checkpoint = session.newest_checkpoint() if wanted > epochs and not (phase == 1 and adapted) else None
     if checkpoint and checkpoint.state["phase"] == phase:
         session.say(f"phase {phase} has {epochs} epochs and goes on to {wanted}")
         return False
-    reason = "Phase 2 is built on these" if built_on or checkpoint else "there is no checkpoint to go on from"
+    built_on = phase == 1 and (adapted or checkpoint)
+    reason = "Phase 2 is built on these" if built_on else "there is no checkpoint to go on from"
     why = "" if wanted <= epochs else f"; for {wanted} epochs start over with --fresh: {reason}"
     session.say(f"phase {phase} is done ({epochs} epochs): nothing to repeat{why}")
     return True
