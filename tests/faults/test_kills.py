@@ -70,9 +70,9 @@ def test_two_then_one_then_three_processes(uninterrupted_by_two, tmp_path):
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_process_that_hangs_is_named(tmp_path, capsys):
     """The job ends, resumable, although nobody died."""
-    hung = run_with(f"{STEP}:3:hang:1", tmp_path / "run", 2, "runtime.timeout_s=8")
+    hung = run_with(f"{STEP}:3:hang:1", tmp_path / "run", 2, "runtime.timeout_s=20")
     assert hung.returncode != 0
-    assert "process 1 stood still for runtime.timeout_s=8 seconds" in hung.stderr
+    assert "process 1 stood still for runtime.timeout_s=20 seconds" in hung.stderr
     assert status(tmp_path / "run") in ("failed", "running")
     assert main(arguments(tmp_path / "run", "runtime.timeout_s=600")) == 0
     assert "going on after 32 images" in capsys.readouterr().out
