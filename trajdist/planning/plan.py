@@ -243,18 +243,15 @@ def _time(
     # The passes compute no gradients, so they are no slower than training.
     passes = sum(_passes(config, training.selection) for training in trainings)
     hours_per_image = 1 / (rate * world) / 3600 if rate else None
-    hours = None
-    if rate and hours_per_image:
-        # A cached image costs the model's time alone; where only the rate of all is known, as much as any.
-        share = rate / rates.model if rates.model else 1.0
-        hours = hours_per_image * (images + passes - cache.reads * (1 - share))
+    # A cached image costs the model's time alone; where only the rate of all is known, as much as any.
+    saved = cache.reads * (1 - rate / rates.model) if rate and rates.model else 0.0
     return {
         "decoded_images_per_s": rates.decode,
         "backbone_images_per_s": rates.backbone,
         "model_images_per_s": rates.model,
         "images_per_s": rate * world if rate else None,
         "hours_per_epoch": epoch * hours_per_image if hours_per_image else None,
-        "hours": hours,
+        "hours": (images + passes - saved) * hours_per_image if hours_per_image else None,
         "bottleneck": bottleneck,
         "advice": advice(bottleneck, workers, device),
     }
