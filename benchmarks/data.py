@@ -36,7 +36,8 @@ from trajdist.data.base import EncodedSource
 from trajdist.data.decode import decode, to_rgb, to_square
 from trajdist.data.sources import open_source
 from trajdist.data.storage import Access
-from trajdist.tools.pack import Options, pack
+from trajdist.tools.pack import pack
+from trajdist.tools.preparation import Options
 
 Work = Callable[[], int]
 

@@ -298,3 +298,14 @@ def test_two_folders_with_the_same_names_have_a_cache_each(images, tmp_path):
     second = cached_run(other, tmp_path, "second")
     assert main(arguments("run", other, tmp_path / "plain", *batches(4, 1), "data.num_workers=0")) == 0
     torch.testing.assert_close(losses(second), losses(tmp_path / "plain"), rtol=1e-2, atol=1e-3)
+
+
+def test_who_shares_a_folder(tmp_path):
+    """Two machines with a local disk each do not, though the path is the same."""
+    folders = [tmp_path / "shared", tmp_path / "shared", tmp_path / "other machine"]
+    caches = [TrajectoryCache(folder, {"images": "abc"}, 10, SHAPE) for folder in folders]
+    for cache in caches:
+        cache.create()
+    first, again, other = (cache.identity() for cache in caches)
+    fill(caches[0], [1, 2])
+    assert first == again == caches[1].identity() != other

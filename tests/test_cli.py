@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -334,3 +335,13 @@ def test_runs_from_before_there_were_subcells(debug_run):
     document = read_document(debug_run / "phase1" / "trajectory.safetensors")
     assert document.pop("subcells") == 1
     assert TrajectoryDocument.model_validate(document).subcells == 1
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_domain_whose_path_is_no_text(tmp_path):
+    """Linux allows any bytes in a path; the adapter's card shows what it can."""
+    domain = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    write_images(domain, 8)
+    run_dir = tmp_path / "run"
+    assert main(["run", "debug", f"run_dir={run_dir}", f"data.domain.path={domain}"]) == 0
+    assert "caf" in (run_dir / "phase2/adapter/README.md").read_text()

@@ -42,6 +42,12 @@ def test_default_yaml_shows_the_defaults():
         ("data.imagenet.path=", "data.imagenet.path", None),
         ("data.imagenet.path=null", "data.imagenet.path", None),
         ("data.imagenet.path=/a=b", "data.imagenet.path", "/a=b"),
+        ("data.imagenet.path=/data/set #1", "data.imagenet.path", "/data/set #1"),
+        ("data.imagenet.path=007", "data.imagenet.path", "007"),
+        ("data.imagenet.path=/d/a: b", "data.imagenet.path", "/d/a: b"),
+        ("data.imagenet.path=[set]", "data.imagenet.path", "[set]"),
+        ("data.imagenet.path='007'", "data.imagenet.path", "007"),
+        ("run_dir=runs/x #2", "run_dir", "runs/x #2"),
         ("backbone.blocks=[layer1.*, layer2.0]", "backbone.blocks", ["layer1.*", "layer2.0"]),
         ("domain_adaptation.lora.target_modules=[q, v]", "domain_adaptation.lora.target_modules", ["q", "v"]),
         ("domain_adaptation.lora.rank=3", "domain_adaptation.lora.rank", 3),
@@ -52,6 +58,11 @@ def test_default_yaml_shows_the_defaults():
 )
 def test_overrides_are_typed(override, key, value):
     assert flatten(load_config("debug", [override]).model_dump())[key] == value
+
+
+def test_the_path_of_a_domain_is_text_too():
+    config = load_config("debug", ["data.domain.path=null", "data.domains.wood.path=2024 #2"])
+    assert config.data.domains["wood"].path == "2024 #2"
 
 
 def test_the_last_override_wins_and_a_section_can_be_given_whole():

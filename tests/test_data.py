@@ -14,6 +14,7 @@ import torch
 from images import noise, write_images
 from PIL import ExifTags, Image
 
+from trajdist.cli import main
 from trajdist.data.decode import decode, to_square
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, SlotDataset, build_loader, resolve_threads
@@ -329,3 +330,15 @@ def test_held_out_crops_do_not_touch_the_others():
     assert max(right for _, _, right, _ in boxes[0]) <= min(left for left, *_ in boxes[1])
     assert len({source.fingerprint for source in sources}) == 2
     assert np.array_equal(*(np.asarray(source.load(3, None)) for source in [sources[0]] * 2))
+
+
+def test_a_folder_that_is_closed_or_has_too_long_a_name(tmp_path):
+    with pytest.raises(DataError, match="does not exist, or may not be read"):
+        open_source(str(tmp_path / ("a" * 300)), "key")
+
+
+def test_a_labelled_set_is_not_trained_on(tmp_path, capsys):
+    for part in ("train/good", "test/good", "ground_truth/hole"):
+        write_images(tmp_path / "set" / part, 2)
+    assert main(["train", "debug", f"data.imagenet.path={tmp_path / 'set'}", f"run_dir={tmp_path / 'run'}"]) == 3
+    assert str(tmp_path / "set/train/good") in capsys.readouterr().err

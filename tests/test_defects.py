@@ -12,6 +12,7 @@ from PIL import Image
 from trajdist.data.defects import DEFECTS, SIDE, write_labelled
 from trajdist.data.labelled import LabelledFolder
 from trajdist.data.samples import COLLECTIONS, SamplePhotos
+from trajdist.data.sources import open_source
 
 # A grey level of 8 in the weakest channel is what nobody sees.
 UNSEEN = 8
@@ -112,3 +113,17 @@ def test_no_held_out_crop_is_a_training_crop(name):
         return {part.load(index, None).resize((8, 8)).tobytes() for index in range(0, len(part), 3)}
 
     assert not thumbnails(training) & thumbnails(held_out)
+
+
+def test_written_again_the_files_stay_as_they_are(tmp_path):
+    """An evaluation that goes on tells by their times whether they are the same."""
+    source = open_source("skimage:gravel/heldout", "key")
+    write_labelled(source, tmp_path)
+    before = LabelledFolder(tmp_path, "DATASET").stamp()
+    damaged = tmp_path / "test/good/000.png"
+    whole = damaged.read_bytes()
+    write_labelled(source, tmp_path)
+    assert LabelledFolder(tmp_path, "DATASET").stamp() == before
+    damaged.write_bytes(whole[:100])
+    write_labelled(source, tmp_path)
+    assert damaged.read_bytes() == whole

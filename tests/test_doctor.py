@@ -47,6 +47,7 @@ def facts(time: dict[str, float], **changes: object) -> Facts:
         ({"backbone": 30, "model": 60}, {"all_places": False}, "smaller model.hidden_dim"),
         ({"sync": 25, "backbone": 65}, {}, "gradient_accumulation_steps"),
         ({"checkpoint": 12, "backbone": 80}, {}, "checkpoint.every_steps"),
+        ({"validation": 25, "backbone": 70}, {}, "validation.every_epochs"),
         ({"optimizer": 30, "backbone": 65}, {}, "the optimizer (30%"),
         ({"projection": 30, "backbone": 65}, {}, "model.feature_dim"),
         ({"backbone": 60}, {}, "what comes between the steps (40%"),

@@ -222,6 +222,19 @@ def test_what_everybody_sees_is_found(debug_run, dataset, tmp_path, fresh_accele
     assert metrics["image_auroc_interval"] == pytest.approx([1.0, 1.0])
 
 
+def test_without_masks_images_are_measured(debug_run, copied, measured, tmp_path, capsys, fresh_accelerate):
+    shutil.rmtree(copied / "ground_truth")
+    # Beside the images, not among them.
+    assert evaluate(debug_run, copied, copied / "out") == 0
+    metrics, expected = read_metrics(copied / "out"), read_metrics(measured)
+    assert {key: metrics[key] for key in KEYS if key.startswith("image")} == {
+        key: pytest.approx(expected[key]) for key in KEYS if key.startswith("image")
+    }
+    assert [metrics[key] for key in KEYS if not key.startswith("image")] == [None] * 4
+    assert "there is nothing to measure pixels by" in " ".join(capsys.readouterr().out.split())
+    assert (copied / "out" / "report.html").is_file()
+
+
 # ---------------------------------------------------------------------------- processes, again, and broken off
 
 

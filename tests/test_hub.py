@@ -73,3 +73,11 @@ def test_no_source(tmp_path, what, words):
 
 def test_training_on_it_is_training_on_the_folder(images, tmp_path, fresh_accelerate):
     assert run(f"hf:imagefolder:{images}", tmp_path / "hub") == run(images, tmp_path / "folder")
+
+
+def test_images_without_a_label(images, tmp_path):
+    files = sorted(str(path) for path in images.rglob("*.png"))[:3]
+    columns = {"image": files, "label": [1, None, 0]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "data"))
+    assert open_source(f"hf:{tmp_path / 'data'}", "key").classes().tolist() == [1, -1, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +163,11 @@ def test_a_damaged_mask_or_image(root, what, name):
     ) as caught:
         LabelledFolder(root, "DATASET").mask(0, 64, "squash")
     assert "0x" not in str(caught.value)
+
+
+def test_without_masks_only_images_are_labelled(root):
+    shutil.rmtree(root / "ground_truth")
+    folder = LabelledFolder(root, "DATASET")
+    assert folder.kinds == ["good", "crack", "hole"]
+    assert not folder.has_masks
+    assert not any(folder.mask(index, 32, "squash").any() for index in range(len(folder)))

@@ -125,6 +125,11 @@ def test_saved_and_loaded_is_the_same(tmp_path, options):
     assert not any(weight.requires_grad for weight in ours.parameters())
 
 
+def test_who_may_read_the_folder_may_use_the_adapter(tmp_path):
+    lora.save_adapter(attach(base_model()), tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_adapter_of_another_base_is_refused(tmp_path):
     lora.save_adapter(attach(base_model(), base="a" * 64), tmp_path)
     with pytest.raises(ArtifactError, match="was trained on another base"):

@@ -20,6 +20,7 @@ from test_shards import run
 from trajdist.cli import main
 from trajdist.data.sources import open_source
 from trajdist.tools import pack as packing
+from trajdist.tools import preparation
 
 
 def packed(source: Path, out: Path, *options: str) -> int:
@@ -205,6 +206,37 @@ def test_a_disk_that_took_something_else(images, tmp_path, monkeypatch, capsys):
     assert packed(images, tmp_path / "out") == 4
     assert "reads back as something else" in capsys.readouterr().err
     assert not digests(tmp_path / "out")
+
+
+def test_names_that_are_no_text(tmp_path):
+    write_images(tmp_path / "images", 2)
+    (tmp_path / "images" / "0000.png").rename(tmp_path / "images" / os.fsdecode(b"caf\xe9.png"))
+    assert packed(tmp_path / "images", tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "images")
+
+
+def test_images_without_a_name(tmp_path):
+    """They get the ending of what they are: shards know images by that."""
+    datasets = pytest.importorskip("datasets")
+    raw = [path.read_bytes() for path in sorted(write_images(tmp_path / "images", 3).iterdir())]
+    rows = [{"bytes": content, "path": None} for content in [*raw, b"spoilt"]]
+    data = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
+    data.save_to_disk(str(tmp_path / "data"))
+    assert main(["pack", f"hf:{tmp_path / 'data'}", str(tmp_path / "out")]) == 0
+    source = open_source(str(tmp_path / "out"), "key")
+    assert [source.read(index) for index in range(4)] == [*raw, b"spoilt"]
+    assert [source.name(index).rpartition("/")[2] for index in (0, 3)] == ["00000000.png", "00000003.jpg"]
+
+
+def test_few_bytes_wait_to_be_written(images, tmp_path, monkeypatch):
+    """However large the images are, and however slow the disk."""
+    monkeypatch.setattr(preparation, "AHEAD_BYTES", 1)
+    ready: list[int] = []
+    bytes_of = preparation._bytes_of
+    monkeypatch.setattr(preparation, "_bytes_of", lambda waiting: ready.append(bytes_of(waiting)) or ready[-1])
+    assert main(["pack", str(images), str(tmp_path / "out"), "--workers", "2"]) == 0
+    assert contents(tmp_path / "out") == contents(images)
+    assert ready[-1] <= 1
 
 
 def test_training_on_what_was_packed_is_training_on_the_folder(images, tmp_path, fresh_accelerate):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import http.client
 import itertools
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -299,6 +301,18 @@ def test_the_cache_is_bounded_and_drops_what_was_not_used(store, tmp_path):
     assert [copies[name].exists() for name in "abcd"] == [False, False, True, True]
 
 
+def test_files_of_others_in_the_cache_folder_stay(store, tmp_path):
+    write_tar(tmp_path / "tars" / "a.tar", {"0.png": encoded(0)})
+    shard = upload(tmp_path / "tars", "others") + "a.tar"
+    version = storage.version(shard)
+    cache = ShardCache(tmp_path / "cache", 1.5 * version.size / 2**30)
+    mine = [tmp_path / "cache" / name for name in ("mine.tar", "download.iso.part")]
+    for path in mine:
+        path.write_bytes(b"x" * version.size)
+    assert cache.path_of(shard, version, 0).stat().st_size == version.size
+    assert all(path.stat().st_size == version.size for path in mine)
+
+
 def test_many_at_once_fetch_a_shard_once(store, tmp_path):
     write_tar(tmp_path / "tars" / "a.tar", {f"{number}.png": encoded(number) for number in range(3)})
     shard = upload(tmp_path / "tars", "once") + "a.tar"
@@ -315,9 +329,10 @@ def test_a_download_that_was_killed_makes_way(store, tmp_path):
     shard = upload(tmp_path / "tars", "killed") + "a.tar"
     version = storage.version(shard)
     cache = ShardCache(tmp_path / "cache", 1.5 * version.size / 2**30)
-    (tmp_path / "cache" / "dead.part").write_bytes(b"x" * version.size)
+    dead = tmp_path / "cache" / f"{'0a' * 12}.part"
+    dead.write_bytes(b"x" * version.size)
     assert cache.path_of(shard, version, 0).stat().st_size == version.size
-    assert not (tmp_path / "cache" / "dead.part").exists()
+    assert not dead.exists()
 
 
 def test_a_cache_that_cannot_hold_the_window_is_refused(store, tmp_path, capsys):
@@ -373,3 +388,61 @@ def test_each_image_once_over_processes(store, tmp_path, world):
         for index in selection.train(share.epoch, np.arange(share.start, share.stop))
     ]
     assert sorted(read) == sorted(contents(open_source(str(tmp_path / "images"), "key")))
+
+
+class _Careless(BaseHTTPRequestHandler):
+    """Serves one file under its path, whatever stands behind the question mark, as download links do."""
+
+    path_served = "/a.tar"
+    content = b""
+    ranges: ClassVar[list[tuple[str, str | None]]] = []
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self.ranges.append((self.path, self.headers["Range"]))
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        served = self.path.partition("?")[0] == self.path_served
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "") if served else None
+        content = self.content[int(span[1]) : int(span[2]) + 1] if span else self.content if served else b""
+        self.send_response(206 if span else 200 if served else 404)
+        if span:
+            self.send_header("Content-Range", f"bytes {span[1]}-{span[2]}/{len(self.content)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_download_link_is_not_read_whole_in_search_of_its_index(tmp_path):
+    write_tar(tmp_path / "a.tar", {f"{number}.png": encoded(number) for number in range(3)})
+
+    class Handler(_Careless):
+        content = (tmp_path / "a.tar").read_bytes()
+        ranges: ClassVar[list[tuple[str, str | None]]] = []
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = open_source(f"http://127.0.0.1:{server.server_address[1]}/a.tar?download=true", "key", Access())
+        assert [source.read(number) for number in range(3)] == [encoded(number) for number in range(3)]
+        server.shutdown()
+    assert [path for path, span in Handler.ranges if span is None and path.startswith("/a.tar?")] == []
+
+
+def test_an_index_that_is_too_large_is_none(tmp_path, monkeypatch):
+    write_shards(tmp_path / "tars", write_images(tmp_path / "images", 3), 3)
+    url = "memory://large"
+    filesystem = storage._filesystem(url)
+    filesystem.pipe(f"{url}/a.tar", (tmp_path / "tars" / "set-000000.tar").read_bytes())
+    filesystem.pipe(f"{url}/a.tar.index.json", b" " * 200)
+    with pytest.raises(ValueError, match="more than 100 bytes"):
+        storage.read_whole(f"{url}/a.tar.index.json", 100)
+    assert storage.read_whole(f"{url}/a.tar.index.json", 200) == b" " * 200
+    assert len(open_source(f"{url}/a.tar", "key")) == 3

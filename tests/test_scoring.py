@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 from scipy.stats import betabinom
 
 import trajdist
+import trajdist.scoring.report
 from trajdist.artifacts import read_document, read_tensors, write_tensors
 from trajdist.cli import main
 from trajdist.data.sources import open_source
@@ -227,6 +228,38 @@ def test_an_overlay_is_brightest_where_the_map_is():
 def in_report(out: Path) -> dict:
     page = (out / "report.html").read_text(encoding="utf-8")
     return json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+
+
+def test_an_image_that_is_gone_is_missing_from_the_pictures_alone(debug_run, images, tmp_path, monkeypatch):
+    """As in the folder of a camera that keeps the last hour."""
+    copied = Path(shutil.copytree(images, tmp_path / "images"))
+    report = trajdist.scoring.report.report
+
+    def late(job: Any) -> None:
+        (copied / "3.png").unlink()
+        report(job)
+
+    monkeypatch.setattr("trajdist.scoring.report.report", late)
+    assert score(debug_run, copied, tmp_path / "out") == 0
+    shown = in_report(tmp_path / "out")
+    assert {row["image"] for row in shown["rows"]} >= {"3.png", "4.png"}
+    pictured = {picture["row"]["image"] for picture in shown["most_anomalous"]}
+    assert "3.png" not in pictured
+    assert "4.png" in pictured
+
+
+@pytest.mark.parametrize("out", ["found", "."])
+def test_the_output_folder_may_lie_among_the_images(debug_run, images, tmp_path, out):
+    """Its pictures are not scored the next time, and an interrupted scoring goes on."""
+    copied = Path(shutil.copytree(images, tmp_path / "images"))
+    assert score(debug_run, copied, copied / out, "--batch-size", "4") == 0
+    rows = read_rows(copied / out)
+    assert len(rows) == COUNT
+    (copied / out / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:8]))
+    assert score(debug_run, copied, copied / out, "--batch-size", "4") == 0
+    assert [row["image"] for row in read_rows(copied / out)] == [row["image"] for row in rows]
+    assert score(debug_run, copied, tmp_path / "elsewhere") == 0
+    assert [row["image"] for row in read_rows(tmp_path / "elsewhere")] == [row["image"] for row in rows]
 
 
 def test_the_report_shows_each_image_once(scored):

@@ -66,6 +66,15 @@ def test_one_shard(tmp_path):
     assert len(shards(tmp_path / "set-000001.tar")) == 2
 
 
+@pytest.mark.parametrize("folder", ["set", "set [1]"])
+@pytest.mark.parametrize("name", ["a [2].tar", "*.tar"])
+def test_brackets_in_names_that_exist_are_no_pattern(tmp_path, folder, name):
+    write_shards(tmp_path / "tars", write_images(tmp_path / "images", 2), 2)
+    (tmp_path / folder).mkdir()
+    (tmp_path / "tars" / "set-000000.tar").rename(tmp_path / folder / "a [2].tar")
+    assert len(shards(tmp_path / folder / name)) == 2
+
+
 def test_shards_beside_images_are_ambiguous(tmp_path):
     write_shards(write_images(tmp_path, 2), tmp_path, 2)
     with pytest.raises(DataError, match="holds images as well as tar files"):

@@ -332,7 +332,8 @@ def _pack(arguments: argparse.Namespace) -> int:
     from trajdist.data.storage import Access
     from trajdist.errors import DataError
     from trajdist.runtime.progress import make_console
-    from trajdist.tools.pack import Options, pack
+    from trajdist.tools.pack import pack
+    from trajdist.tools.preparation import Options
 
     source = open_source(arguments.source, "SOURCE", Access(retries=3))
     if not isinstance(source, EncodedSource):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -364,3 +364,16 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
             yield from fields(type(field.default), f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field.default, field.description or "", field.json_schema_extra == FREE
+
+
+def is_text(key: str) -> bool:
+    """Whether the value of a dotted key is text (or null), and nothing else."""
+    kind: Any = Config
+    for part in key.split("."):
+        if get_origin(kind) is dict:  # data.domains.NAME
+            kind = get_args(kind)[1]
+        elif isinstance(kind, type) and issubclass(kind, Section) and part in kind.model_fields:
+            kind = kind.model_fields[part].annotation
+        else:
+            return False
+    return kind is str or set(get_args(kind)) == {str, type(None)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator
 from importlib import resources
@@ -11,11 +12,12 @@ from typing import Any
 
 import yaml
 
-from trajdist.config import Config
+from trajdist.config import Config, is_text
 from trajdist.config_parsing import parse_config
 from trajdist.errors import ConfigError
 
 DIGITS = re.compile(r"\d+")
+NULLS = ("", "~", "null", "Null", "NULL")
 
 
 def load_config(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -46,12 +48,12 @@ def _refuse_expanded_paths(overrides: list[str]) -> None:
 def find_config(name: str) -> Path:
     """Return the path of a config file; a bare name such as ``quickstart`` finds a shipped one."""
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     shipped = {file.stem: file for folder in _config_folders() for file in sorted(folder.glob("*.yaml"))}
     if path.stem in shipped and path.suffix in ("", ".yaml") and len(path.parts) == 1:
         return shipped[path.stem]
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"the config {name!r} is a folder: name a YAML file in it.")
     raise ConfigError(
         f"there is no config file {name!r}: name a YAML file, or one of the shipped configs {', '.join(shipped)}."
@@ -98,14 +100,25 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _value(key: str, text: str) -> Any:
+    """What stands behind ``key=``: YAML, but for a key that takes text, where only quotes and null are YAML.
+
+    YAML would cut ``/data/set #1`` short and make a number of ``007``.
+    """
+    word = text.strip()
+    if is_text(key) and word not in NULLS and not word.startswith(("'", '"')):
+        return word
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"the override {override!r} is not of the form key=value, such as model.hidden_dim=64.")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        value = text
+    value = _value(key, text)
     *parents, leaf = key.split(".")
     for parent in parents:
         node = tree.get(parent)

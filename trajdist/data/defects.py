@@ -8,6 +8,7 @@ Each defect is a pure function of the crop's index; the ground truth is the set 
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,9 +70,17 @@ def write_labelled(source: ImageSource, folder: Path) -> None:
         kind = kinds[index % len(kinds)]
         drawn = DEFECTS[kind](image, np.random.default_rng(key64(index, kinds.index(kind))))
         changed = np.asarray(ImageChops.difference(image, drawn)).max(-1) > 2
-        image.save(folder / "test" / "good" / f"{index:03d}.png")
-        drawn.save(folder / "test" / kind / f"{index:03d}.png")
-        Image.fromarray(changed).save(folder / "ground_truth" / kind / f"{index:03d}_mask.png")
+        _write(image, folder / "test" / "good" / f"{index:03d}.png")
+        _write(drawn, folder / "test" / kind / f"{index:03d}.png")
+        _write(Image.fromarray(changed), folder / "ground_truth" / kind / f"{index:03d}_mask.png")
+
+
+def _write(image: Image.Image, path: Path) -> None:
+    """Leave a file alone that holds the image already: an evaluation that goes on would take it for another one."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    if not path.is_file() or path.read_bytes() != content.getvalue():
+        path.write_bytes(content.getvalue())
 
 
 def main() -> None:

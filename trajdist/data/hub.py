@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class HubDataset(EncodedSource):
         if not columns or not len(data):
             raise DataError(f"{key}={path!r} holds no images: its columns are {', '.join(data.column_names)}.")
         labels = [name for name, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)]
-        self._labels = np.array(data[labels[0]], np.int64) if labels else None
+        self._labels = _classes(data[labels[0]]) if labels else None
         self._column = columns[0]
         self._data = data.select_columns([self._column]).cast_column(self._column, datasets.Image(decode=False))
         self.fingerprint = hashlib.sha256(f"{path}\n{len(data)}\n{data._fingerprint}".encode()).hexdigest()
@@ -67,6 +68,11 @@ class HubDataset(EncodedSource):
 
     def classes(self) -> npt.NDArray[np.int64] | None:
         return self._labels
+
+
+def _classes(labels: Sequence[int | None]) -> npt.NDArray[np.int64]:
+    """The class numbers; -1 for an image without a label."""
+    return np.array([-1 if label is None else label for label in labels], np.int64)
 
 
 def _load(name: str) -> Any:

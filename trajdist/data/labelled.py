@@ -1,7 +1,7 @@
 """Labelled images in the layout of MVTec AD (Bergmann et al. 2019).
 
 ``test/good/*``, ``test/<defect>/*``, and the masks ``ground_truth/<defect>/<stem>_mask.png`` or ``<stem>.png``, whose
-non-zero pixels are defective.
+non-zero pixels are defective. Without a folder ``ground_truth`` only whole images are labelled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trajdist.data.storage import read_bytes
 from trajdist.errors import DataError
 
 GOOD = "good"
-LAYOUT = "test/good/*, test/<defect>/* and ground_truth/<defect>/<name>_mask.png"
+LAYOUT = "test/good/*, test/<defect>/* and, if pixels are labelled, ground_truth/<defect>/<name>_mask.png"
 
 
 class LabelledFolder(EncodedSource):
@@ -36,14 +36,15 @@ class LabelledFolder(EncodedSource):
 
     Attributes:
         kinds: "good", then the defects in alphabetical order.
+        has_masks: whether there is a folder ground_truth.
 
     Raises:
         DataError: no test folder, no good images, an image that is not directly in a class folder, or a defect image
-            without a mask.
+            without a mask although there is a folder ground_truth.
     """
 
     def __init__(self, root: Path, key: str, read_retries: int = 0) -> None:
-        if not (root / "test").is_dir():
+        if not os.path.isdir(root / "test"):
             raise DataError(f"{key}={str(root)!r} has no folder test: name the folder that holds {LAYOUT}.")
         self._root, self._retries = root, read_retries
         self._images = ImageFolder(root / "test", key, read_retries)
@@ -57,6 +58,7 @@ class LabelledFolder(EncodedSource):
                 f"{key}={str(root)!r} has no images in test/{GOOD}: scores need clean ones to compare with."
             )
         self.kinds = [GOOD, *sorted(present - {GOOD})]
+        self.has_masks = os.path.isdir(root / "ground_truth")
         self._masks = {kind: _files_in(root / "ground_truth" / kind) for kind in self.kinds[1:]}
         for index in range(len(self)):
             self._mask_path(index)
@@ -81,7 +83,8 @@ class LabelledFolder(EncodedSource):
     def mask(self, index: int, size: int, fit: Fit) -> npt.NDArray[np.bool_]:
         """The defect mask, bool ``[size, size]``, resized like the loader resizes the image so that the two align.
 
-        All false for a good image. Resampled by nearest neighbour, so thin defects may vanish at small sizes.
+        All false for a good image, and where there are no masks. Resampled by nearest neighbour, so thin defects may
+        vanish at small sizes.
 
         Raises:
             DataError: the mask or its image cannot be read, or the mask has another aspect ratio than its image.
@@ -104,7 +107,7 @@ class LabelledFolder(EncodedSource):
 
     def _mask_path(self, index: int) -> Path | None:
         kind, stem = self.kind(index), PurePath(self.name(index)).stem
-        if kind == GOOD:
+        if kind == GOOD or not self.has_masks:
             return None
         folder = self._root / "ground_truth" / kind
         for name in (f"{stem}_mask.png", f"{stem}.png"):

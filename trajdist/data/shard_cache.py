@@ -19,7 +19,9 @@ from trajdist.data.storage import PIECE, Version, read_exactly
 from trajdist.errors import ArtifactError
 
 GIB = 2**30
-PART = ".part"
+# Files of other names in the folder are somebody else's.
+NAME = "[0-9a-f]" * 24
+SHARD, PART = ".tar", ".part"
 
 
 class ShardCache:
@@ -54,7 +56,7 @@ class ShardCache:
             Exception: whatever the store raises.
         """
         digest = hashlib.sha256(f"{url}\n{version.size}\n{version.tag}".encode()).hexdigest()
-        copy = self._folder / f"{digest[:24]}.tar"
+        copy = self._folder / f"{digest[:24]}{SHARD}"
         if not copy.exists():
             with self._locked(copy.stem):
                 if not copy.exists():
@@ -90,8 +92,8 @@ class ShardCache:
 
     def _make_room(self, size: int) -> bool:
         self._drop_dead_downloads()
-        copies = sorted(self._sizes("*.tar"), key=lambda entry: entry[1].st_mtime_ns)
-        taken = sum(stat.st_size for _, stat in [*copies, *self._sizes(f"*{PART}")])
+        copies = sorted(self._sizes(SHARD), key=lambda entry: entry[1].st_mtime_ns)
+        taken = sum(stat.st_size for _, stat in [*copies, *self._sizes(PART)])
         for path, stat in copies:
             if taken + size <= self._limit:
                 break
@@ -100,13 +102,13 @@ class ShardCache:
         return taken + size <= self._limit
 
     def _drop_dead_downloads(self) -> None:
-        for part, _ in list(self._sizes(f"*{PART}")):
+        for part, _ in list(self._sizes(PART)):
             with self._locked(part.stem, wait=False) as free:
                 if free:
                     part.unlink(missing_ok=True)
 
-    def _sizes(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
-        for path in self._folder.glob(pattern):
+    def _sizes(self, ending: str) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self._folder.glob(NAME + ending):
             with suppress(FileNotFoundError):
                 yield path, path.stat()
 

@@ -24,6 +24,7 @@ from trajdist.files import write_bytes
 
 BLOCK = tarfile.BLOCKSIZE
 SUFFIX = ".index.json"
+LARGEST = 2**26  # bytes of an index
 LARGEST_CLASS = 256  # bytes; larger .cls members are ignored
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 
@@ -93,8 +94,10 @@ def load_index(shard: str, folder: Path) -> ShardIndex:
 
 
 def _beside(shard: str) -> Callable[[], bytes]:
-    name = shard + SUFFIX
-    return lambda: storage.read_whole(name) if storage.is_url(shard) else Path(name).read_bytes()
+    if not storage.is_url(shard):
+        return Path(shard + SUFFIX).read_bytes
+    address, mark, query = shard.partition("?")
+    return lambda: storage.read_whole(address + SUFFIX + mark + query, LARGEST)
 
 
 def _cached_name(shard: str) -> str:
@@ -211,7 +214,7 @@ class _Walk:
         elif key in self._images:
             reason = f"its key {key!r} is that of {self._images[key].name!r}"
         if reason is None:
-            self._images[key] = _Image(_printable(member.name), member.offset_data, member.size)
+            self._images[key] = _Image(printable(member.name), member.offset_data, member.size)
         else:
             # The offset keeps duplicates of a name apart, so that each one is reported.
             self._left_out[f"{member.name} at byte {member.offset}"] = reason
@@ -223,10 +226,10 @@ class _Walk:
             offsets=[image.offset for image in self._images.values()],
             sizes=[image.size for image in self._images.values()],
             classes=[self._classes.get(key) or os.path.dirname(key) for key in self._images],
-            left_out={_printable(name): reason for name, reason in self._left_out.items()},
+            left_out={printable(name): reason for name, reason in self._left_out.items()},
         )
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """JSON cannot hold names that are not valid UTF-8."""
     return name.encode(errors="backslashreplace").decode()

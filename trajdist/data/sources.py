@@ -17,6 +17,9 @@ from trajdist.data.base import EXTENSIONS, OTHER_PICTURES, EncodedSource, ImageS
 from trajdist.data.storage import Access, expand, has_pattern, is_url, read_bytes, refusal, retrying
 from trajdist.errors import DataError
 
+# In the output folder of a scoring: what it is about, and the folder of its pictures.
+SCORED, PICTURES = "scoring.json", "maps"
+
 
 def open_source(path: str | None, key: str, access: Access | None = None) -> ImageSource:
     """The source that ``path`` names; ``key`` is the config key or argument it came from, for the error.
@@ -49,8 +52,11 @@ def _shards_of(path: str, key: str, retries: int) -> list[str]:
         DataError: a folder with images and with tar files, of which some would be lost either way.
     """
     local = Path(path).expanduser()
-    if is_url(path) or (path.endswith(".tar") and not local.is_dir() and (local.exists() or has_pattern(path))):
-        return _expanded(path if is_url(path) else str(local), key, retries)
+    if is_url(path):
+        return _expanded(path, key, retries)
+    if not os.path.isdir(local):
+        is_shards = path.endswith(".tar") and (os.path.exists(local) or has_pattern(path))
+        return _expanded(str(local), key, retries) if is_shards else []
     shards = sorted(str(shard) for shard in local.glob("*.tar") if shard.is_file())
     if shards and _list_images(local)[0]:
         raise DataError(
@@ -74,11 +80,11 @@ class ImageFolder(EncodedSource):
     """All image files below a folder, with or without class folders, sorted by path; or one image file."""
 
     def __init__(self, root: Path, key: str, read_retries: int = 0) -> None:
-        if not root.exists():
-            raise DataError(f"{key}={str(root)!r} does not exist: name a folder of images.")
-        self._root = root if root.is_dir() else root.parent
+        if not os.path.exists(root):  # False as well where a folder above is closed to this user.
+            raise DataError(f"{key}={str(root)!r} does not exist, or may not be read: name a folder of images.")
+        self._root = root if os.path.isdir(root) else root.parent
         self._retries = read_retries
-        names, others = _list_images(root) if root.is_dir() else ([root.name], Counter[str]())
+        names, others = _list_images(root) if self._root is root else ([root.name], Counter[str]())
         if not names:
             raise DataError(f"{key}={str(root)!r} holds no images: files that end in {', '.join(EXTENSIONS)} count.")
         _tell_left_out(f"{key}={str(root)!r}", others)
@@ -111,7 +117,10 @@ class ImageFolder(EncodedSource):
 
 
 def _list_images(root: Path) -> tuple[list[str], Counter[str]]:
-    """Paths below ``root``, sorted, and how many files have which other ending; linked folders are followed, once."""
+    """Paths below ``root``, sorted, and how many files have which other ending; linked folders are followed, once.
+
+    Pictures that a scoring drew are left out: its output folder may lie among the images.
+    """
     names: list[str] = []
     others: Counter[str] = Counter()
     seen: set[tuple[int, int]] = set()
@@ -121,7 +130,8 @@ def _list_images(root: Path) -> tuple[list[str], Counter[str]]:
             subfolders.clear()
             continue
         seen.add((stat.st_dev, stat.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        drawn = PICTURES if SCORED in files else None
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != drawn)
         relative = os.path.relpath(folder, root)
         prefix = "" if relative == "." else relative + os.sep
         for name in (name for name in files if not name.startswith(".")):
@@ -149,5 +159,21 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def open_sets(wanted: Mapping[str, str | None], access: Access) -> dict[str, ImageSource]:
-    """Open several sets, given as ``{"imagenet": path}``, for the keys ``data.imagenet.path`` and so on."""
+    """Open several sets to train on, given as ``{"imagenet": path}``, for the keys ``data.imagenet.path`` and so on.
+
+    Raises:
+        DataError: one cannot be opened, or is a labelled set, whose defects and masks are no clean images.
+    """
+    for name, path in wanted.items():
+        _refuse_labelled(path, f"data.{name}.path")
     return {name: open_source(path, f"data.{name}.path", access) for name, path in wanted.items()}
+
+
+def _refuse_labelled(path: str | None, key: str) -> None:
+    folder = os.path.expanduser(path or "")
+    if all(os.path.isdir(os.path.join(folder, part)) for part in ("test", "ground_truth")):
+        good = os.path.join(folder, "train", "good")
+        raise DataError(
+            f"{key}={path!r} is a labelled set (it has test and ground_truth), and its defects would be trained on: "
+            f"name its clean images, as in {good!r}."
+        )

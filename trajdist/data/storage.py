@@ -26,6 +26,7 @@ LASTING_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidati
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
 PIECE = 2**23  # bytes per download request
 OPEN_FILES = 16
+LONGEST_PAUSE_S = 30.0
 LOCAL_TAG = "mtime:"
 
 
@@ -72,7 +73,7 @@ def expand(pattern: str) -> list[str]:
         if is_url(name):
             found.update(_remote_glob(name) if "*" in name else [name])
         else:
-            found.update(glob.glob(name, recursive=True) if glob.has_magic(name) else [name])
+            found.update(_local_glob(name))
     return sorted(found)
 
 
@@ -90,6 +91,15 @@ def _braces(pattern: str) -> Iterator[str]:
         choices = match[1].split(",")
     for choice in choices:
         yield from _braces(before + choice + after)
+
+
+def _local_glob(name: str) -> list[str]:
+    """What a name or a pattern stands for. Brackets in the name of a file or a folder that exists are no pattern."""
+    if not glob.has_magic(name) or os.path.exists(name):
+        return [name]
+    folder, last = os.path.split(name)
+    literal = os.path.join(glob.escape(folder), last) if os.path.isdir(folder) else name
+    return glob.glob(literal, recursive=True)
 
 
 def _remote_glob(url: str) -> list[str]:
@@ -125,13 +135,17 @@ def read(name: str, start: int, length: int) -> bytes:
     return content
 
 
-def read_whole(url: str) -> bytes:
-    """The contents of a small remote file.
+def read_whole(url: str, limit: int) -> bytes:
+    """The contents of a remote file of at most ``limit`` bytes; a server may answer with another one, of any size.
 
     Raises:
+        ValueError: it is larger.
         Exception: whatever the store raises.
     """
-    content: bytes = _filesystem(url).cat_file(url)
+    with open_file(url) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{url!r} has more than {limit:,} bytes")
     return content
 
 
@@ -168,6 +182,8 @@ def open_file(name: str) -> IO[bytes]:
 def retrying(work: Callable[[], T], retries: int) -> T:
     """Call ``work``, retrying up to ``retries`` times after transient errors, 0.1 s, 0.4 s, 1.6 s, ... apart.
 
+    No pause is longer than :data:`LONGEST_PAUSE_S`.
+
     Raises:
         Exception: whatever ``work`` raised last.
     """
@@ -177,7 +193,7 @@ def retrying(work: Callable[[], T], retries: int) -> T:
         except Exception as error:
             if attempt == retries or not _may_pass(error):
                 raise
-            time.sleep(0.1 * 4**attempt)
+            time.sleep(min(0.1 * 4**attempt, LONGEST_PAUSE_S))
     raise AssertionError("unreachable")
 
 

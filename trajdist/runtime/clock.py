@@ -11,9 +11,9 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 # "sync" is waiting for other processes, "projection" is projecting the blocks' pooled activations.
-STAGES = ("data", "transfer", "backbone", "projection", "model", "sync", "optimizer", "checkpoint")
+STAGES = ("data", "transfer", "backbone", "projection", "model", "sync", "optimizer", "validation", "checkpoint")
 # On CUDA these stages are timed on the host, the others on the device.
-HOST_STAGES = ("data", "checkpoint")
+HOST_STAGES = ("data", "validation", "checkpoint")
 
 # No "from __future__ import annotations" here: DistributedDataParallel inspects the annotations of its hook.
 Moment: TypeAlias = float | torch.cuda.Event

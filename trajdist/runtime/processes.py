@@ -255,7 +255,7 @@ class StopFlag:
         self._heard_from: int | None = None
 
     def __bool__(self) -> bool:
-        if not self.why and self._watches_file and self._file.exists():
+        if not self.why and self._watches_file and os.path.exists(self._file):
             self.why = f"the file {self._file.name} was created"
         return bool(self.why)
 

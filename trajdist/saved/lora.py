@@ -97,6 +97,8 @@ def save_adapter(adapted: PeftModel, folder: Path) -> None:
     """Save in PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
     adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # A form to be filled in; the run writes a card at its end.
+    # safetensors makes files for the owner's eyes only; others may use the adapter as well.
+    shutil.copymode(folder / ADAPTER_CONFIG, folder / "adapter_model.safetensors")
 
 
 def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftModel:

@@ -128,7 +128,9 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
         cells = ("-" if values.get(key) is None else f"{values[key]:.3f}" for key in keys)
         table.add_row(name, str(values.get("num_images", "")), *cells)
     if metrics and metrics["pixel_auroc"] is None:
-        table.caption = "no mask marks a pixel of a scored image: there is nothing to measure pixels by"
+        table.caption = (
+            "no mask (ground_truth/<defect>/<name>_mask.png) marks a pixel: there is nothing to measure pixels by"
+        )
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -62,6 +64,7 @@ def report(job: Scoring, labels: Labels | None = None) -> None:
     gallery = top[:GALLERY]
     bottom = calmest_besides(gallery, job.out)
     scored = _score_again(job, [position for position, _ in (*gallery, *bottom)])
+    gallery, bottom = ([item for item in items if item[0] in scored] for items in (gallery, bottom))
     failed, num_failed = unreadable(job.out, UNREADABLE)
     data = ReportData(
         title=f"{RunDir(job.run_dir).path.name}: {job.images_title}",
@@ -124,14 +127,20 @@ def _picture(job: Scoring, scored: Scored, row: Row, labels: Labels | None) -> P
 
 
 def _score_again(job: Scoring, positions: list[int]) -> dict[int, Scored]:
-    """Read and score a few images again, in one batch: nothing of the pictures was kept."""
-    positions, size, fit = sorted(set(positions)), job.scorer.size, job.scorer.fit
-    if not positions:
+    """Read and score a few images again, in one batch: nothing of the pictures was kept.
+
+    An image that has been moved away since then is left out.
+    """
+    pixels: dict[int, npt.NDArray[np.uint8]] = {}
+    for position in sorted(set(positions)):
+        with suppress(Exception):  # Decoders and stores raise anything; the scores are complete without the picture.
+            image = job.source.load(position, job.scorer.size)
+            pixels[position] = to_square(image, job.scorer.size, job.scorer.fit)
+    if not pixels:
         return {}
-    pixels_BSS3 = np.stack([to_square(job.source.load(position, size), size, fit) for position in positions])
-    images = torch.from_numpy(pixels_BSS3).permute(0, 3, 1, 2)
-    batch = ImageBatch(images, torch.ones(len(positions)), torch.zeros((), dtype=torch.int64), [])
-    return {scored.position: scored for scored in score_batch(job, batch, positions)}
+    images = torch.from_numpy(np.stack(list(pixels.values()))).permute(0, 3, 1, 2)
+    batch = ImageBatch(images, torch.ones(len(pixels)), torch.zeros((), dtype=torch.int64), [])
+    return {scored.position: scored for scored in score_batch(job, batch, list(pixels))}
 
 
 def _bars(job: Scoring, labels: Labels | None) -> ScoreBars:

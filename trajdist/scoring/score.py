@@ -21,6 +21,7 @@ from trajdist.data.loader import (
     ImageBatch,
     in_threads,
 )
+from trajdist.data.sources import PICTURES, SCORED
 from trajdist.errors import ArtifactError, ConfigError, DataError
 from trajdist.files import hold, read_json, write_json
 from trajdist.runtime.processes import Processes, to_device
@@ -192,10 +193,10 @@ def _draw(job: Scoring, image: Scored) -> None:
         return
     stem = picture_name(image.row["image"])
     panel = pictures.panel(image.pixels_SS3, map_of(job, image), *job.map_range)
-    (job.out / "maps" / f"{stem}.png").write_bytes(pictures.png(panel))
+    (job.out / PICTURES / f"{stem}.png").write_bytes(pictures.png(panel))
     if job.options.explain:
-        profile = pictures.profile(image.energies_L, job.step_names)
-        (job.out / "maps" / f"{stem}.depth.png").write_bytes(pictures.png(profile))
+        profile = pictures.profile(np.sqrt(image.energies_L), job.step_names)  # As in the report.
+        (job.out / PICTURES / f"{stem}.depth.png").write_bytes(pictures.png(profile))
 
 
 def _rows(job: Scoring, scored: list[Scored], batch: ImageBatch) -> list[Numbered]:
@@ -260,9 +261,9 @@ def _claim_out(job: Scoring) -> None:
         ArtifactError: it cannot be made or written.
         ConfigError: it holds the scores of something else.
     """
-    marker, identity = job.out / "scoring.json", _identity(job)
+    marker, identity = job.out / SCORED, _identity(job)
     try:
-        (job.out / "maps").mkdir(parents=True, exist_ok=True)
+        (job.out / PICTURES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError(f"--out {str(job.out)!r} cannot be made ({error.strerror}).") from None
     job.lock = hold(job.out / ".lock")

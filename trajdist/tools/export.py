@@ -180,14 +180,18 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def _exporting() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Exporters and runtimes raise errors of many types for what they cannot handle.
+        raise TrainingError(f"this backbone or model cannot be exported ({one_line(error)}).") from None
+
+
 def _program(module: Exported, images: torch.Tensor) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1, max=65536)
-    try:
-        with _quiet(), torch.no_grad():
-            return torch.export.export(module, (images,), dynamic_shapes={"images": {0: batch}}, strict=False)
-    except Exception as error:  # The tracer raises errors of many types for untraceable code.
-        reason = one_line(error)
-        raise TrainingError(f"this backbone or model cannot be exported ({reason}).") from None
+    with _exporting(), _quiet(), torch.no_grad():
+        return torch.export.export(module, (images,), dynamic_shapes={"images": {0: batch}}, strict=False)
 
 
 def _write_torch(module: Exported, images: torch.Tensor, path: Path, document: str) -> Callable[[torch.Tensor], Arrays]:
@@ -213,12 +217,13 @@ def _write_onnx(module: Exported, images: torch.Tensor, path: Path, document: st
     except ImportError as error:
         raise ConfigError(f"--format onnx needs the package {error.name}: pip install 'trajdist[onnx]'.") from None
     program = _program(module, images)
-    with _quiet():
-        names: dict[str, Sequence[str]] = {"input_names": [INPUT], "output_names": OUTPUTS}
+    names: dict[str, Sequence[str]] = {"input_names": [INPUT], "output_names": OUTPUTS}
+    with _quiet(), _exporting():
         converted = torch.onnx.export(program, (images,), dynamo=True, verbose=False, **names)  # type: ignore[arg-type]
     assert converted is not None
     model = converted.model_proto
     onnx.helper.set_model_props(model, {METADATA: document})
     path.write_bytes(model.SerializeToString())
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with _exporting():
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda batch: tuple(session.run(None, {INPUT: batch.numpy()}))

@@ -8,69 +8,30 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
-import signal
 import tarfile
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
 from trajdist.data.base import EncodedSource
-from trajdist.data.decode import decode, reason, to_square
-from trajdist.data.shard_index import BLOCK, ShardIndex, keep_index, scan, split_key
+from trajdist.data.decode import to_square
+from trajdist.data.shard_index import BLOCK, ShardIndex, keep_index, printable, scan, split_key
 from trajdist.data.storage import version
-from trajdist.errors import ArtifactError, ConfigError, DataError, TrainingError
+from trajdist.errors import ArtifactError, ConfigError
 from trajdist.files import read_json, sha256, sync_file, sync_folder, write_json
+from trajdist.tools.preparation import Options, Packed, prepared
 
-CHUNK = 16  # images per worker task
 TRIAL = 64  # images in the speed comparison
 TRIAL_SIZE = 224  # pixels
-
-
-@dataclass(frozen=True)
-class Options:
-    """How shards are written.
-
-    Attributes:
-        shard_bytes: maximum shard size, not counting extended headers and tar's final padding; a larger image gets a
-            shard of its own.
-        short_side: images with a longer short side are scaled down to it, in pixels; None keeps all files unchanged.
-        quality: JPEG quality of the scaled images.
-    """
-
-    shard_bytes: int = 2**28
-    short_side: int | None = None
-    quality: int = 95
-
-
-class Packed(NamedTuple):
-    """An image ready to be written.
-
-    Attributes:
-        name: its path within the source, with the extension ``.jpg`` if it was scaled.
-        content: the encoded image.
-        source_bytes: size of the source file.
-        problem: why an image that should have been scaled is packed unchanged; None if there was no problem.
-    """
-
-    name: str
-    content: bytes
-    source_bytes: int
-    problem: str | None
 
 
 def pack(source: EncodedSource, title: str, out: Path, options: Options, workers: int, console: Console) -> None:
@@ -95,7 +56,7 @@ def pack(source: EncodedSource, title: str, out: Path, options: Options, workers
         packing.begin()
         with Progress(console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("packing", total=len(source), completed=packing.done)
-            for shard in packing.shards_to_write(_prepared(source, options, packing.done, len(source), workers)):
+            for shard in packing.shards_to_write(prepared(source, options, packing.done, len(source), workers)):
                 packing.write(shard)
                 progress.update(task, completed=packing.done)
     console.print(packing.describe(title))
@@ -252,7 +213,7 @@ def _checked(part: Path, named: list[tuple[str, Packed, str | None]]) -> ShardIn
     """
     with open(part, "rb") as file:
         index = scan(file, str(part), version(str(part)))
-        same = index.names == [name for name, _, _ in named]
+        same = index.names == [printable(name) for name, _, _ in named]
         for offset, (_, image, _) in zip(index.offsets, named, strict=False):
             file.seek(offset)
             same = same and file.read(len(image.content)) == image.content
@@ -277,93 +238,6 @@ def _with_member_names(images: list[tuple[Packed, str | None]]) -> list[tuple[st
         taken.add(choice)
         found.append((f"{choice}.{ending}", image, label))
     return found
-
-
-def _prepared(source: EncodedSource, options: Options, start: int, stop: int, workers: int) -> Iterator[Packed]:
-    """Images ``start`` to ``stop - 1``, in order; a bounded number is prepared ahead.
-
-    Raises:
-        DataError: a file cannot be read.
-        TrainingError: a worker process was killed.
-    """
-    parts = [range(first, min(first + CHUNK, stop)) for first in range(start, stop, CHUNK)]
-    if workers < 2 or len(parts) < 2:
-        for part in parts:
-            yield from _prepare(source, options, part)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (source, options)) as pool:
-        try:
-            yield from _in_order(pool, parts, 2 * workers)
-        except BrokenProcessPool:
-            raise TrainingError("a packing process was killed (out of memory?): run the same command again.") from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _in_order(pool: ProcessPoolExecutor, parts: list[range], ahead: int) -> Iterator[Packed]:
-    waiting: deque[Future[list[Packed]]] = deque()
-    for part in parts:
-        waiting.append(pool.submit(_work, part))
-        if len(waiting) > ahead:
-            yield from waiting.popleft().result()
-    while waiting:
-        yield from waiting.popleft().result()
-
-
-_job: tuple[EncodedSource, Options]
-
-
-def _start_worker(source: EncodedSource, options: Options) -> None:
-    global _job
-    _job = source, options
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Exit when the parent dies: otherwise workers would wait for ever, as each keeps the others' queue open."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _work(part: range) -> list[Packed]:
-    return _prepare(*_job, part)
-
-
-def _prepare(source: EncodedSource, options: Options, part: range) -> list[Packed]:
-    return [_prepare_one(source, options, index) for index in part]
-
-
-def _prepare_one(source: EncodedSource, options: Options, index: int) -> Packed:
-    name = source.path(index)
-    try:
-        raw = source.read(index)
-    except Exception as error:  # Every store has its own errors.
-        raise DataError(f"{source.name(index)!r} cannot be read ({error}): restore it or remove it.") from None
-    if options.short_side is None:
-        return Packed(name, raw, len(raw), None)
-    try:
-        scaled = _scaled(raw, options.short_side, options.quality)
-    except Exception as error:  # Decoders can raise anything on malformed bytes. Training reports it too.
-        return Packed(name, raw, len(raw), reason(error))
-    if scaled is None:
-        return Packed(name, raw, len(raw), None)
-    return Packed(f"{name.rpartition('.')[0]}.jpg", scaled, len(raw), None)
-
-
-def _scaled(raw: bytes, short_side: int, quality: int) -> bytes | None:
-    """The image as a JPEG scaled to this short side; None if it is not larger than that."""
-    image = decode(raw, short_side)
-    short = min(image.size)
-    if short <= short_side:
-        return None
-    size = [max(1, round(side * short_side / short)) for side in image.size]
-    content = io.BytesIO()
-    image.resize((size[0], size[1]), Image.Resampling.BICUBIC).save(content, "JPEG", quality=quality)
-    return content.getvalue()
 
 
 def _compare_speed(source: EncodedSource, packing: Packing) -> str:

@@ -145,7 +145,7 @@ def _write_card(session: Session, selection: Selection, base_id: str, summary: d
         "num_processes": session.reference_world,
     }
     card = adapter_card(session.config, base_id, data, summary)
-    write_bytes(session.rundir.adapter / "README.md", card.encode())
+    write_bytes(session.rundir.adapter / "README.md", card.encode(errors="backslashreplace"))
 
 
 def _contrasting(task: Task, session: Session, extractor: TrajectoryExtractor, whitened: ResidualModel) -> Task:

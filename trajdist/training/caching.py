@@ -44,12 +44,16 @@ def _absolute(path: str) -> str:
 
 
 def open_writer(session: Session, cache: TrajectoryCache) -> CacheWriter:
-    """A writer that may add this process's equal share of what is left of ``cache.max_gib``."""
-    kept, world = len(cache), session.processes.world
+    """A writer that may add this process's share of what is left of ``cache.max_gib``; all processes must call it.
+
+    The folder may be one for all, or a local one of each machine, with as much room for its processes alone.
+    """
+    kept, identity = len(cache), cache.identity()
+    sharing = session.processes.gather([identity]).count(identity)
     holds = cache.capacity(session.config.cache.max_gib)
     session.say(
         f"cache: {cache.folder} has the trajectories of {kept:,} of {cache.num_images:,} images "
         f"and may keep {min(holds, cache.num_images):,} ({cache.stride / GIB * min(holds, cache.num_images):.1f} GiB)"
     )
     room = holds - kept
-    return CacheWriter(cache, max(0, -(-room // world)))
+    return CacheWriter(cache, max(0, -(-room // sharing)))

@@ -187,7 +187,8 @@ def close_epoch(job: Job, step: Step) -> bool:
     """Log heat maps and validate. False if a stop was requested meanwhile: the next start validates instead."""
     if job.trackers:
         title = f"phase{job.phase}/heat maps"
-        job.trackers.show(title, job.draw(job.keeper.judged(trainable(job))), number_of(job, step))
+        with job.clock("validation"):
+            job.trackers.show(title, job.draw(job.keeper.judged(trainable(job))), number_of(job, step))
     try:
         validate_epoch(job, step)
     except StopRequested:
@@ -201,7 +202,9 @@ def validate_epoch(job: Job, step: Step) -> None:
     if not every or (epoch % every and epoch < job.plan.num_epochs):
         return
     weights = job.keeper.judged(trainable(job))
-    found = {"event": "validation", "phase": job.phase, "epoch": epoch, "step": step.index + 1, **job.validate(weights)}
+    with job.clock("validation"):
+        measured = job.validate(weights)
+    found = {"event": "validation", "phase": job.phase, "epoch": epoch, "step": step.index + 1, **measured}
     job.keeper.judge(found, weights)
     record(job, step, found)
     figures = ", ".join(f"{name} {found[name]:.4f}" for name in VALIDATED if found.get(name) is not None)
