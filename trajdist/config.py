@@ -86,7 +86,7 @@ class Data(Section):
     shuffle_window: Annotated[int, Field(ge=0)] = 16
     """Tar shards that are read and shuffled together; 0, or at least the number of shards, shuffles everything."""
     cache_dir: str | None = Field(None, json_schema_extra=FREE)
-    """A folder on a local disk for copies of remote shards; null reads each image over the network."""
+    """A folder on a local disk for copies of remote shards (not cache.dir); null reads images over the network."""
     cache_gib: Rate = Field(100.0, json_schema_extra=FREE)
     """Maximum size of those copies, in GiB; the least recently used are evicted first."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.05, json_schema_extra=FREE)
@@ -122,7 +122,7 @@ class Backbone(Section):
     blocks: list[str] = []
     """Glob patterns of the modules to observe; if empty, residual blocks are recognised by their classes' names."""
     compile: bool = Field(False, json_schema_extra=FREE)
-    """Compile backbone and sequence model (torch.compile): faster steps, slower start; needs a C++ compiler."""
+    """Compile the backbone, and on CUDA the model (torch.compile): faster, slower start; needs a C++ compiler."""
 
 
 class Model(Section):
@@ -266,7 +266,7 @@ class Cache(Section):
     dir: str | None = Field(None, json_schema_extra=FREE)
     """A folder, best on a local disk, for trajectories rounded to bfloat16; null recomputes them every epoch."""
     max_gib: Rate = Field(100.0, json_schema_extra=FREE)
-    """Maximum size of one image set's trajectories, in GiB; images beyond it are recomputed."""
+    """Maximum size of one image set's trajectories in a folder, in GiB; images beyond it are recomputed."""
 
 
 class Memory(Section):
