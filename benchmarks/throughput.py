@@ -1,7 +1,7 @@
 """How close does training come to the cost of the frozen backbone's forward pass? Interleaved in one process.
 
     python benchmarks/throughput.py [--backbones resnet50 ...] [--models autoencoder ...] [--images DIR] [--count 256]
-                                    [--rounds 3] [--json FILE] [key=value ...]
+                                    [--rounds 3] [--short] [--json FILE] [key=value ...]
 
 In every round, on the same images and batch size (images/s; medians over the rounds; ratios within a round, with
 their range):
@@ -13,6 +13,8 @@ their range):
 (d) trajdist   the training loop of one epoch of ``trajdist train``; the row "whole command" includes start-up,
                statistics and calibration
 (e) cached     the same once cache.dir contains the trajectories
+
+With --short only (a) and (d) are timed, (a) before and after (d): for epochs of thousands of images.
 
 "arithmetic" is the backbone's fraction of the floating-point operations of a step: the value that (d) / (a) reaches if
 the model's operations run as fast as the backbone's. Backbones have random weights unless ``backbone.weights`` is set;
@@ -187,6 +189,18 @@ def gflop_per_image(case: Case) -> dict[str, float]:
     }
 
 
+def measure_short(case: Case, rounds: int) -> dict[str, Any]:
+    """Time the limit and the training loop alone; the limit is the mean of the passes before and after."""
+    count = sum(len(batch) for batch in case.batches)
+    rates: dict[str, list[float]] = {"limit": [], "trajdist": [], "trajdist, whole command": []}
+    for _ in range(rounds + 1):
+        before = case.limit()
+        plain, whole = case.train("plain")
+        for name, taken in zip(rates, ((before + case.limit()) / 2, plain, whole), strict=True):
+            rates[name].append(count / taken)
+    return report(case, count, {name: values[1:] for name, values in rates.items()})
+
+
 def measure(case: Case, rounds: int) -> dict[str, Any]:
     """Time every workload once per round, after a warm-up round."""
     count, cache = sum(len(batch) for batch in case.batches), f"cache.dir={case.folder / 'cache'}"
@@ -219,18 +233,17 @@ def report(case: Case, count: int, rates: dict[str, list[float]]) -> dict[str, A
     gflop = gflop_per_image(case)
     arithmetic = gflop["backbone"] / sum(gflop.values())
     pairs = {
-        "d / a": (rates["trajdist"], rates["limit"]),
-        "d / best a": (rates["trajdist"], [max(rates["limit"])] * len(rates["limit"])),
-        "d / b": (rates["trajdist"], rates["stream"]),
-        "d / c": (rates["trajdist"], rates["collect"]),
-        "e / d": (rates["cached"], rates["trajdist"]),
-        f"d / c, {EPOCHS} epochs": (rates[f"trajdist, {EPOCHS} epochs"], rates[f"collect, {EPOCHS} epochs"]),
-        f"d, then e / c, {EPOCHS} epochs": (
-            rates[f"trajdist with a cache, {EPOCHS} epochs"],
-            rates[f"collect, {EPOCHS} epochs"],
-        ),
+        "d / a": ("trajdist", "limit"),
+        "d / b": ("trajdist", "stream"),
+        "d / c": ("trajdist", "collect"),
+        "e / d": ("cached", "trajdist"),
+        f"d / c, {EPOCHS} epochs": (f"trajdist, {EPOCHS} epochs", f"collect, {EPOCHS} epochs"),
+        f"d, then e / c, {EPOCHS} epochs": (f"trajdist with a cache, {EPOCHS} epochs", f"collect, {EPOCHS} epochs"),
     }
-    ratios = {name: ratio(*pair) for name, pair in pairs.items()}
+    ratios = {
+        name: ratio(rates[one], rates[other]) for name, (one, other) in pairs.items() if {one, other} <= rates.keys()
+    }
+    ratios["d / best a"] = ratio(rates["trajdist"], [max(rates["limit"])] * len(rates["limit"]))
     return {
         "images": count,
         "threads": torch.get_num_threads(),
@@ -275,6 +288,7 @@ def main() -> None:
     parser.add_argument("--images", help="a folder of images (default: photographs of scikit-image)")
     parser.add_argument("--count", type=int, default=256, help="images of an epoch; the folder is repeated")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--short", action="store_true", help="time the limit and trajdist alone")
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as backbone.compile=true")
     arguments = parser.parse_args()
@@ -287,7 +301,7 @@ def main() -> None:
             for model in arguments.models:
                 name = f"{backbone} {model}"
                 case = open_case(backbone, model, arguments, images, Path(folder, name))
-                results[name] = measure(case, arguments.rounds)
+                results[name] = (measure_short if arguments.short else measure)(case, arguments.rounds)
                 del case
                 gc.collect()
     Console(width=60 + 30 * len(results)).print(table(results))

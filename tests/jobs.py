@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import nursery
 import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -100,11 +101,16 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**kept, **own, **(extra or {})}
 
 
-def spawn(command: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> Job:
+def spawn(
+    command: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path | None = None,
+    popen: type[subprocess.Popen[bytes]] = subprocess.Popen,
+) -> Job:
     """Start a command in a session of its own, in the repository unless ``cwd`` says otherwise."""
     # Files, not pipes: nothing blocks on output that nobody reads.
     stdout, stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # Job.end closes them.
-    process = subprocess.Popen(
+    process = popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=stdout,
@@ -123,15 +129,19 @@ def start(
     cwd: Path | None = None,
     module: str = "trajdist",
     launcher_options: Sequence[str] = (),
+    from_nothing: bool = False,
 ) -> Job:
-    """Start ``python -m trajdist args``, under ``accelerate launch`` where there are several processes."""
+    """Start ``python -m trajdist args``, under ``accelerate launch`` where there are several processes.
+
+    Processes are forked with their imports done (``nursery.py``), unless they are to start from nothing.
+    """
     launcher: list[str] = []
     if num_processes > 1:
         launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launcher += ["--main_process_port", str(free_port()), *launcher_options]
     command = [sys.executable, *launcher, "-m", module, *map(str, args)]
-    return spawn(command, environment(env), cwd)
+    return spawn(command, environment(env), cwd, subprocess.Popen if from_nothing else nursery.Popen)
 
 
 def stop_after_lines(job: Job, run_dir: Path, count: int, timeout_s: float = 120) -> None:
@@ -159,6 +169,7 @@ def launch(
     cwd: Path | None = None,
     module: str = "trajdist",
     launcher_options: Sequence[str] = (),
+    from_nothing: bool = False,
 ) -> Finished:
     """Run a job to its end; see :func:`start` and :meth:`Job.end`."""
-    return start(args, num_processes, env, cwd, module, launcher_options).end(timeout_s)
+    return start(args, num_processes, env, cwd, module, launcher_options, from_nothing).end(timeout_s)

@@ -62,11 +62,11 @@ def test_the_plan_is_what_a_run_measures(name, images, tmp_path):
     job += [f"data.domain.path={images}"] if phases == 2 else []
     # Contrast, the objective of both phases' job, keeps nothing in Phase 2.
     job += [f"cache.dir={tmp_path / 'cache'}", "cache.max_gib=0.005"]
-    planned = launch(["plan", *job, "--json", "--no-probe"])
+    planned = launch(["plan", *job, "--json", "--no-probe"], from_nothing=True)
     assert planned.returncode == 0, planned.stderr
     assert not run_dir.exists()
     plans = json.loads(planned.stdout)
-    ran = launch(["run", *job])
+    ran = launch(["run", *job], from_nothing=True)
     assert ran.returncode == 0, ran.stderr
     summary = json.loads((run_dir / "summary.json").read_text())
     assert plans.keys() == summary.keys()
