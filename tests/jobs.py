@@ -141,7 +141,8 @@ def start(
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launcher += ["--main_process_port", str(free_port()), *launcher_options]
     command = [sys.executable, *launcher, "-m", module, *map(str, args)]
-    return spawn(command, environment(env), cwd, subprocess.Popen if from_nothing else nursery.Popen)
+    forks = nursery.available() and not from_nothing
+    return spawn(command, environment(env), cwd, nursery.Popen if forks else subprocess.Popen)
 
 
 def stop_after_lines(job: Job, run_dir: Path, count: int, timeout_s: float = 120) -> None:

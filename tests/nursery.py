@@ -1,9 +1,11 @@
 """Processes that begin with their imports done: each is forked from one that has imported torch, PEFT and trajdist.
 
-Imports are most of what a short job costs. ``Popen`` here is ``subprocess.Popen``, but that ``python -m MODULE ...`` is
-forked: a child of whoever asked for it, in a session of its own if that was asked for, with the arguments, environment,
-folder and files it would have had. What a program reads once as it begins (``LD_PRELOAD``, ``MALLOC_...``,
-``PYTHONHASHSEED``) has no effect. The workers of ``accelerate launch`` are forked as well. Linux only.
+Imports are most of what a short job costs. ``Popen`` here is ``subprocess.Popen``, except that ``python -m MODULE ...``
+is forked: a child of the process that asked for it, with the arguments, environment, folder and files it would have.
+The workers of ``accelerate launch`` are forked as well. Linux only, and one thread at a time.
+
+All that are forked share the seed of hashes, and what libraries read from the environment as they are loaded has no
+effect (``OMP_NUM_THREADS`` is 1). Tests that are about such things start their jobs with ``from_nothing=True``.
 
 As a program, it is the process that the others are forked from: ``python -m nursery DESCRIPTOR``.
 """
@@ -11,12 +13,10 @@ As a program, it is the process that the others are forked from: ``python -m nur
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib
 import json
 import os
 import runpy
-import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 IMPORTS = (
-    "accelerate.commands.launch",
+    "accelerate",
     "peft",
     "torch.distributed.run",
     "torchvision.models",
@@ -37,15 +37,18 @@ IMPORTS = (
     "trajdist.training.phases",
 )
 LAUNCHER = "accelerate.commands.launch"
-LARGEST_REQUEST = 2**17
+FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+LARGEST_REQUEST, LARGEST_ANSWER = 2**17, 32
 PR_SET_CHILD_SUBREAPER = 36
+
+# The connection to the nursery of this process, once it has one.
+_nursery: socket.socket | None = None
 
 
 @dataclass(frozen=True)
 class Request:
     """A process that is wanted."""
 
-    parent: int
     module: str
     arguments: list[str]
     environment: dict[str, str]
@@ -56,41 +59,66 @@ class Request:
 class Popen(subprocess.Popen):
     """``subprocess.Popen``; ``python -m MODULE ...`` is forked."""
 
-    def _execute_child(self, args: Any, *rest: Any) -> None:
-        command = list(map(os.fspath, args))
-        options = command[1 : command.index("-m")] if "-m" in command else None
-        if not sys.platform.startswith("linux") or command[0] != sys.executable or options not in ([], ["-u"]):
-            super()._execute_child(args, *rest)
-            return
-        cwd, env, new_session = rest[4], rest[5], rest[20]
-        stdin, _, _, stdout, _, stderr = pipes = rest[9:15]
-        module, *arguments = command[len(options) + 2 :]
-        folder = os.fspath(cwd or os.getcwd())
-        request = Request(os.getpid(), module, arguments, dict(env or os.environ), folder, bool(new_session))
-        files = [theirs if theirs != -1 else ours for theirs, ours in ((stdin, 0), (stdout, 1), (stderr, 2))]
+    def _execute_child(
+        self,
+        args: Any,
+        executable: Any,
+        preexec_fn: Any,
+        close_fds: Any,
+        pass_fds: Any,
+        cwd: Any,
+        env: Any,
+        startupinfo: Any,
+        creationflags: Any,
+        shell: Any,
+        p2cread: int,
+        p2cwrite: int,
+        c2pread: int,
+        c2pwrite: int,
+        errread: int,
+        errwrite: int,
+        restore_signals: Any,
+        gid: Any,
+        gids: Any,
+        uid: Any,
+        umask: Any,
+        start_new_session: bool,
+        *more: Any,
+    ) -> None:
+        python, *words = map(os.fspath, args)
+        words = [word for word in words if word != "-u"]
+        assert python == sys.executable, "only Python is forked"
+        assert words[0] == "-m", "only modules are forked"
+        assert preexec_fn is None, "what is forked takes no function"
+        assert not pass_fds, "what is forked takes no more files"
+        environment = dict(os.environ if env is None else env)
+        request = Request(words[1], words[2:], environment, os.fspath(cwd or os.getcwd()), bool(start_new_session))
+        files = [theirs if theirs != -1 else own for theirs, own in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
         self.pid = _ask(request, files)
         self._child_created = True
-        self._close_pipe_fds(*pipes)
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+
+def available() -> bool:
+    return sys.platform.startswith("linux")
 
 
 def _ask(request: Request, files: list[int]) -> int:
-    """The pid of the new process."""
-    server = _server()
+    """The pid of the new process, which is a child of this one and has begun."""
+    global _nursery
+    if _nursery is None:
+        _nursery = _open_nursery()
     with _adopting():
-        socket.send_fds(server, [json.dumps(asdict(request)).encode()], files)
-        return int(server.recv(32))
+        socket.send_fds(_nursery, [json.dumps(asdict(request)).encode()], files)
+        return int(_nursery.recv(LARGEST_ANSWER))
 
 
-@functools.cache
-def _server() -> socket.socket:
-    """The connection to the nursery of this process, which is started now."""
+def _open_nursery() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-m", "nursery", str(theirs.fileno())]
-    folders = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
     theirs.set_inheritable(True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(FOLDERS), "OMP_NUM_THREADS": "1"}
     # It ends when the connection does; a Popen object would complain that nobody waited for it.
-    os.posix_spawn(sys.executable, command, environment)
+    os.posix_spawn(sys.executable, [sys.executable, "-m", "nursery", str(theirs.fileno())], environment)
     theirs.close()
     return ours
 
@@ -107,69 +135,75 @@ def _adopting() -> Iterator[None]:
 
 
 def serve(asked: socket.socket) -> Request:
-    """Fork for every request. Returns in the new process, as a child of whoever asked."""
+    """Fork for every request. Returns in the new process, which is an orphan and so the child of whoever asked."""
     while True:
         message, files, _, _ = socket.recv_fds(asked, LARGEST_REQUEST, 3)
         if not message:
             os._exit(0)
-        told, tell = os.pipe()
-        between = os.fork()
-        if between:
-            os.close(tell)
-            os.waitpid(between, 0)
-            # The new process is an orphan by now, and adopted.
-            asked.send(os.read(told, 32))
-            for descriptor in (told, *files):
-                os.close(descriptor)
-            continue
-        born = os.fork()
-        if born:
-            os.write(tell, str(born).encode())
-            os._exit(0)
-        asked.close()
-        os.close(told)
-        os.close(tell)
         request = Request(**json.loads(message))
-        while os.getppid() != request.parent:
-            time.sleep(0.001)
-        _dress(request, files)
-        return request
+        told, tell = os.pipe()
+        if not _fork_orphan():
+            os.close(told)
+            asked.close()
+            _dress(request, files)
+            os.write(tell, str(os.getpid()).encode())
+            os.close(tell)
+            return request
+        os.close(tell)
+        asked.send(os.read(told, LARGEST_ANSWER))
+        for descriptor in (told, *files):
+            os.close(descriptor)
+
+
+def _fork_orphan() -> bool:
+    """Fork; False in the new process, once the process between this one and it has gone."""
+    between = os.fork()
+    if between:
+        os.waitpid(between, 0)
+        return True
+    parent = os.getpid()
+    if os.fork():
+        os._exit(0)
+    while os.getppid() == parent:
+        time.sleep(0.001)
+    return False
 
 
 def _dress(request: Request, files: list[int]) -> None:
     """Give this process what it would have had from ``execve``."""
     if request.new_session:
         os.setsid()
-    for descriptor, wanted in zip(files, range(3), strict=True):
+    for wanted, descriptor in enumerate(files):
         os.dup2(descriptor, wanted)
         os.close(descriptor)
     os.chdir(request.folder)
     os.environ.clear()
     os.environ.update(request.environment)
-    sys.path[:0] = [request.folder, *filter(None, request.environment.get("PYTHONPATH", "").split(os.pathsep))]
+    given = filter(None, request.environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = [request.folder, *given, *(folder for folder in sys.path[1:] if folder not in FOLDERS)]
     sys.argv = [request.module, *request.arguments]
+    sys.modules["numpy"].random.seed()
 
 
-def _with_a_nursery_of_its_own() -> None:
-    """The workers of this launcher are forked too. Called before it has any thread."""
+def _fork_workers_too() -> None:
+    """Give this launcher a nursery, forked from it before it has threads."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+    global _nursery
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if not os.fork():
         ours.close()
-        # Signals for the launcher's group are not meant for it.
-        os.setpgid(0, 0)
+        os.setpgid(0, 0)  # Signals for the launcher's group are not meant for it.
         run(serve(theirs))
     theirs.close()
-    global _server
-    _server = lambda: ours  # noqa: E731
+    _nursery = ours
     subprocess_handler.Popen = Popen
 
 
 def run(request: Request) -> None:
-    """The program itself."""
+    """The program itself; ends this process."""
     if request.module == LAUNCHER:
-        _with_a_nursery_of_its_own()
+        _fork_workers_too()
     runpy.run_module(request.module, run_name="__main__", alter_sys=True)
     sys.exit(0)
 
@@ -177,5 +211,4 @@ def run(request: Request) -> None:
 if __name__ == "__main__":
     for name in IMPORTS:
         importlib.import_module(name)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     run(serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from trajdist.cli import main
 from trajdist.data.cache import CacheWriter, TrajectoryCache, look_up, padded
 from trajdist.errors import ConfigError
 from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.training.caching import open_writer
 
 SHAPE = (4, 3, 8)
 
@@ -309,3 +311,15 @@ def test_who_shares_a_folder(tmp_path):
     first, again, other = (cache.identity() for cache in caches)
     fill(caches[0], [1, 2])
     assert first == again == caches[1].identity() != other
+
+
+@pytest.mark.parametrize(("of_others", "share"), [(["this"], 5), (["another machine's"] * 2, 10)])
+def test_who_shares_a_folder_shares_its_room(cache, of_others, share):
+    """Processes of other machines with local disks have as much room of their own."""
+    own = cache.identity()
+    gathered = [own, *(own if name == "this" else name for name in of_others)]
+    processes = SimpleNamespace(world=len(gathered), gather=lambda items: gathered)
+    config = SimpleNamespace(cache=SimpleNamespace(max_gib=10 * cache.stride / 2**30))
+    writer = open_writer(SimpleNamespace(processes=processes, config=config, say=print), cache)
+    assert writer._room == share
+    writer.close()

@@ -35,7 +35,7 @@ def without_torch(*args: str | Path, cwd: Path) -> Finished:
     """Run a command in a process in which importing torch fails."""
     code = "import sys; sys.modules['torch'] = None; from trajdist.cli import main; sys.exit(main(sys.argv[1:]))"
     (cwd / "start.py").write_text(code)
-    return launch(args, module="start", cwd=cwd, timeout_s=60)
+    return launch(args, module="start", cwd=cwd, timeout_s=60, from_nothing=True)
 
 
 MISTAKES = [
@@ -120,7 +120,7 @@ def test_a_run_on_no_terminal(tmp_path):
     images = write_images(tmp_path / "images", 8)
     shutil.copy(REPOSITORY / "configs" / "debug.yaml", tmp_path / "mine.yaml")
     overrides = [f"data.{name}.path={images}" for name in ("imagenet", "domain")]
-    done = launch(["run", "mine.yaml", "run_dir=out", *overrides], cwd=tmp_path)
+    done = launch(["run", "mine.yaml", "run_dir=out", *overrides], cwd=tmp_path, from_nothing=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert not CONTROL & set(done.stdout)
     assert "phase 1: epoch 2 step 2" in done.stdout

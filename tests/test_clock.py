@@ -66,7 +66,7 @@ def test_a_watched_module_is_taken_out_of_the_stage_around_it(clock, hours):
             hours.now += 6
             module()
             module()
-        # As in validation, which is no part of the stages.
+        # As in a stage that is not watched.
         module()
     module()
     assert spent(clock) == {"backbone": 6, "projection": 8}

@@ -19,8 +19,8 @@ from trajdist.data.decode import decode, to_square
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, SlotDataset, build_loader, resolve_threads
 from trajdist.data.samples import SamplePhotos
-from trajdist.data.sources import ImageFolder, open_source
-from trajdist.data.storage import read_bytes
+from trajdist.data.sources import ImageFolder, open_sets, open_source
+from trajdist.data.storage import Access, read_bytes
 from trajdist.errors import DataError
 from trajdist.sharding import Plan, Selection, Slots, digest
 
@@ -332,9 +332,18 @@ def test_held_out_crops_do_not_touch_the_others():
     assert np.array_equal(*(np.asarray(source.load(3, None)) for source in [sources[0]] * 2))
 
 
-def test_a_folder_that_is_closed_or_has_too_long_a_name(tmp_path):
+def test_a_folder_with_too_long_a_name(tmp_path):
     with pytest.raises(DataError, match="does not exist, or may not be read"):
         open_source(str(tmp_path / ("a" * 300)), "key")
+
+
+def test_no_path_is_no_labelled_set(tmp_path, monkeypatch):
+    """Whatever the folder holds that the command is started in."""
+    for part in ("test", "ground_truth"):
+        (tmp_path / part).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="is not set"):
+        open_sets({"imagenet": None}, Access())
 
 
 def test_a_labelled_set_is_not_trained_on(tmp_path, capsys):

@@ -110,6 +110,7 @@ def test_a_file_that_computes_something_else_is_not_kept(debug_run, tmp_path, mo
         ("no folder", 4, "cannot be written (No such file or directory): free some space"),
         ("a folder", 2, "' is a folder: name a file, such as '"),
         ("below a file", 4, "cannot be written (Not a directory): free some space"),
+        ("an exporter's error", 1, "this backbone or model cannot be exported (no such operator)"),
         ("no run", 4, "has no phase1"),
         ("no adapter", 4, "adapter_config.json"),
     ],
@@ -125,6 +126,10 @@ def test_refusals(debug_run, tmp_path, monkeypatch, capsys, what, code, words):
     elif what == "below a file":
         (tmp_path / "file").touch()
         out = tmp_path / "file" / "a.onnx"
+    elif what == "an exporter's error":
+        monkeypatch.setattr(
+            torch.onnx, "export", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no such operator"))
+        )
     elif what == "no run":
         run_dir = tmp_path
     else:

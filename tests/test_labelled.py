@@ -166,8 +166,10 @@ def test_a_damaged_mask_or_image(root, what, name):
 
 
 def test_without_masks_only_images_are_labelled(root):
+    fingerprint = LabelledFolder(root, "DATASET").fingerprint
     shutil.rmtree(root / "ground_truth")
     folder = LabelledFolder(root, "DATASET")
     assert folder.kinds == ["good", "crack", "hole"]
     assert not folder.has_masks
+    assert folder.fingerprint != fingerprint
     assert not any(folder.mask(index, 32, "squash").any() for index in range(len(folder)))

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -228,15 +229,25 @@ def test_images_without_a_name(tmp_path):
     assert [source.name(index).rpartition("/")[2] for index in (0, 3)] == ["00000000.png", "00000003.jpg"]
 
 
-def test_few_bytes_wait_to_be_written(images, tmp_path, monkeypatch):
-    """However large the images are, and however slow the disk."""
-    monkeypatch.setattr(preparation, "AHEAD_BYTES", 1)
-    ready: list[int] = []
-    bytes_of = preparation._bytes_of
-    monkeypatch.setattr(preparation, "_bytes_of", lambda waiting: ready.append(bytes_of(waiting)) or ready[-1])
-    assert main(["pack", str(images), str(tmp_path / "out"), "--workers", "2"]) == 0
-    assert contents(tmp_path / "out") == contents(images)
-    assert ready[-1] <= 1
+@pytest.mark.parametrize(("size", "most"), [(10, 16), (100, 5), (400, 2), (1000, 2)])
+def test_few_bytes_wait_to_be_written(monkeypatch, size, most):
+    """However large the images are, however many the workers, and however slow the disk."""
+    monkeypatch.setattr(preparation, "AHEAD_BYTES", 500)
+    asked: list[int] = []
+
+    class Pool:
+        def submit(self, _work, part) -> Future:
+            asked.extend(part)
+            done: Future = Future()
+            done.set_result([preparation.Packed(str(number), b"x" * size, size, None) for number in part])
+            return done
+
+    parts = [range(number, number + 1) for number in range(40)]
+    waiting = []
+    for number, image in enumerate(preparation._in_order(Pool(), parts, 16)):
+        assert image.name == str(number)
+        waiting.append(len(asked) - number)
+    assert max(waiting) == most
 
 
 def test_training_on_what_was_packed_is_training_on_the_folder(images, tmp_path, fresh_accelerate):

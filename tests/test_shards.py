@@ -67,7 +67,7 @@ def test_one_shard(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["set", "set [1]"])
-@pytest.mark.parametrize("name", ["a [2].tar", "*.tar"])
+@pytest.mark.parametrize("name", ["a [2].tar", "*.tar", "**/*.tar"])
 def test_brackets_in_names_that_exist_are_no_pattern(tmp_path, folder, name):
     write_shards(tmp_path / "tars", write_images(tmp_path / "images", 2), 2)
     (tmp_path / folder).mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,7 @@ def test_a_restart_changes_nothing(tmp_path, world):
     """Stopped in the middle, at the same number of processes: byte for byte."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["train", "debug", *SMALL, *RESUMED, "data.imagenet.num_epochs=8", "train.learning_rate=0.02"]
-    reference = launch([*options, f"run_dir={whole}"], world)
+    reference = launch([*options, f"run_dir={whole}"], world, from_nothing=True)  # Other hashes.
     assert reference.returncode == 0, reference.stderr
     job = start([*options, f"run_dir={cut}"], world)
     stop_after_lines(job, cut, 6)
@@ -173,6 +174,19 @@ def test_labelled_images_are_judged_as_evaluate_judges_them(tmp_path, fresh_acce
     assert (found["phase"], found["labelled_images"]) == (2, 72)
     assert found["image_auroc"] == pytest.approx(metrics["image_auroc"], abs=1e-3)
     assert found["pixel_auroc"] == pytest.approx(metrics["pixel_auroc"], abs=1e-3)
+
+
+def test_without_masks_images_choose_the_weights(tmp_path, fresh_accelerate):
+    labelled, run_dir = tmp_path / "labelled", tmp_path / "run"
+    write_labelled(open_source("skimage:gravel/heldout", "source"), labelled)
+    shutil.rmtree(labelled / "ground_truth")
+    command = ["train", "debug", f"run_dir={run_dir}", "runtime.mixed_precision=no", EVERY]
+    assert main([*command, f"validation.path={labelled}"]) == 0
+    for found in validations(run_dir):
+        assert found["pixel_auroc"] is None
+        assert 0 < found["image_auroc"] < 1
+    summary = json.loads((run_dir / "summary.json").read_text())["phase1"]
+    assert 0 < summary["time"]["validation"] < summary["seconds"]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
-"""Runs that nothing interrupted, to compare with."""
+"""Runs that nothing interrupted, to compare with: in interpreters of their own, with other hashes than other jobs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from harness import run_with
+from harness import arguments, environment
+from jobs import launch
 from outcome import assert_done
 
 
@@ -21,7 +22,7 @@ def uninterrupted_by_two(tmp_path_factory) -> Path:
 
 def _reference(tmp_path_factory, world: int) -> Path:
     run_dir = tmp_path_factory.mktemp(f"by_{world}") / "run"
-    done = run_with("", run_dir, world)
+    done = launch(arguments(run_dir), world, env=environment(), module="faulty", from_nothing=True)
     assert done.returncode == 0, done.stderr
     assert_done(run_dir)
     return run_dir

@@ -13,7 +13,9 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,17 +86,17 @@ class TrajectoryCache:
             for name in ("records", "present"):
                 (self.folder / name).touch()
             os.truncate(self.folder / "present", self.num_images)
-            # Never written to: when it was made tells this folder from the same path on another machine.
-            os.close(os.open(self.folder / "made", os.O_CREAT | os.O_WRONLY, 0o666))
+            # It tells this folder from the same path on another machine.
+            with suppress(FileExistsError), open(self.folder / "id", "x") as file:
+                file.write(uuid.uuid4().hex)
         except (OSError, ArtifactError) as error:
             raise ConfigError(
                 f"cache.dir={str(self.folder.parent)!r} cannot be written ({error}): name another folder."
             ) from None
 
-    def identity(self) -> tuple[int, int]:
-        """Equal on all processes that share the folder, and on no others."""
-        made = os.stat(self.folder / "made")
-        return made.st_ino, made.st_mtime_ns
+    def identity(self) -> str:
+        """Equal on all processes that share the folder, and on no others; valid once all of them have created it."""
+        return (self.folder / "id").read_text()
 
     def __len__(self) -> int:
         """Number of images that have a record."""

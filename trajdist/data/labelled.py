@@ -6,6 +6,7 @@ non-zero pixels are defective. Without a folder ``ground_truth`` only whole imag
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -59,6 +60,9 @@ class LabelledFolder(EncodedSource):
             )
         self.kinds = [GOOD, *sorted(present - {GOOD})]
         self.has_masks = os.path.isdir(root / "ground_truth")
+        if not self.has_masks:
+            # Where some processes see masks and others do not, defects would count as clean pixels.
+            self.fingerprint = hashlib.sha256(f"{self.fingerprint} without masks".encode()).hexdigest()
         self._masks = {kind: _files_in(root / "ground_truth" / kind) for kind in self.kinds[1:]}
         for index in range(len(self)):
             self._mask_path(index)
@@ -130,7 +134,12 @@ def _reading(what: str, path: Path) -> Iterator[None]:
 
 def _files_in(folder: Path) -> frozenset[str]:
     """One listing: a stat per file is slow on network file systems."""
-    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+    if not os.path.isdir(folder):
+        return frozenset()
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"the folder {str(folder)!r} cannot be listed ({error.strerror}): make it readable.") from None
 
 
 def _upright_size(raw: bytes) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from trajdist.files import write_bytes
 
 BLOCK = tarfile.BLOCKSIZE
 SUFFIX = ".index.json"
-LARGEST = 2**26  # bytes of an index
+LARGEST = 2**28  # bytes of an index; an image takes some 80
 LARGEST_CLASS = 256  # bytes; larger .cls members are ignored
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 

@@ -57,7 +57,7 @@ def _shards_of(path: str, key: str, retries: int) -> list[str]:
     if not os.path.isdir(local):
         is_shards = path.endswith(".tar") and (os.path.exists(local) or has_pattern(path))
         return _expanded(str(local), key, retries) if is_shards else []
-    shards = sorted(str(shard) for shard in local.glob("*.tar") if shard.is_file())
+    shards = sorted(str(shard) for shard in local.glob("*.tar") if os.path.isfile(shard))
     if shards and _list_images(local)[0]:
         raise DataError(
             f"{key}={path!r} holds images as well as tar files: name {str(local / '*.tar')!r} for the shards, or move "
@@ -170,7 +170,9 @@ def open_sets(wanted: Mapping[str, str | None], access: Access) -> dict[str, Ima
 
 
 def _refuse_labelled(path: str | None, key: str) -> None:
-    folder = os.path.expanduser(path or "")
+    if not path:
+        return
+    folder = os.path.expanduser(path)
     if all(os.path.isdir(os.path.join(folder, part)) for part in ("test", "ground_truth")):
         good = os.path.join(folder, "train", "good")
         raise DataError(

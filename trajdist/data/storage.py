@@ -97,9 +97,11 @@ def _local_glob(name: str) -> list[str]:
     """What a name or a pattern stands for. Brackets in the name of a file or a folder that exists are no pattern."""
     if not glob.has_magic(name) or os.path.exists(name):
         return [name]
-    folder, last = os.path.split(name)
-    literal = os.path.join(glob.escape(folder), last) if os.path.isdir(folder) else name
-    return glob.glob(literal, recursive=True)
+    folder, pattern = os.path.split(name)
+    while folder and not os.path.isdir(folder):
+        folder, part = os.path.split(folder)
+        pattern = os.path.join(part, pattern)
+    return glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True)
 
 
 def _remote_glob(url: str) -> list[str]:
@@ -142,11 +144,13 @@ def read_whole(url: str, limit: int) -> bytes:
         ValueError: it is larger.
         Exception: whatever the store raises.
     """
+    content = bytearray()
     with open_file(url) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"{url!r} has more than {limit:,} bytes")
-    return content
+        while piece := file.read(PIECE):  # Some servers' files give less than was asked for.
+            content += piece
+            if len(content) > limit:
+                raise ValueError(f"{url!r} has more than {limit:,} bytes")
+    return bytes(content)
 
 
 def read_exactly(name: str, start: int, length: int, retries: int) -> bytes:

@@ -55,7 +55,7 @@ class Clock:
         begun: list[Moment] = []
 
         def begin(*_: Any) -> None:
-            # Validation calls the module outside of all stages.
+            # Validation calls the module too.
             if within in self._open:
                 begun.append(self._now(stage))
 

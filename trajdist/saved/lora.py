@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -98,7 +99,8 @@ def save_adapter(adapted: PeftModel, folder: Path) -> None:
     adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # A form to be filled in; the run writes a card at its end.
     # safetensors makes files for the owner's eyes only; others may use the adapter as well.
-    shutil.copymode(folder / ADAPTER_CONFIG, folder / "adapter_model.safetensors")
+    with suppress(OSError):  # Not every file system has modes.
+        shutil.copymode(folder / ADAPTER_CONFIG, folder / "adapter_model.safetensors")
 
 
 def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftModel:

@@ -22,7 +22,8 @@ from trajdist.data.decode import decode, reason
 from trajdist.errors import DataError, TrainingError
 
 CHUNK = 4  # images per worker task
-AHEAD_BYTES = 2**28  # of images that wait to be written
+AHEAD_BYTES = 2**29  # of images that wait to be written
+FIRST = 2  # tasks, until one of them has shown how large images are
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,17 @@ def prepared(source: EncodedSource, options: Options, start: int, stop: int, wor
 
 
 def _in_order(pool: ProcessPoolExecutor, parts: list[range], ahead: int) -> Iterator[Packed]:
+    """Results in order. All that wait, ready or not, count as large as the largest so far; the first ones are few."""
     waiting: deque[Future[list[Packed]]] = deque()
+    largest = 0
     for part in parts:
         waiting.append(pool.submit(_work, part))
-        while len(waiting) > ahead or _bytes_of(waiting) > AHEAD_BYTES:
-            yield from waiting.popleft().result()
+        while len(waiting) >= (max(1, min(ahead, AHEAD_BYTES // largest)) if largest else FIRST):
+            images = waiting.popleft().result()
+            largest = max(largest, sum(len(image.content) for image in images))
+            yield from images
     while waiting:
         yield from waiting.popleft().result()
-
-
-def _bytes_of(waiting: deque[Future[list[Packed]]]) -> int:
-    """Bytes of the images that are ready."""
-    ready = (future.result() for future in waiting if future.done() and not future.exception())
-    return sum(len(image.content) for images in ready for image in images)
 
 
 _job: tuple[EncodedSource, Options]

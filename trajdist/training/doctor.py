@@ -127,7 +127,7 @@ AVOIDABLE: dict[str, Rule] = {
         lambda _: "raise batch_size or gradient_accumulation_steps, so that they meet less often",
     ),
     "optimizer": (0.25, "the optimizer", lambda _: "raise batch_size or gradient_accumulation_steps"),
-    "validation": (0.20, "validation", lambda _: "raise validation.every_epochs, or hold fewer images out"),
+    "validation": (0.20, "validation", lambda _: "raise validation.every_epochs"),
     "checkpoint": (0.10, "writing checkpoints", lambda _: "raise checkpoint.every_steps and checkpoint.every_minutes"),
     "other": (0.30, "what comes between the steps", lambda _: "raise batch_size and logging.every_steps"),
 }

@@ -187,8 +187,7 @@ def close_epoch(job: Job, step: Step) -> bool:
     """Log heat maps and validate. False if a stop was requested meanwhile: the next start validates instead."""
     if job.trackers:
         title = f"phase{job.phase}/heat maps"
-        with job.clock("validation"):
-            job.trackers.show(title, job.draw(job.keeper.judged(trainable(job))), number_of(job, step))
+        job.trackers.show(title, job.draw(job.keeper.judged(trainable(job))), number_of(job, step))
     try:
         validate_epoch(job, step)
     except StopRequested:
