@@ -195,10 +195,11 @@ def measure_short(case: Case, rounds: int) -> dict[str, Any]:
     rates: dict[str, list[float]] = {"limit": [], "trajdist": [], "trajdist, whole command": []}
     for batch in case.batches[:8]:
         case.forward(batch)
+    limit = case.limit()
     for _ in range(rounds):
-        before = case.limit()
         plain, whole = case.train("plain")
-        for name, taken in zip(rates, ((before + case.limit()) / 2, plain, whole), strict=True):
+        before, limit = limit, case.limit()
+        for name, taken in zip(rates, ((before + limit) / 2, plain, whole), strict=True):
             rates[name].append(count / taken)
     return report(case, count, rates)
 
