@@ -8,7 +8,7 @@ import pytest
 from cluster import ONE_NODE, TWO_NODES, Cluster, Submitted, training
 from outcome import assert_done, assert_same_bits, read
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(480)]
 
 
 def begin(cluster: Cluster, folder: Path, *overrides: str, options: tuple[str, ...] = TWO_NODES) -> Submitted:
