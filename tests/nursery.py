@@ -12,6 +12,7 @@ As a program, it is the process that the others are forked from: ``python -m nur
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib
 import json
@@ -120,6 +121,7 @@ def _open_nursery() -> socket.socket:
     # It ends when the connection does; a Popen object would complain that nobody waited for it.
     os.posix_spawn(sys.executable, [sys.executable, "-m", "nursery", str(theirs.fileno())], environment)
     theirs.close()
+    atexit.register(ours.close)
     return ours
 
 
