@@ -224,7 +224,6 @@ def test_what_everybody_sees_is_found(debug_run, dataset, tmp_path, fresh_accele
 
 def test_without_masks_images_are_measured(debug_run, copied, measured, tmp_path, capsys, fresh_accelerate):
     shutil.rmtree(copied / "ground_truth")
-    # Beside the images, not among them.
     assert evaluate(debug_run, copied, copied / "out") == 0
     metrics, expected = read_metrics(copied / "out"), read_metrics(measured)
     assert {key: metrics[key] for key in KEYS if key.startswith("image")} == {

@@ -393,7 +393,6 @@ def test_each_image_once_over_processes(store, tmp_path, world):
 class _Careless(BaseHTTPRequestHandler):
     """Serves one file under its path, whatever stands behind the question mark, as download links do."""
 
-    path_served = "/a.tar"
     content = b""
     ranges: ClassVar[list[tuple[str, str | None]]] = []
 
@@ -405,7 +404,7 @@ class _Careless(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, body: bool) -> None:
-        served = self.path.partition("?")[0] == self.path_served
+        served = self.path.partition("?")[0] == "/a.tar"
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "") if served else None
         content = self.content[int(span[1]) : int(span[2]) + 1] if span else self.content if served else b""
         self.send_response(206 if span else 200 if served else 404)
@@ -421,22 +420,18 @@ class _Careless(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_download_link_is_not_read_whole_in_search_of_its_index(tmp_path):
+def test_a_download_link_is_not_read_whole_in_search_of_its_index(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", {f"{number}.png": encoded(number) for number in range(3)})
-
-    class Handler(_Careless):
-        content = (tmp_path / "a.tar").read_bytes()
-        ranges: ClassVar[list[tuple[str, str | None]]] = []
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    monkeypatch.setattr(_Careless, "content", (tmp_path / "a.tar").read_bytes())
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Careless) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         source = open_source(f"http://127.0.0.1:{server.server_address[1]}/a.tar?download=true", "key", Access())
         assert [source.read(number) for number in range(3)] == [encoded(number) for number in range(3)]
         server.shutdown()
-    assert [path for path, span in Handler.ranges if span is None and path.startswith("/a.tar?")] == []
+    assert [path for path, span in _Careless.ranges if span is None and path.startswith("/a.tar?")] == []
 
 
-def test_an_index_that_is_too_large_is_none(tmp_path, monkeypatch):
+def test_an_index_that_is_too_large_is_none(tmp_path):
     write_shards(tmp_path / "tars", write_images(tmp_path / "images", 3), 3)
     url = "memory://large"
     filesystem = storage._filesystem(url)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -10,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 
-from trajdist.data.decode import to_square
 from trajdist.data.labelled import GOOD, LabelledFolder
-from trajdist.data.loader import ImageBatch
+from trajdist.data.loader import SlotDataset
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring import pictures
@@ -35,6 +32,7 @@ from trajdist.scoring.page import (
     write_report,
 )
 from trajdist.scoring.score import Scored, map_of, score_batch
+from trajdist.sharding import Slots
 
 TABLE_ROWS, GALLERY, UNREADABLE = 10_000, 12, 100
 CARDS = {
@@ -129,18 +127,20 @@ def _picture(job: Scoring, scored: Scored, row: Row, labels: Labels | None) -> P
 def _score_again(job: Scoring, positions: list[int]) -> dict[int, Scored]:
     """Read and score a few images again, in one batch: nothing of the pictures was kept.
 
-    An image that has been moved away since then is left out.
+    An image that can no longer be read is left out, as it would be in a scoring.
     """
-    pixels: dict[int, npt.NDArray[np.uint8]] = {}
-    for position in sorted(set(positions)):
-        with suppress(Exception):  # Decoders and stores raise anything; the scores are complete without the picture.
-            image = job.source.load(position, job.scorer.size)
-            pixels[position] = to_square(image, job.scorer.size, job.scorer.fit)
-    if not pixels:
+    numbers = np.array(sorted(set(positions)), np.int64)
+    if not len(numbers):
         return {}
-    images = torch.from_numpy(np.stack(list(pixels.values()))).permute(0, 3, 1, 2)
-    batch = ImageBatch(images, torch.ones(len(pixels)), torch.zeros((), dtype=torch.int64), [])
-    return {scored.position: scored for scored in score_batch(job, batch, list(pixels))}
+    images = SlotDataset(
+        job.source,
+        lambda epoch, slots: numbers[slots],
+        job.scorer.size,
+        job.scorer.fit,
+        threads=job.drawing_threads,
+    )
+    batch = images.__getitems__(Slots(0, 0, len(numbers), len(numbers)))
+    return {scored.position: scored for scored in score_batch(job, batch, numbers.tolist())}
 
 
 def _bars(job: Scoring, labels: Labels | None) -> ScoreBars:
