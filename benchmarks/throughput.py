@@ -16,7 +16,7 @@ their range):
 
 With --short only (a) and (d) are timed, (a) before and after (d): for epochs of thousands of images.
 
-"arithmetic" is the backbone's fraction of the floating-point operations of a step: the value that (d) / (a) reaches if
+"arithmetic" is the floating-point operations of the backbone over those of a step: the value that (d) / (a) reaches if
 the model's operations run as fast as the backbone's. Backbones have random weights unless ``backbone.weights`` is set;
 speed does not depend on them.
 """
@@ -168,7 +168,10 @@ def synchronize() -> None:
 
 
 def gflop_per_image(case: Case) -> dict[str, float]:
-    """GFLOP per image of the backbone's forward pass, of pooling and projection, and of a step of the model."""
+    """GFLOP per image of the backbone's forward pass alone, of the extraction in training, and of a step of the model.
+
+    With few places, extraction can take less than the forward pass: the last block is computed there alone.
+    """
     extractor, config = case.extractor, case.config
     image = case.batches[0][:1]
     with FlopCounterMode(display=False) as backbone:
@@ -181,12 +184,8 @@ def gflop_per_image(case: Case) -> dict[str, float]:
         losses = trajectory_losses(case.reference.model(target_NLD), target_NLD, extractor.projection.valid_LD, 1, 1.0)
         losses.loss.sum().backward()
     case.reference.model.zero_grad()
-    backbone_flops = backbone.get_total_flops()
-    return {
-        "backbone": backbone_flops / 1e9,
-        "projection": (extraction.get_total_flops() - backbone_flops) / 1e9,
-        "model": model.get_total_flops() / 1e9,
-    }
+    counters = {"backbone": backbone, "extraction": extraction, "model": model}
+    return {name: counter.get_total_flops() / 1e9 for name, counter in counters.items()}
 
 
 def measure_short(case: Case, rounds: int) -> dict[str, Any]:
@@ -234,7 +233,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 def report(case: Case, count: int, rates: dict[str, list[float]]) -> dict[str, Any]:
     gflop = gflop_per_image(case)
-    arithmetic = gflop["backbone"] / sum(gflop.values())
+    arithmetic = gflop["backbone"] / (gflop["extraction"] + gflop["model"])
     pairs = {
         "d / a": ("trajdist", "limit"),
         "d / b": ("trajdist", "stream"),

@@ -127,6 +127,77 @@ def test_backbones_are_the_same(name):
         assert torch.equal(one, other)
 
 
+def chosen_pixels(count, side, seed=0):
+    """Both opposite corners of every map, and some pixels between."""
+    generator = torch.Generator().manual_seed(seed)
+    inner = [torch.randperm(side**2 - 2, generator=generator)[: side**2 // 5] + 1 for _ in range(count)]
+    return torch.stack([torch.cat([one, torch.tensor([0, side**2 - 1])]) for one in inner])
+
+
+def last_activation(backbone, pixels, at=None):
+    seen = []
+    backbone(pixels, lambda block, activation: seen.append((block, activation.clone())), at)
+    assert [block for block, _ in seen] == list(range(len(backbone.blocks)))
+    return seen[-1][1]
+
+
+@pytest.fixture
+def times_computed_at_pixels(monkeypatch):
+    done, residual_at = [], cpu_kernels.residual_at
+
+    def counted(*arguments):
+        result = residual_at(*arguments)
+        done.append(result is not None)
+        return result
+
+    monkeypatch.setattr(cpu_kernels, "residual_at", counted)
+    return done
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2"])
+@torch.no_grad()
+def test_the_last_block_at_some_pixels(name, times_computed_at_pixels):
+    backbone = build_backbone(name, "none", [], 160, seed=0)
+    images = torch.randint(0, 256, (3, 3, 160, 160), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    specialise(backbone.network)
+    whole = last_activation(backbone, images)
+    for seed in range(2):
+        at = chosen_pixels(3, backbone.blocks[-1].side, seed)
+        found = last_activation(backbone, images, at).flatten(2)
+        index = at[:, None].expand(-1, whole.shape[1], -1)
+        bound = 1e-5 * float(whole.abs().max())
+        torch.testing.assert_close(found.gather(2, index), whole.flatten(2).gather(2, index), rtol=0, atol=bound)
+        # Weights that were packed for pixels serve whole maps again.
+        assert torch.equal(last_activation(backbone, images), whole)
+    assert times_computed_at_pixels == [True, True]
+
+
+@torch.no_grad()
+def test_weights_packed_for_pixels_come_back_to_the_bit():
+    conv = CONVOLUTIONS["plain"]
+    packed, x = prepacked_copy(conv), images(16)
+    packed.at(x, chosen_pixels(3, 14))
+    assert packed.weight is None
+    restore(packed)
+    assert torch.equal(packed.weight, conv.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "part"), [("resnext50_32x4d", True, 0.2), ("resnet18", False, 0.2), ("resnet18", True, 0.5)]
+)
+@torch.no_grad()
+def test_where_pixels_alone_cannot_be_had_the_whole_block_is_computed(name, plain, part, times_computed_at_pixels):
+    """Grouped convolutions, half precision, and more pixels than it would pay for."""
+    backbone = build_backbone(name, "none", [], 160, seed=0)
+    images = torch.randint(0, 256, (2, 3, 160, 160), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    specialise(backbone.network)
+    pixels = backbone.blocks[-1].side ** 2
+    at = torch.arange(round(part * pixels)).expand(2, -1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not plain):
+        assert torch.equal(last_activation(backbone, images, at), last_activation(backbone, images))
+    assert times_computed_at_pixels == [False]
+
+
 def test_the_quickstarts_network_pads_in_its_convolutions():
     """To the bit what its own layers compute that copy the map first; fingerprints do not notice."""
     efficientnet = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trajdist.errors import ConfigError
-from trajdist.extraction import trajectory
+from trajdist.extraction import cpu_kernels, trajectory
 from trajdist.extraction.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, Block, build_backbone
 from trajdist.extraction.projection import BlockMoments, Projection, fit_projection
 from trajdist.extraction.trajectory import TrajectoryExtractor, pool, pool_places, pool_subcells, trajectory_steps
@@ -261,6 +261,25 @@ def test_chosen_places_are_those_of_the_whole(backbone):
     assert ours.shape == (3, 3, 8, 80)
     for image, chosen in enumerate(places):
         torch.testing.assert_close(ours[image], whole[image, chosen], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("resolution", [1, 2])
+def test_of_few_places_the_last_block_computes_only_what_they_show(monkeypatch, resolution):
+    """A place is a pixel of the last map, or all of them, and then nothing can be left out."""
+    backbone = build_backbone("resnet18", "none", [], 64, seed=0)
+    extractor = TrajectoryExtractor(backbone, random_projection_for(backbone, 80), resolution)
+    extractor.suit("cpu")
+    whole, asked, residual_at = extractor(IMAGES).flatten(1, 2), [], cpu_kernels.residual_at
+
+    def counted(*arguments):
+        asked.append(residual_at(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(cpu_kernels, "residual_at", counted)
+    places = torch.tensor([[3], [0], [2]]) % resolution**2
+    chosen = whole[torch.arange(3)[:, None], places]
+    torch.testing.assert_close(extractor.at(IMAGES, places), chosen, rtol=1e-4, atol=1e-5)
+    assert [one is not None for one in asked] == [resolution == 2]
 
 
 @pytest.mark.parametrize("side", [4, 8, 10, 16, 3])

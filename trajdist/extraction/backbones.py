@@ -18,6 +18,7 @@ from torch import nn
 
 from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.errors import ArtifactError, ConfigError, one_line
+from trajdist.extraction import cpu_kernels
 from trajdist.extraction.folding import fold_batchnorm
 from trajdist.models.linear import use_fast_linear
 
@@ -89,6 +90,7 @@ class Backbone(nn.Module):
         self.register_buffer("mean_C1S", _row_of(mean, image_size), persistent=False)
         self.register_buffer("std_C1S", _row_of(std, image_size), persistent=False)
         self._visit: Visit | None = None
+        self._pixels_BK: torch.Tensor | None = None
         self.largest_bytes = 0
         self.blocks = self._discover(find_blocks(network, patterns), image_size)
         names = [block.name for block in self.blocks]
@@ -99,26 +101,40 @@ class Backbone(nn.Module):
         self.network.to(memory_format=torch.channels_last)
         for number, block in enumerate(self.blocks):
             self.network.get_submodule(block.name).register_forward_hook(self._hook(number))
+        self.network.get_submodule(names[-1]).register_forward_pre_hook(self._finish_at_pixels)
 
     def train(self, mode: bool = True) -> Backbone:
         """No-op: a frozen backbone stays in eval mode."""
         return self
 
-    def forward(self, images_BCSS: torch.Tensor, visit: Visit) -> None:
+    def forward(self, images_BCSS: torch.Tensor, visit: Visit, pixels_BK: torch.Tensor | None = None) -> None:
         """Run uint8 images ``[B, 3, S, S]`` and call ``visit(number, activation)`` as each block finishes, in order.
 
         The activation is ``[B, C, H, W]`` (any memory format) without prefix tokens. The caller must reduce it at
         once and keep no reference, so that only one block's activation is alive at a time.
+
+        Args:
+            pixels_BK: the only pixels of the last block's map that the caller reads, numbered row by row; the others
+                may be anything.
         """
         x = images_BCSS.contiguous(memory_format=torch.channels_last)
         x = x.to(torch.float32, copy=True).sub_(self.mean_C1S).div_(self.std_C1S)
-        self._visit = visit
+        self._visit, self._pixels_BK = visit, pixels_BK
         try:
             self.network(x)
         except _Finished:
             pass
         finally:
-            self._visit = None
+            self._visit = self._pixels_BK = None
+
+    def _finish_at_pixels(self, module: nn.Module, inputs: Any) -> None:
+        """Before the last block: compute it at the needed pixels alone, if it can be, and end the pass."""
+        if self._visit is None or self._pixels_BK is None:
+            return
+        activation = cpu_kernels.residual_at(module, first_tensor(inputs), self._pixels_BK)
+        if activation is not None:
+            self._visit(len(self.blocks) - 1, activation)
+            raise _Finished
 
     def _hook(self, number: int) -> Callable[..., None]:
         layout, last = self.blocks[number].layout, number == len(self.blocks) - 1

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from trajdist.errors import ConfigError
 from trajdist.extraction import cpu_kernels
 from trajdist.extraction.backbones import Backbone, Block
-from trajdist.extraction.cpu_kernels import is_plain
+from trajdist.extraction.cpu_kernels import is_plain, numbered
 from trajdist.extraction.projection import BlockMoments, Projection
 
 # Allowed difference between compiled and eager trajectories, relative to these. In half precision the compiler rounds
@@ -118,9 +118,9 @@ def pool_places(map_BCHW: torch.Tensor, resolution: int, subcells: int, places_B
     one_by_one = is_plain(map_BCHW) and map_BCHW.is_contiguous(memory_format=torch.channels_last)
     if not one_by_one or map_BCHW.shape[-2] != side or side % parts:
         pooled_BPC = pool_subcells(map_BCHW, resolution, subcells)
-        return pooled_BPC.flatten(0, 1)[_numbered(places_BK, resolution**2)]
+        return pooled_BPC.flatten(0, 1)[numbered(places_BK, resolution**2)]
     pixels_PSN = _pixels_of_places(side, resolution, subcells)
-    pixels_BKSN = _numbered(pixels_PSN[places_BK], side**2)
+    pixels_BKSN = numbered(pixels_PSN[places_BK], side**2)
     sums_RC = F.embedding_bag(pixels_BKSN.flatten(0, 2), map_BCHW.permute(0, 2, 3, 1).flatten(0, 2), mode="sum")
     return (sums_RC / pixels_PSN.shape[-1]).view(*places_BK.shape, -1)
 
@@ -130,12 +130,6 @@ def _pixels_of_places(side: int, resolution: int, subcells: int) -> torch.Tensor
     """Indices of the pixels in every sub-cell of every place of a map, ``[P, subcells**2, pixels per sub-cell]``."""
     pixels = torch.arange(side**2).view(resolution, subcells, -1, resolution, subcells, side // (resolution * subcells))
     return pixels.permute(0, 3, 1, 4, 2, 5).reshape(resolution**2, subcells**2, -1)
-
-
-def _numbered(within_B: torch.Tensor, per_image: int) -> torch.Tensor:
-    """Indices into the flattened batch, from indices within each image, ``[B, ...]``."""
-    first_B = torch.arange(len(within_B), device=within_B.device) * per_image
-    return within_B + first_B.view(-1, *[1] * (within_B.ndim - 1))
 
 
 class TrajectoryExtractor:
@@ -301,7 +295,14 @@ class TrajectoryExtractor:
                     if step.block == block:
                         visit(number, self._pool(map_BCHW, step, places_BK))
 
-        self.backbone(images_BCSS, reduce_at_once)
+        self.backbone(images_BCSS, reduce_at_once, self._pixels_of_last(places_BK))
+
+    def _pixels_of_last(self, places_BK: torch.Tensor | None) -> torch.Tensor | None:
+        """The pixels of the last block's map that these places are pooled from, ``[B, N]``; None for all."""
+        side = self.backbone.blocks[-1].side
+        if places_BK is None or self.compiled or places_BK.device.type != "cpu" or side % self.resolution:
+            return None
+        return _pixels_of_places(side, self.resolution, 1)[places_BK].flatten(1)
 
     def _pool(self, map_BCHW: torch.Tensor, step: TrajectoryStep, places_BK: torch.Tensor | None) -> torch.Tensor:
         if places_BK is None:
