@@ -64,6 +64,10 @@ def test_globs_choose_blocks() -> None:
         build("resnet18", 64, ("nothing*",))
     with pytest.raises(ConfigError, match="no map of the image"):
         build("resnet18", 64, ("fc",))
+    with pytest.raises(ConfigError, match=r"'layer1\.0\.relu', which is called 2 times for an image"):
+        build("resnet18", 64, ("layer1.0.*",))
+    with pytest.raises(ConfigError, match=r"'AuxLogits\.conv0' and others that are not called"):
+        build("inception_v3", 96, ("AuxLogits.*",))
 
 
 def test_networks_without_blocks_need_globs() -> None:

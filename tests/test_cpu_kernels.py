@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from trajdist.extraction import cpu_kernels
-from trajdist.extraction.backbones import _pad_in_convolutions, build_backbone
+from trajdist.extraction.backbones import build_backbone
 from trajdist.extraction.cpu_kernels import PrepackedConv2d, restore, specialise
+from trajdist.extraction.folding import fold_padding
 
 pytestmark = pytest.mark.skipif(not cpu_kernels._available(), reason="this build of torch has no oneDNN")
 
@@ -204,7 +205,7 @@ def test_the_quickstarts_network_pads_in_its_convolutions():
     torch.manual_seed(0)
     own = efficientnet.from_name("efficientnet-lite0").eval()
     padded = copy.deepcopy(own)
-    _pad_in_convolutions(padded)
+    fold_padding(padded)
     x = images(3, 2, 64)
     with torch.no_grad():
         assert torch.equal(padded(x), own(x))

@@ -282,6 +282,18 @@ def test_of_few_places_the_last_block_computes_only_what_they_show(monkeypatch, 
     assert [one is not None for one in asked] == [resolution == 2]
 
 
+@pytest.mark.parametrize("patterns", [["layer4*[0-9]"], ["layer4.1", "layer4.1.conv2"], ["layer4.1.bn2"]])
+def test_observed_modules_within_the_last_block_are_called(patterns):
+    """They see the whole map, so the block is not computed at chosen places alone."""
+    backbone = build_backbone("resnet18", "none", patterns, 64, seed=0)
+    extractor = TrajectoryExtractor(backbone, random_projection_for(backbone, 80), 2)
+    extractor.suit("cpu")
+    places = torch.tensor([[3], [0], [2]])
+    chosen = extractor(IMAGES).flatten(1, 2)[torch.arange(3)[:, None], places]
+    assert bool((chosen.abs().amax((0, 1, 3)) > 1e-3).all())
+    torch.testing.assert_close(extractor.at(IMAGES, places), chosen, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("side", [4, 8, 10, 16, 3])
 @pytest.mark.parametrize("subcells", [1, 2])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])

