@@ -47,17 +47,25 @@ def some(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def fill(cache: TrajectoryCache, numbers: list[int], room: int = 100) -> tuple[torch.Tensor, str]:
-    writer, trajectories = CacheWriter(cache, room), some(len(numbers))
-    writer.add(torch.tensor(numbers), trajectories)
+def fill(cache: TrajectoryCache, numbers: list[int], room: int = 100, version: int = 1) -> tuple[torch.Tensor, str]:
+    writer, trajectories = CacheWriter(cache, room), some(len(numbers), seed=version)
+    writer.add(torch.tensor(numbers), torch.full((len(numbers),), version), trajectories)
     return trajectories, writer.close()
+
+
+def found_in(cache: TrajectoryCache, numbers, places=None, version: int = 1):
+    return look_up(cache, numbers, np.full(len(numbers), version), places)
+
+
+def present(folder: Path) -> list[bool]:
+    return (np.fromfile(folder / "versions", np.int64) != 0).tolist()
 
 
 def test_what_was_written_is_read(cache):
     trajectories, why = fill(cache, [7, 2, -1, 5])
     assert why == ""
     assert len(cache) == 3
-    found = look_up(cache, np.array([2, 3, 5, 7]), None)
+    found = found_in(cache, np.array([2, 3, 5, 7]))
     assert found.hits.tolist() == [0, 2, 3]
     assert found.misses.tolist() == [1]
     assert found.numbers.tolist() == [3]
@@ -67,12 +75,12 @@ def test_what_was_written_is_read(cache):
 def test_chosen_places_of_each_image(cache):
     trajectories, _ = fill(cache, [0, 1])
     places = torch.tensor([[0, 3], [1, 2]])
-    found = look_up(cache, np.array([0, 1]), places)
+    found = found_in(cache, np.array([0, 1]), places)
     assert torch.equal(found.trajectories, torch.stack([trajectories[0, [0, 3]], trajectories[1, [1, 2]]]))
 
 
 def test_nothing_is_found_in_an_empty_cache(cache):
-    found = look_up(cache, np.array([0, 9]), None)
+    found = found_in(cache, np.array([0, 9]))
     assert found.trajectories.shape == (0, *SHAPE)
     assert found.misses.tolist() == [0, 1]
 
@@ -81,16 +89,16 @@ def test_a_record_counts_only_once_it_is_committed(cache):
     """A kill between the two leaves a record that nobody sees."""
     cache.write(4, some(1).view(torch.uint16).numpy()[0])
     assert len(cache) == 0
-    assert look_up(cache, np.array([4]), None).misses.tolist() == [0]
-    cache.commit([4])
-    assert look_up(cache, np.array([4]), None).hits.tolist() == [0]
+    assert found_in(cache, np.array([4])).misses.tolist() == [0]
+    cache.commit([(4, 1)])
+    assert found_in(cache, np.array([4])).hits.tolist() == [0]
 
 
 def write_until_killed(cache: TrajectoryCache, started) -> None:
     writer = CacheWriter(cache, 10**9)
     while True:
         for number in range(cache.num_images):
-            writer.add(torch.tensor([number]), some(1, seed=number))
+            writer.add(torch.tensor([number]), torch.ones(1, dtype=torch.int64), some(1, seed=number))
             started.set()
 
 
@@ -107,7 +115,7 @@ def test_killed_while_writing(tmp_path):
         assert process.is_alive()
     process.kill()
     process.join()
-    found = look_up(cache, np.arange(5000), None)
+    found = found_in(cache, np.arange(5000))
     assert len(found.hits) >= 5
     for slot, record in zip(found.hits.tolist(), found.trajectories, strict=True):
         assert torch.equal(record, some(1, seed=slot)[0])
@@ -119,6 +127,30 @@ def test_its_room_is_kept_and_said(cache):
     assert len(cache) == 2
 
 
+def test_a_record_of_another_version_is_none(cache):
+    """Of which there is none, and a version that cannot be told is any."""
+    of_first, _ = fill(cache, [1, 2], version=5)
+    assert found_in(cache, np.array([1, 2]), version=6).misses.tolist() == [0, 1]
+    assert found_in(cache, np.array([1, 2]), version=6).versions.tolist() == [6, 6]
+    for known in (5, 0):
+        assert torch.equal(found_in(cache, np.array([1, 2]), version=known).trajectories, of_first)
+    # It takes the place of the other, also where there is no room for more.
+    of_second, why = fill(cache, [1, 7], room=0, version=6)
+    assert "is full (cache.max_gib)" in why
+    assert len(cache) == 2
+    assert torch.equal(found_in(cache, np.array([1]), version=6).trajectories, of_second[:1])
+    assert found_in(cache, np.array([1, 2]), version=5).hits.tolist() == [1]
+
+
+def test_while_a_record_is_replaced_there_is_none(cache, monkeypatch):
+    fill(cache, [1], version=5)
+    monkeypatch.setattr(TrajectoryCache, "write", lambda *_: 1 / 0)
+    _, why = fill(cache, [1], version=6)
+    assert "cannot be written" in why
+    for version in (0, 5, 6):
+        assert found_in(cache, np.array([1]), version=version).hits.tolist() == []
+
+
 def test_a_full_disk_ends_the_caching_and_nothing_else(cache, monkeypatch):
     def full(self, number, record):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -126,7 +158,7 @@ def test_a_full_disk_ends_the_caching_and_nothing_else(cache, monkeypatch):
     monkeypatch.setattr(TrajectoryCache, "write", full)
     writer = CacheWriter(cache, 100)
     for _ in range(10):  # More than the queue holds: nobody may wait for ever.
-        writer.add(torch.tensor([1]), some(1))
+        writer.add(torch.tensor([1]), torch.tensor([1]), some(1))
     assert "cannot be written (No space left on device)" in writer.close()
     assert len(cache) == 0
 
@@ -145,7 +177,7 @@ def test_a_last_sync_that_fails_ends_the_caching_and_nothing_else(cache, monkeyp
     monkeypatch.setattr("trajdist.data.cache.SYNC", full)
     monkeypatch.setattr(TrajectoryCache, "write", write_while_it_is_closed)
     writer, closed = CacheWriter(cache, 100), []
-    writer.add(torch.tensor([1]), some(1))
+    writer.add(torch.tensor([1]), torch.tensor([1]), some(1))
     closing = threading.Thread(target=lambda: closed.append(writer.close()), daemon=True)
     closing.start()
     closing.join(30)
@@ -171,16 +203,16 @@ def test_whatever_ends_the_writer_nobody_waits_for_it(cache, monkeypatch):
     monkeypatch.delattr(TrajectoryCache, "write")
     writer = CacheWriter(cache, 100)
     for _ in range(10):
-        writer.add(torch.tensor([1]), some(1))
+        writer.add(torch.tensor([1]), torch.tensor([1]), some(1))
     assert "cannot be written" in writer.close()
 
 
 def test_files_cut_short_are_misses(cache):
     fill(cache, [0, 1, 2])
     os.truncate(cache.folder / "records", cache.stride + 10)
-    assert look_up(cache, np.array([0, 1, 2]), None).hits.tolist() == [0]
-    os.truncate(cache.folder / "present", 0)
-    assert look_up(cache, np.array([0, 1, 2]), None).hits.tolist() == []
+    assert found_in(cache, np.array([0, 1, 2])).hits.tolist() == [0]
+    os.truncate(cache.folder / "versions", 0)
+    assert found_in(cache, np.array([0, 1, 2])).hits.tolist() == []
     cache.create()
     assert len(cache) == 0
 
@@ -262,7 +294,7 @@ def test_a_cache_with_room_for_a_part(images, tmp_path, capsys):
     assert "is full (cache.max_gib)" in capsys.readouterr().out
     caches = list((tmp_path / "part" / "cache").iterdir())
     for folder in caches:
-        assert 0 < (folder / "present").read_bytes().count(1) < 21
+        assert 0 < sum(present(folder)) < 21
     assert_same_training(part, whole)
 
 
@@ -274,7 +306,7 @@ def test_two_processes_share_it(images, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_done(tmp_path / "two")
     for folder in (tmp_path / "cache").iterdir():
-        assert (folder / "present").read_bytes() == b"\1" * 21
+        assert present(folder) == [True] * 21
     assert_same_training(cached_run(images, tmp_path, "one"), tmp_path / "two")
 
 
@@ -284,8 +316,7 @@ def test_an_image_that_cannot_be_read_is_not_kept(tmp_path):
     (folder / "0003.png").write_bytes(b"spoilt")
     cached_run(folder, tmp_path, "run", "data.max_bad_fraction=1")
     for cache in (tmp_path / "cache").iterdir():
-        present = (cache / "present").read_bytes()
-        assert present == b"\1\1\1\0\1\1\1\1"
+        assert present(cache) == [number != 3 for number in range(8)]
     named = [json.loads(line)["image"] for line in (tmp_path / "run" / "bad_images.jsonl").read_text().splitlines()]
     assert set(named) == {"0003.png"}
 
@@ -300,6 +331,31 @@ def test_two_folders_with_the_same_names_have_a_cache_each(images, tmp_path):
     second = cached_run(other, tmp_path, "second")
     assert main(arguments("run", other, tmp_path / "plain", *batches(4, 1), "data.num_workers=0")) == 0
     torch.testing.assert_close(losses(second), losses(tmp_path / "plain"), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_an_image_that_was_replaced_is_computed_anew(tmp_path, backbone_images):
+    """Phase 2 on a folder in which some files have other contents under their names now."""
+    folder = write_images(tmp_path / "images", 8)
+    phase1 = tmp_path / "phase1"
+    assert main(arguments("train", folder, phase1, *batches(4, 1), "data.num_workers=0")) == 0
+    adapt = ["data.domain.num_epochs=1", f"phase1={phase1}"]
+
+    def adapted(name: str, *overrides: str) -> Path:
+        fixed = [*batches(4, 1), "data.num_workers=0", *adapt, *overrides]
+        assert main(arguments("adapt", folder, tmp_path / name, *fixed)) == 0
+        return tmp_path / name
+
+    cache = f"cache.dir={tmp_path / 'cache'}"
+    adapted("before", cache)
+    for number in (2, 5):
+        noise(2000 + number).save(folder / f"{number:04}.png")
+    torch.testing.assert_close(losses(adapted("after", cache)), losses(adapted("plain")), rtol=1e-2, atol=1e-3)
+    seen = backbone_images.copy()
+    again = adapted("again", cache)
+    assert_same_training(again, tmp_path / "after")
+    # By then all are kept: what the backbone sees is the calibration of one phase, three passes of two batches.
+    assert (backbone_images - seen).total() == 3 * 2
 
 
 def test_who_shares_a_folder(tmp_path):

@@ -43,6 +43,40 @@ def shards(path) -> TarShards:
     return source
 
 
+def versions(source) -> list[int]:
+    return [source.version(index) for index in range(len(source))]
+
+
+def changed(before: list[int], after: list[int]) -> list[int]:
+    return [index for index, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]]
+
+
+def test_a_replaced_image_has_another_version(tmp_path):
+    """Of the same size at another time, or of another size at the same; of one that is gone nothing can be told."""
+    images = write_images(tmp_path / "images", 4)
+    source = open_source(str(images), "key")
+    before = versions(source)
+    assert all(0 < version < 2**63 for version in before)
+    assert versions(open_source(str(images), "key")) == before
+    first, second = images / "0000.png", images / "0001.png"
+    os.utime(first, ns=(0, 1))
+    stat = second.stat()
+    second.write_bytes(second.read_bytes() + b" ")
+    os.utime(second, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert changed(before, versions(source)) == [0, 1]
+    (images / "0003.png").unlink()
+    assert source.version(3) == 0
+
+
+def test_a_replaced_shard_gives_all_its_images_another_version(tmp_path):
+    images = write_images(tmp_path / "images", 7)
+    _, second, _ = write_shards(tmp_path / "tars", images, 3)
+    before = versions(shards(tmp_path / "tars"))
+    assert all(0 < version < 2**63 for version in before)
+    os.utime(second, ns=(0, 1))
+    assert changed(before, versions(shards(tmp_path / "tars"))) == [3, 4, 5]
+
+
 def test_the_images_of_a_folder_in_its_order(tmp_path):
     images = write_images(tmp_path / "images", 7)
     write_shards(tmp_path / "tars", images, 3)

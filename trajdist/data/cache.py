@@ -1,9 +1,11 @@
 """On-disk cache of image trajectories in bfloat16.
 
-One sparse file holds a fixed-size record per image, at offset image number x stride; a second file holds one presence
-byte per image. The presence byte is set only after the record has been synced to disk, so a kill at any moment may lose
-records but never exposes a corrupt one. Any number of processes may read and add, also in later runs with another world
-size. Files are read rather than memory-mapped, because mapped pages would count towards the process's memory.
+One sparse file holds a fixed-size record per image, at offset image number x stride; a second file holds the version of
+the image that the record was made from (:meth:`trajdist.data.base.ImageSource.version`), 8 bytes each, 0 without a
+record. It is set only after the record has been synced to disk, so a kill at any moment may lose records but never
+exposes a corrupt one, and the record of an image that has been replaced is not used. Any number of processes may read
+and add, also in later runs with another world size. Files are read rather than memory-mapped, because mapped pages
+would count towards the process's memory.
 
 Shape suffixes: B images, P places, K chosen places, L steps, D channels of a trajectory.
 """
@@ -12,9 +14,10 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +31,7 @@ from trajdist.errors import ArtifactError, ConfigError, one_line
 from trajdist.files import write_at, write_json
 from trajdist.sharding import Int64s
 
-PAGE = 4096
+PAGE, VERSION_BYTES = 4096, 8
 GIB = 2**30
 # macOS has no fdatasync.
 SYNC = getattr(os, "fdatasync", os.fsync)
@@ -45,12 +48,14 @@ class Cached(NamedTuple):
         trajectories: bfloat16 ``[h, K, L, D]`` of the slots in ``hits``; K is P if all places are read.
         hits, misses: int64, slot numbers; the batch contains only the images in ``misses``, possibly padded.
         numbers: int64, image numbers of ``misses``; -1 for an image that could not be used.
+        versions: int64, the versions of these images, from before they are read.
     """
 
     trajectories: torch.Tensor
     hits: torch.Tensor
     misses: torch.Tensor
     numbers: torch.Tensor
+    versions: torch.Tensor
 
 
 class TrajectoryCache:
@@ -83,9 +88,9 @@ class TrajectoryCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "key.json", self._key)
-            for name in ("records", "present"):
+            for name in ("records", "versions"):
                 (self.folder / name).touch()
-            os.truncate(self.folder / "present", self.num_images)
+            os.truncate(self.folder / "versions", VERSION_BYTES * self.num_images)
             # It tells this folder from the same path on another machine.
             with suppress(FileExistsError), open(self.folder / "id", "x") as file:
                 file.write(uuid.uuid4().hex)
@@ -99,24 +104,37 @@ class TrajectoryCache:
         return (self.folder / "id").read_text()
 
     def __len__(self) -> int:
-        """Number of images that have a record."""
-        count, descriptor = 0, self._descriptor("present")
-        for start in range(0, self.num_images, 2**20):
-            count += os.pread(descriptor, 2**20, start).count(b"\1")
+        """Number of images that have a record, even of an earlier version."""
+        count, descriptor, part = 0, self._descriptor("versions"), 2**20
+        for start in range(0, VERSION_BYTES * self.num_images, part):
+            count += int(np.count_nonzero(np.frombuffer(os.pread(descriptor, part, start), np.int64)))
         return count
 
     def capacity(self, gib: float) -> int:
         """How many records ``gib`` GiB have room for, be there as many images or not."""
         return int(gib * GIB / self.stride)
 
-    def read(self, number: int, record_PLD: npt.NDArray[np.uint16]) -> bool:
-        """Read an image's record into ``record_PLD`` (uint16, the bits of bfloat16); False if missing or unreadable."""
+    def read(self, number: int, version: int, record_PLD: npt.NDArray[np.uint16]) -> bool:
+        """Read an image's record into ``record_PLD`` (uint16, the bits of bfloat16).
+
+        False if it is missing, unreadable or of another version; a version of 0 stands for any.
+        """
         try:
-            if os.pread(self._descriptor("present"), 1, number) != b"\1":
+            kept = self.version(number)
+            if not kept or version not in (0, kept):
                 return False
             return os.preadv(self._descriptor("records"), [record_PLD.data], number * self.stride) == self.record_bytes
         except OSError:
             return False
+
+    def version(self, number: int) -> int:
+        """Which version of an image the record is of; 0 without one.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        kept = os.pread(self._descriptor("versions"), VERSION_BYTES, VERSION_BYTES * number)
+        return int.from_bytes(kept, sys.byteorder)
 
     def write(self, number: int, record_PLD: npt.NDArray[np.uint16]) -> None:
         """Write a record (uint16 ``[P, L, D]``, the bits of bfloat16); it becomes visible with :meth:`commit`.
@@ -126,15 +144,27 @@ class TrajectoryCache:
         """
         write_at(self._descriptor("records"), record_PLD.data, number * self.stride)
 
-    def commit(self, numbers: list[int]) -> None:
-        """Sync written records to disk, then mark them as present.
+    def commit(self, written: Iterable[tuple[int, int]]) -> None:
+        """Sync written records to disk, then set their images' versions, given as ``(number, version)``.
 
         Raises:
             OSError: they cannot be written.
         """
         SYNC(self._descriptor("records"))
-        for number in numbers:
-            os.pwrite(self._descriptor("present"), b"\1", number)
+        for number, version in written:
+            self._set_version(number, max(version, 1))
+
+    def discard(self, number: int) -> None:
+        """Take back an image's record.
+
+        Raises:
+            OSError: that cannot be written.
+        """
+        self._set_version(number, 0)
+
+    def _set_version(self, number: int, version: int) -> None:
+        raw = memoryview(version.to_bytes(VERSION_BYTES, sys.byteorder))
+        write_at(self._descriptor("versions"), raw, VERSION_BYTES * number)
 
     def _descriptor(self, name: str) -> int:
         if name not in self._open:
@@ -142,14 +172,18 @@ class TrajectoryCache:
         return self._open[name]
 
 
-def look_up(cache: TrajectoryCache, numbers: Int64s, places_BK: torch.Tensor | None) -> Cached:
-    """Look up the images ``numbers``, one per slot; ``places_BK`` (int64) selects places, None reads all of them."""
+def look_up(cache: TrajectoryCache, numbers: Int64s, versions: Int64s, places_BK: torch.Tensor | None) -> Cached:
+    """Look up the images ``numbers`` in these versions, one per slot.
+
+    Args:
+        places_BK: int64, the places to read; None for all of them.
+    """
     hits: list[int] = []
     misses: list[int] = []
     found: list[npt.NDArray[np.uint16]] = []
     record_PLD = np.empty(cache.shape, np.uint16)
-    for slot, number in enumerate(numbers.tolist()):
-        if not cache.read(number, record_PLD):
+    for slot, (number, version) in enumerate(zip(numbers.tolist(), versions.tolist(), strict=True)):
+        if not cache.read(number, version, record_PLD):
             misses.append(slot)
             continue
         hits.append(slot)
@@ -162,6 +196,7 @@ def look_up(cache: TrajectoryCache, numbers: Int64s, places_BK: torch.Tensor | N
         torch.tensor(hits, dtype=torch.int64),
         torch.tensor(misses, dtype=torch.int64),
         torch.from_numpy(numbers[misses]),
+        torch.from_numpy(versions[misses]),
     )
 
 
@@ -184,19 +219,20 @@ class CacheWriter:
     def __init__(self, cache: TrajectoryCache, room: int) -> None:
         self._cache, self._room = cache, room
         self.ended = ""
-        self._waiting: queue.Queue[tuple[list[int], torch.Tensor, torch.cuda.Event | None] | None]
+        self._waiting: queue.Queue[tuple[list[tuple[int, int]], torch.Tensor, torch.cuda.Event | None] | None]
         self._waiting = queue.Queue(QUEUE)
         self._thread = threading.Thread(target=self._work, name="cache", daemon=True)
         self._thread.start()
 
-    def add(self, numbers: torch.Tensor, trajectories_BPLD: torch.Tensor) -> None:
+    def add(self, numbers: torch.Tensor, versions: torch.Tensor, trajectories_BPLD: torch.Tensor) -> None:
         """Queue the trajectories of these images, bfloat16 on any device; images with negative numbers are skipped."""
         if self.ended:
             return
         cuda = trajectories_BPLD.is_cuda
         on_host = torch.empty(trajectories_BPLD.shape, dtype=torch.bfloat16, pin_memory=cuda)
         on_host.copy_(trajectories_BPLD, non_blocking=cuda)
-        self._waiting.put((numbers.tolist(), on_host, torch.cuda.current_stream().record_event() if cuda else None))
+        images = list(zip(numbers.tolist(), versions.tolist(), strict=True))
+        self._waiting.put((images, on_host, torch.cuda.current_stream().record_event() if cuda else None))
 
     def close(self) -> str:
         """Flush the queue; returns why the cache stopped growing, or an empty string."""
@@ -205,7 +241,7 @@ class CacheWriter:
         return self.ended
 
     def _work(self) -> None:
-        written: list[int] = []
+        written: list[tuple[int, int]] = []
         while True:
             item = self._waiting.get()
             try:
@@ -221,15 +257,29 @@ class CacheWriter:
             if item is None:
                 return
 
-    def _write(self, numbers: list[int], trajectories_BPLD: torch.Tensor, copied: torch.cuda.Event | None) -> list[int]:
+    def _write(
+        self, images: list[tuple[int, int]], trajectories_BPLD: torch.Tensor, copied: torch.cuda.Event | None
+    ) -> list[tuple[int, int]]:
+        """Write what there is room for; returns it as ``(number, version)``."""
         if copied is not None:
             copied.synchronize()
-        bits_BPLD = trajectories_BPLD.view(torch.uint16).numpy()
-        usable = [(number, bits_PLD) for number, bits_PLD in zip(numbers, bits_BPLD, strict=True) if number >= 0]
-        kept = usable[: self._room]
-        for number, bits_PLD in kept:
+        written = []
+        for (number, version), bits_PLD in zip(images, trajectories_BPLD.view(torch.uint16).numpy(), strict=True):
+            if number < 0:
+                continue
+            if not self._make_room(number):
+                self.ended = f"the cache in {str(self._cache.folder)!r} is full (cache.max_gib)"
+                break
             self._cache.write(number, bits_PLD)
-        self._room -= len(kept)
-        if len(kept) < len(usable):
-            self.ended = f"the cache in {str(self._cache.folder)!r} is full (cache.max_gib)"
-        return [number for number, _ in kept]
+            written.append((number, version))
+        return written
+
+    def _make_room(self, number: int) -> bool:
+        """Take room for a record, or that of the image's earlier version. False if there is none."""
+        if self._cache.version(number):
+            self._cache.discard(number)
+        elif self._room:
+            self._room -= 1
+        else:
+            return False
+        return True

@@ -77,6 +77,9 @@ class LabelledFolder(EncodedSource):
     def read(self, index: int) -> bytes:
         return self._images.read(index)
 
+    def version(self, index: int) -> int:
+        return self._images.version(index)
+
     def stamp(self) -> str:
         return self._images.stamp()
 

@@ -86,7 +86,7 @@ class SlotDataset(Dataset[ImageBatch]):
         # The DataLoader passes a whole batch from the sampler to this method if it exists.
         numbers = self._index_at(slots.epoch, np.arange(slots.start, slots.stop))
         places = torch.from_numpy(self._draw(slots)) if self._draw else None
-        cached = look_up(self._cache, numbers, places) if self._cache is not None else None
+        cached = self._look_up(self._cache, numbers, places) if self._cache is not None else None
         wanted = numbers if cached is None else numbers[cached.misses.numpy()]
         size = slots.size if cached is None else padded(len(wanted), slots.size)
         pixels, failures = self._load(wanted, size)
@@ -101,6 +101,11 @@ class SlotDataset(Dataset[ImageBatch]):
             cached.numbers[torch.from_numpy(np.isin(wanted, failed))] = -1
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return ImageBatch(images, weights, torch.tensor(digest(numbers[usable])), failures, places, cached, coverage)
+
+    def _look_up(self, cache: TrajectoryCache, numbers: Int64s, places: torch.Tensor | None) -> Cached:
+        # Before the images are read: one that is replaced meanwhile counts as replaced.
+        versions = np.array([self._source.version(int(number)) for number in numbers], np.int64)
+        return look_up(cache, numbers, versions, places)
 
     def _load(self, numbers: Int64s, size: int) -> tuple[npt.NDArray[np.uint8], list[tuple[int, str]]]:
         """uint8 ``[size, S, S, 3]``, grey for padding and unusable images, and ``(number, reason)`` of the latter."""

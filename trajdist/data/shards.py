@@ -21,7 +21,7 @@ from rich.progress import track
 
 from trajdist import launcher
 from trajdist.data import storage
-from trajdist.data.base import EXTENSIONS, EncodedSource, Names, numbered
+from trajdist.data.base import EXTENSIONS, EncodedSource, Names, numbered, version_of
 from trajdist.data.shard_cache import GIB, ShardCache
 from trajdist.data.shard_index import BLOCK, ShardIndex, load_index
 from trajdist.data.storage import Access, Version
@@ -134,6 +134,9 @@ class TarShards(EncodedSource):
 
     def shard_sizes(self) -> list[int]:
         return [len(shard.names) for shard in self._shards]
+
+    def version(self, index: int) -> int:
+        return version_of(*self._shards[self._find(index)[0]].version)
 
     def stamp(self) -> str:
         facts = "".join(f"{name} {version.size} {version.tag}|" for name, version in self._versions())

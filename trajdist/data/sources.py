@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trajdist import launcher
-from trajdist.data.base import EXTENSIONS, OTHER_PICTURES, EncodedSource, ImageSource, Names, numbered
+from trajdist.data.base import EXTENSIONS, OTHER_PICTURES, EncodedSource, ImageSource, Names, numbered, version_of
 from trajdist.data.storage import Access, expand, has_pattern, is_url, read_bytes, refusal, retrying
 from trajdist.errors import DataError
 
@@ -103,6 +103,13 @@ class ImageFolder(EncodedSource):
     def classes(self) -> npt.NDArray[np.int64] | None:
         """One for each folder that has images in it; None where that is one."""
         return numbered(os.path.dirname(self.name(index)) for index in range(len(self)))
+
+    def version(self, index: int) -> int:
+        try:
+            stat = os.stat(self._root / self.name(index))
+        except OSError:
+            return 0
+        return version_of(stat.st_size, stat.st_mtime_ns)
 
     def stamp(self) -> str:
         digest = hashlib.sha256(os.fsencode(self._root.resolve()))

@@ -250,7 +250,7 @@ class Rehearsal:
         if self.config.cache.dir:
             found = torch.zeros(0, chosen, length, width, dtype=torch.bfloat16)
             none, all_slots = torch.zeros(0, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
-            cached = Cached(found, none, all_slots, all_slots)
+            cached = Cached(found, none, all_slots, all_slots, all_slots)
         return ImageBatch(images, weights, digest, [], places, cached)
 
     def _objective(self) -> Objective:
