@@ -15,6 +15,7 @@ from images import write_images
 from jobs import REPOSITORY
 
 from trajdist.cli import main
+from trajdist.data.sources import open_source
 from trajdist.sharding import Plan, Selection, digest
 from trajdist.tools.audit import audit
 
@@ -111,7 +112,7 @@ def spoil(lines: list[dict]) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (drop, "line 2: phase 1, epoch 1 leaves a gap: 16 images (epoch 1 position 16 to epoch 1 position 31)"),
+        (drop, "line 2: phase 1, epoch 1 leaves a gap: 16 images (epoch 1 position 16 to epoch 1 position 31) are in"),
         (repeat, "line 3: phase 1, epoch 1 repeats images: 16 images (epoch 1 position 16 to epoch 1 position 31)"),
         (swap, "line 1: phase 1, epoch 1 did not train on the images that positions 0 to 16 stand for"),
         (shorten, "line 5: phase 1, epoch 2 leaves a gap: 1 images (epoch 1 position 49 to epoch 1 position 49)"),
@@ -126,6 +127,31 @@ def test_what_is_wrong_is_said(damage: Callable[[list[dict]], None], sentence, t
     damage(lines)
     assert main(["audit", str(write_run(tmp_path, lines))]) == 1
     assert sentence in capsys.readouterr().out
+
+
+def test_the_images_are_named_as_far_as_the_set_is_there(tmp_path, lines):
+    """By number where the set is gone or another one now; the first few of them, in the order of the epoch."""
+    drop(lines)
+    numbers = selection(1).train(0, np.arange(16, 19))
+    run_dir = write_run(tmp_path / "run", lines)
+    by_number = "are in no line: " + ", ".join(f"image number {number}" for number in numbers) + ", ..."
+    assert audit(run_dir).problems[0].endswith(by_number)
+
+    images = write_images(tmp_path / "images", 100)
+    (run_dir / "config.yaml").write_text(CONFIG.replace("path: x", f"path: {images}"))
+    assert audit(run_dir).problems[0].endswith(by_number)
+
+    facts = json.loads((run_dir / "run.json").read_text())
+    facts["imagenet"]["fingerprint"] = open_source(str(images), "key").fingerprint
+    (run_dir / "run.json").write_text(json.dumps(facts))
+    by_name = "are in no line: " + ", ".join(f"{number:04d}.png" for number in numbers) + ", ..."
+    assert audit(run_dir).problems[0].endswith(by_name)
+
+
+def test_one_image_is_named_alone(tmp_path, lines):
+    shorten(lines)
+    number = int(selection(1).train(1, np.array([49]))[0])
+    assert audit(write_run(tmp_path, lines)).problems[1].endswith(f"are in no line: image number {number}")
 
 
 def test_a_run_under_way(tmp_path, lines, capsys):

@@ -7,8 +7,9 @@ What those images must have been follows from the seed alone, so nothing here tr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trajdist.config import SETS, Config
 from trajdist.config_files import read_yaml
 from trajdist.config_parsing import parse_config
-from trajdist.errors import ArtifactError
+from trajdist.data.base import ImageSource
+from trajdist.data.sources import open_source
+from trajdist.errors import ArtifactError, UserError
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Selection, digest
 from trajdist.training.selection import recall
 
 CHUNK = 2**16
 LARGEST_LINE = 2**24
-SHOWN = 20
+# Sentences that are shown of a kind, and images that a sentence names.
+SHOWN, NAMED = 20, 3
 
 
 class Stretch(BaseModel):
@@ -44,11 +48,16 @@ class Stretch(BaseModel):
 
 @dataclass
 class PhaseAudit:
-    """One phase, line by line: how far the ledger goes without a gap or a repetition, and what is wrong with it."""
+    """One phase, line by line: how far the ledger goes without a gap or a repetition, and what is wrong with it.
+
+    Attributes:
+        name_of: the name of an image, given its number in the set.
+    """
 
     phase: int
     selection: Selection
     num_epochs: int
+    name_of: Callable[[int], str]
     cursor: int = 0
     worlds: list[int] = field(default_factory=list)
     missing: dict[int, list[int]] = field(default_factory=dict)
@@ -63,14 +72,14 @@ class PhaseAudit:
             return
         begin = stretch.epoch * size + stretch.start
         if begin > self.cursor:
-            self.problems.append(f"{where} leaves a gap: {self._range(self.cursor, begin)} are in no line")
+            self.problems.append(f"{where} leaves a gap: {self._range(self.cursor, begin, 'are in no line')}")
         elif begin < self.cursor:
             end = min(self.cursor, stretch.epoch * size + stretch.stop)
-            self.problems.append(f"{where} repeats images: {self._range(begin, end)} are there already")
+            self.problems.append(f"{where} repeats images: {self._range(begin, end, 'are there already')}")
         if not self._digest_holds(stretch):
-            self.problems.append(
-                f"{where} did not train on the images that positions {stretch.start} to {stretch.stop} stand for"
-            )
+            positions = f"positions {stretch.start} to {stretch.stop}"
+            names = self._names(begin, begin + stretch.stop - stretch.start)
+            self.problems.append(f"{where} did not train on the images that {positions} stand for: {names}")
         self.cursor = max(self.cursor, stretch.epoch * size + stretch.stop)
         self.missing.setdefault(stretch.epoch, []).extend(stretch.missing)
         if self.worlds[-1:] != [stretch.num_processes]:
@@ -80,14 +89,20 @@ class PhaseAudit:
         """The ledger has ended; ``epochs`` is how many the summary says are done, None while the phase is under way."""
         wanted = (epochs or 0) * self.selection.num_train
         if self.cursor < wanted:
-            self.problems.append(
-                f"phase {self.phase} is incomplete: {self._range(self.cursor, wanted)} are in no line of the ledger"
-            )
+            what = self._range(self.cursor, wanted, "are in no line of the ledger")
+            self.problems.append(f"phase {self.phase} is incomplete: {what}")
 
-    def _range(self, begin: int, end: int) -> str:
+    def _range(self, begin: int, end: int, what: str) -> str:
         size = self.selection.num_train
         parts = [f"epoch {at // size + 1} position {at % size}" for at in (begin, end - 1)]
-        return f"{end - begin:,} images ({parts[0]} to {parts[1]})"
+        return f"{end - begin:,} images ({parts[0]} to {parts[1]}) {what}: {self._names(begin, end)}"
+
+    def _names(self, begin: int, end: int) -> str:
+        """The first images of a range of positions, which are counted on through all epochs."""
+        size = self.selection.num_train
+        shown = range(begin, min(end, begin + NAMED))
+        images = [self.selection.train(at // size, np.array([at % size])) for at in shown]
+        return ", ".join([self.name_of(int(image[0])) for image in images] + ["..."] * (end - begin > NAMED))
 
     def _digest_holds(self, stretch: Stretch) -> bool:
         """Whether the images that were read, and those that were not, are those of these positions."""
@@ -184,7 +199,28 @@ def _phases(rundir: RunDir, config: Config) -> Iterator[tuple[int, PhaseAudit]]:
     for phase in SETS:
         selection = recall(rundir, config, phase)
         if selection is not None and selection.num_train:
-            yield phase, PhaseAudit(phase, selection, config.data.of_phase(phase).num_epochs)
+            num_epochs = config.data.of_phase(phase).num_epochs
+            yield phase, PhaseAudit(phase, selection, num_epochs, _names_of_set(rundir, config, phase))
+
+
+def _names_of_set(rundir: RunDir, config: Config, phase: int) -> Callable[[int], str]:
+    """Names of images by number, from the set itself if it can still be opened; it is not before a name is wanted."""
+    known = rundir.recall(SETS[phase])
+    expected = known.get("fingerprint") if isinstance(known, dict) else None
+
+    @cache
+    def source() -> ImageSource | None:
+        try:
+            found = open_source(config.data.of_phase(phase).path, f"data.{SETS[phase]}.path")
+        except UserError:
+            return None
+        return found if found.fingerprint == expected else None
+
+    def name_of(image: int) -> str:
+        opened = source()
+        return opened.name(image) if opened is not None else f"image number {image}"
+
+    return name_of
 
 
 def _epochs_done(summary: dict[str, Any], phase: int) -> int | None:
