@@ -258,7 +258,7 @@ def test_a_launcher_that_asks_for_fp16_is_refused(folders, base, tmp_path, monke
 def test_trackers_keep_domains_apart(folders, base, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     _, *rest = several(folders, tmp_path / "run", base, "logging.trackers=[tensorboard]")
-    assert main(["run", *rest]) == 0
+    assert main(["run", *(part for part in rest if not part.startswith("phase1="))]) == 0
     log = events.EventAccumulator(str(tmp_path / "run" / "trackers" / "tensorboard"))
     log.Reload()
     before = len(log.Scalars("phase1/step/loss"))

@@ -12,8 +12,9 @@ Shapes: N images, B slots, K chosen places.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -286,8 +287,21 @@ class Selection:
         """Indices of the held-out images at ``positions``, the same in every epoch."""
         return self._split(self.total - 1 - np.asarray(positions, np.int64))
 
+    def held_out(self, count: int) -> Callable[[int, Int64s], Int64s]:
+        """The order of a pass over the first ``count`` held-out images, as a function like :meth:`holdout`.
+
+        If the order goes by shards they are sorted, so that no shard is visited twice.
+        """
+        if self.member_sizes is None:
+            return self.holdout
+        return partial(_entries, np.sort(self.holdout(0, np.arange(count))))
+
     def _split(self, ranks: Int64s) -> Int64s:
         return permute(ranks, self.total, key64(self.seed, self.phase, 0))
+
+
+def _entries(images: Int64s, epoch: int, positions: Int64s) -> Int64s:
+    return images[positions]
 
 
 def _shares(classes: Int64s, count: int) -> Int64s:

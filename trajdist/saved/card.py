@@ -36,7 +36,7 @@ def adapter_card(config: Config, base: str, data: dict[str, Any], summary: dict[
             "images trained on": data["trained_on"],
             "images held out for calibration": data["held_out"],
             "fingerprint of the list": data["fingerprint"],
-            "images that could not be used": summary["failures"],
+            "times that an image could not be used": summary["failures"],
         },
         "Training": {
             "objective": adaptation.objective,

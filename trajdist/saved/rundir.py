@@ -62,6 +62,10 @@ class RunDir:
     def contrast(self) -> Path:
         return self.path / "phase2" / "contrast.safetensors"
 
+    def is_at(self, path: str) -> bool:
+        """Whether ``path`` is this folder, or the folder of its Phase 1."""
+        return Path(path).expanduser().resolve() in (self.path.resolve(), self.model.parent.resolve())
+
     def domains(self) -> list[Path]:
         """Run directories of the domains of a joint adaptation, sorted; usually none."""
         return sorted(path.parent for path in self.path.glob("domains/*/config.yaml"))
@@ -164,6 +168,16 @@ class RunDir:
         if replace or facts.get(key) is None:
             write_json(self.path / "run.json", {**facts, key: value})
 
+    def forget(self, *keys: str) -> None:
+        """Remove keys from run.json.
+
+        Raises:
+            ArtifactError: run.json is damaged or cannot be written.
+        """
+        facts = self._document("run.json")
+        if facts.keys() & set(keys):
+            write_json(self.path / "run.json", {key: facts[key] for key in facts if key not in keys})
+
     def _document(self, name: str) -> dict[str, Any]:
         """The JSON object in a file of this folder; empty if there is no such file."""
         path = self.path / name
@@ -199,6 +213,11 @@ class RunDir:
         """
         if not self.path.exists():
             return None
+        if not self.path.name:
+            raise ArtifactError(
+                f"run_dir={str(self.path)!r} cannot be renamed to start over, as this command runs in it: "
+                "give it in another folder, with the path of this one."
+            )
         self.lock()
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():

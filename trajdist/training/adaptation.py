@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trajdist.artifacts import fingerprint
-from trajdist.config import Config
+from trajdist.config import SETS, Config
 from trajdist.data.drawing import DefectDraw
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.extraction.trajectory import TrajectoryExtractor
@@ -164,9 +164,12 @@ def adopt_phase1(session: Session) -> None:
         ConfigError: this config does not describe the model of that Phase 1.
     """
     rundir, chosen = session.rundir, session.config.phase1
-    if chosen is not None and not rundir.model.exists():
-        folder = Path(chosen).expanduser()
-        folder = folder / "phase1" if (folder / "phase1").is_dir() else folder
+    folder = Path(chosen or rundir.path).expanduser()
+    folder = folder / "phase1" if (folder / "phase1").is_dir() else folder
+    if chosen is not None and rundir.model.exists():
+        _check_same_phase1(rundir, chosen, folder / rundir.model.name)
+    elif chosen is not None:
+        _check_no_phase1(rundir, chosen)
         targets = rundir.trajectory, rundir.calibration(1), rundir.model
         for target in targets:
             if not (folder / target.name).is_file():
@@ -175,11 +178,36 @@ def adopt_phase1(session: Session) -> None:
         _check_same_model(session.config, folder / rundir.trajectory.name, folder / rundir.model.name)
         for target in targets:
             write_bytes(target, (folder / target.name).read_bytes())
-    if not rundir.model.exists():
-        raise ArtifactError(
-            f"there is no Phase 1 in {str(rundir.path)!r}: train it first, or name an older run with phase1=DIR."
-        )
+    if not rundir.model.exists() or not rundir.calibration(1).exists():
+        what = "the Phase 1 is not finished" if rundir.model.exists() else "there is no Phase 1"
+        raise ArtifactError(f"{what} in {str(rundir.path)!r}: train it first, or name an older run with phase1=DIR.")
     _check_same_model(session.config, rundir.trajectory, rundir.model)
+
+
+def _check_same_phase1(rundir: RunDir, chosen: str, model: Path) -> None:
+    """Refuse to go on with another Phase 1 than the run began with; the one that it began with may be gone.
+
+    Raises:
+        ArtifactError: it is another one.
+    """
+    if model.is_file() and model.read_bytes() != rundir.model.read_bytes():
+        raise ArtifactError(
+            f"{str(rundir.path)!r} has another Phase 1 than phase1={chosen!r}: leave phase1 out to go on with its own, "
+            "or name another run_dir."
+        )
+
+
+def _check_no_phase1(rundir: RunDir, chosen: str) -> None:
+    """Refuse to take over a Phase 1 where the run has begun one of its own.
+
+    Raises:
+        ArtifactError: it has.
+    """
+    if rundir.recall(SETS[1]) is not None:
+        raise ArtifactError(
+            f"{str(rundir.path)!r} has begun a Phase 1 of its own, and phase1={chosen!r} would replace it: "
+            "name another run_dir, or start over with --fresh."
+        )
 
 
 def _check_same_model(config: Config, trajectory: Path, model: Path) -> None:

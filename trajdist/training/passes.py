@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from trajdist.artifacts import read_document
 from trajdist.config import SETS
 from trajdist.data.decode import Fit
 from trajdist.data.drawing import DefectDraw
@@ -26,6 +27,9 @@ from trajdist.sharding import Plan, Selection
 from trajdist.training.feed import move
 from trajdist.training.journal import BadImages, check_bad_fraction
 from trajdist.training.session import Session
+
+# In a pass over fewer images, data.max_bad_fraction is a share of this many, or of the set if that is smaller.
+FEW_IMAGES = 200
 
 
 def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtractor:
@@ -137,8 +141,11 @@ def clean_batches(
             progress.advance(step.stop)
             if processes.any(bool(session.stop)):
                 raise StopRequested(session.stop.why or "another process was asked to stop")
-    bad = bad_images.write(set_name, session.sources[set_name].name)
-    check_bad_fraction(len(bad), num_images, session.config.data.max_bad_fraction, session.rundir)
+    source = session.sources[set_name]
+    bad = bad_images.write(set_name, source.name)
+    # By chance, a few images hold a larger share of the bad ones than the set has.
+    of_images = num_images if len(bad) == num_images else max(num_images, min(len(source), FEW_IMAGES))
+    check_bad_fraction(len(bad), of_images, session.config.data.max_bad_fraction, session.rundir)
 
 
 def pass_plan(session: Session, set_name: str, num_images: int) -> Plan:
@@ -157,9 +164,11 @@ def contrast_residuals(
         DataError: too many images could not be read.
         ArtifactError: the file is damaged or was made for another model.
     """
-    path = session.rundir.contrast
+    path, checkpoint = session.rundir.contrast, session.newest_checkpoint()
     detector = new_detector(session, path.parent.name, extractor, model)
-    if not session.processes.main_knows(path.exists):
+    begun = checkpoint is not None and checkpoint.state["phase"] == selection.phase
+    # Before the first checkpoint, Phase 1 may have gone on since these were measured.
+    if not session.processes.main_knows(lambda: path.exists() and (begun or _is_of(path, base))):
         detector.residual.fit(_residual_moments(session, selection, extractor, detector))
 
         def save() -> None:
@@ -169,6 +178,12 @@ def contrast_residuals(
         session.processes.main_does(save)
     detector.load(path, base)
     return detector.residual
+
+
+def _is_of(path: Path, base: str) -> bool:
+    """Whether a calibration was made for the model with this fingerprint."""
+    document = read_document(path)
+    return isinstance(document, dict) and document.get("base") == base
 
 
 def new_detector(session: Session, name: str, extractor: TrajectoryExtractor, model: nn.Module) -> Detector:
@@ -206,10 +221,10 @@ def calibrate(
     elif _chose_weights(session):
         session.say("the held-out images also chose the weights: p-values lean a little to the small side")
     detector.held_out = selection.num_holdout > 0
-    index_at = selection.holdout if detector.held_out else selection.train
     cells, images = detector.cells.histogram, detector.images.histogram
     most = session.config.trajectory.statistics_images
     held_out = min(selection.num_holdout, most) or min(selection.num_train, most)
+    index_at = selection.held_out(held_out) if detector.held_out else selection.train
     # Make images square as scoring will, however training did it: otherwise these scores and new ones do not compare.
     fit = session.config.data.domain.fit
     for batch in clean_batches(session, SETS[selection.phase], index_at, held_out, "calibration", fit=fit):

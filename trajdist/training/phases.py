@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from trajdist.config import Config
+from trajdist.config import SETS, Config
 from trajdist.data.base import ImageSource
-from trajdist.errors import StopRequested, TrainingError
+from trajdist.errors import ConfigError, StopRequested, TrainingError
 from trajdist.runtime.progress import summary_table
 from trajdist.saved import bundle
+from trajdist.saved.rundir import RunDir
 from trajdist.sharding import key64
 from trajdist.training.adaptation import phase2
 from trajdist.training.job import Position
@@ -44,6 +45,11 @@ def run(
         UserError: its subclass determines the exit code.
         StopRequested: by a signal or the STOP file; the same call resumes from the checkpoint.
     """
+    if 1 in phases and config.phase1 is not None and not RunDir(config.run_dir).is_at(config.phase1):
+        raise ConfigError(
+            f"phase1={config.phase1!r} is another run's Phase 1, and this command trains one: leave it out, or give "
+            "the command adapt."
+        )
     if 2 in phases and config.domain_adaptation.lora.target_modules != "all-linear":
         # Only where names were chosen: PEFT takes longer to import than torch, and Phase 1 does without.
         from trajdist.saved import lora
@@ -99,7 +105,7 @@ def phase1(session: Session, at: Position) -> None:
         StopRequested: a stop was requested; a new start resumes from the checkpoint, if there is one yet.
     """
     at.phase = 1
-    if is_done(session, 1):
+    if is_done(session, 1) or _was_adopted(session):
         return
     selection = session.selection(1)
     extractor = prepare_extractor(session, selection)
@@ -118,6 +124,15 @@ def phase1(session: Session, at: Position) -> None:
     base = bundle.base_fingerprint(trained, document)
     calibrate(session, selection, extractor, trained, session.rundir.calibration(1), base)
     finish(session, 1, summary)
+
+
+def _was_adopted(session: Session) -> bool:
+    """Whether the run has Phase 1 from another one, by ``phase1=DIR``; a Phase 1 of its own notes its images first."""
+    rundir = session.rundir
+    adopted = session.processes.main_knows(lambda: rundir.model.exists() and rundir.recall(SETS[1]) is None)
+    if adopted:
+        session.say("phase 1 was taken over from another run: nothing to train")
+    return adopted
 
 
 PHASES = {1: phase1, 2: phase2}

@@ -100,7 +100,7 @@ class Session:
         config = domain_config(self.config, name)
         rundir = RunDir(config.run_dir)
         with naming(name):
-            self.processes.main_does(lambda: _take(rundir, config, self.processes.world))
+            self.processes.main_does(lambda: _take(rundir, config, self.reference_world))
         return replace(
             self,
             config=config,
@@ -126,6 +126,26 @@ class Session:
         settings: ImageSet = getattr(self.config.data, set_name, self.config.data.domain)
         return settings
 
+    def check_images(self, set_name: str) -> None:
+        """Refuse a set that changed since a phase was trained on it.
+
+        Raises:
+            DataError: there are other images in it.
+        """
+        source, known = self.sources[set_name], self.processes.main_knows(lambda: self.rundir.recall(set_name))
+        if not isinstance(known, dict) or "fingerprint" not in known:
+            return
+        if (known.get("num_images"), known["fingerprint"]) != (len(source), source.fingerprint):
+            raise self._other_images(set_name, known)
+
+    def _other_images(self, set_name: str, known: object) -> DataError:
+        path, now = self.settings(set_name).path, len(self.sources[set_name])
+        count = known.get("num_images") if isinstance(known, dict) else known
+        return DataError(
+            f"data.{set_name}.path={path!r} holds {now} images, the run began with {count} (or their names changed): "
+            "restore them, or start over with --fresh."
+        )
+
     def selection(self, phase: int) -> Selection:
         """Which images a phase trains on; refuses a set that changed since the run began.
 
@@ -138,12 +158,7 @@ class Session:
         found = facts(source, selection)
         before = self.processes.main_knows(lambda: self.rundir.recall(set_name)) or found
         if before != found:
-            path = self.settings(set_name).path
-            count = before.get("num_images") if isinstance(before, dict) else before
-            raise DataError(
-                f"data.{set_name}.path={path!r} holds {len(source)} images, the run began with "
-                f"{count} (or their names changed): restore them, or start over with --fresh."
-            )
+            raise self._other_images(set_name, before)
         if self.processes.is_main:
             keep(self.rundir, set_name, selection)
             self.rundir.remember(set_name, found)
@@ -267,7 +282,7 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
 
 
 def _take(rundir: RunDir, config: Config, world: int) -> None:
-    """Claim a run directory for this run.
+    """Claim a run directory for this run, which begins with ``world`` processes unless it has begun already.
 
     Raises:
         ConfigError: a key changed that would change the result.
@@ -279,6 +294,9 @@ def _take(rundir: RunDir, config: Config, world: int) -> None:
     _check_same_config(rundir, config)
     rundir.write_config(dump_yaml(config))
     rundir.stop_file.unlink(missing_ok=True)
+    if not rundir.has_begun():
+        # From a start that came to nothing: with what it found, nothing was made.
+        rundir.forget("num_processes", *SETS.values())
     rundir.remember("num_processes", world)
 
 

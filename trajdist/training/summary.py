@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trajdist.config import SETS
 from trajdist.data.loader import processors, resolve_threads, resolve_workers
 from trajdist.runtime.processes import peak_memory_bytes
 from trajdist.training.doctor import Facts, diagnose, split
@@ -13,13 +14,18 @@ from trajdist.training.session import Session
 
 
 def is_done(session: Session, phase: int) -> bool:
-    """Whether a phase is done. If more epochs are wanted now it is not, unless a later phase was built on it."""
+    """Whether a phase is done. If more epochs are wanted now it is not, unless a later phase was built on it.
+
+    Raises:
+        DataError: it is, but with other images.
+    """
     rundir = session.rundir
     done, adapted = session.processes.main_knows(
         lambda: (rundir.read_summary().get(f"phase{phase}"), bool(rundir.domains()))
     )
-    if not done:
+    if not done or ("domains" in done and not session.config.data.domains):
         return False
+    session.check_images(SETS[phase])
     if done.get("validation", {}).get("stopped_early"):
         session.say(f"phase {phase} stopped early, after {done['epochs']} epochs: nothing to repeat")
         return True

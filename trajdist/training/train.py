@@ -289,9 +289,14 @@ def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None
     """The checkpoint to resume this phase from, if any; truncates the run's records to match it.
 
     Raises:
-        ArtifactError: the checkpoint belongs to another model.
+        ArtifactError: the checkpoint belongs to another model, or to Phase 2 while this is Phase 1.
     """
     checkpoint = session.newest_checkpoint()
+    if checkpoint and checkpoint.state["phase"] > phase:
+        raise ArtifactError(
+            f"{str(session.rundir.path)!r} has a Phase 2 on a Phase 1 that is not finished, which would start over "
+            "below it: name another run_dir, or start over with --fresh."
+        )
     if checkpoint and checkpoint.state["phase"] != phase:
         checkpoint = None
     if checkpoint and checkpoint.state["base"] != base:

@@ -110,7 +110,8 @@ class Examiner:
         most = session.config.trajectory.statistics_images
         count = min(self.selection.num_holdout, most)
         sums = torch.zeros(5, dtype=torch.int64, device=session.processes.device)
-        for batch in clean_batches(session, self.set_name, self.selection.holdout, count, "validation", self.defects):
+        index_at = self.selection.held_out(count)
+        for batch in clean_batches(session, self.set_name, index_at, count, "validation", self.defects):
             sums += self._loss_sums(batch)
         images, bad, *parts = session.processes.sum(sums).tolist()
         if bad:

@@ -1,0 +1,191 @@
+"""A run directory met again: by another command, with another Phase 1 or other images, or after a start in vain."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from images import write_images
+from jobs import launch
+
+from trajdist.cli import main
+from trajdist.errors import StopRequested
+from trajdist.saved.rundir import RunDir
+from trajdist.sharding import Order, Selection
+from trajdist.tools.audit import audit
+from trajdist.training import adaptation, passes
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+PLAIN = "runtime.mixed_precision=no"
+
+
+def made(run_dir: Path) -> dict[str, bytes]:
+    """What the phases have made, and the record of the images."""
+    files = [*run_dir.glob("phase*/**/*.safetensors"), run_dir / "ledger.jsonl", run_dir / "summary.json"]
+    return {str(file.relative_to(run_dir)): file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def first(debug_run, tmp_path) -> Path:
+    return shutil.copytree(debug_run, tmp_path / "first")
+
+
+@pytest.fixture
+def adapted(first, tmp_path) -> Path:
+    """A run on the Phase 1 of another."""
+    assert main(["adapt", "debug", PLAIN, f"phase1={first}", f"run_dir={tmp_path / 'adapted'}"]) == 0
+    return tmp_path / "adapted"
+
+
+def test_run_where_adapt_was_meant_leaves_the_adapter(adapted, first, capsys):
+    before = made(adapted)
+    assert main(["run", "debug", PLAIN, f"phase1={first}", f"run_dir={adapted}"]) == 2
+    assert "is another run's Phase 1, and this command trains one" in capsys.readouterr().err
+    for command in ("run", "train"):
+        assert main([command, "debug", PLAIN, f"run_dir={adapted}", "data.imagenet.num_epochs=3"]) == 0
+        assert "phase 1 was taken over from another run" in capsys.readouterr().out
+    assert made(adapted) == before
+    assert not audit(adapted).problems
+
+
+def test_its_own_phase1_may_be_named(first):
+    assert main(["adapt", "debug", PLAIN, f"phase1={first}", f"run_dir={first}"]) == 0
+    assert main(["run", "debug", PLAIN, f"phase1={first / 'phase1'}", f"run_dir={first}"]) == 0
+
+
+def test_another_phase1_than_the_run_has_is_refused(adapted, first, tmp_path, capsys):
+    """Even for more epochs; that it is gone is no reason."""
+    other = tmp_path / "other"
+    assert main(["train", "debug", PLAIN, "seed=1", f"run_dir={other}"]) == 0
+    more = [f"run_dir={adapted}", "data.domain.num_epochs=3"]
+    assert main(["adapt", "debug", PLAIN, f"phase1={other}", *more]) == 4
+    assert "has another Phase 1 than phase1=" in capsys.readouterr().err
+    shutil.rmtree(first)
+    assert main(["adapt", "debug", PLAIN, f"phase1={first}", *more]) == 0
+
+
+def test_a_phase1_of_its_own_that_has_begun_is_not_replaced(first, tmp_path, capsys):
+    """Its checkpoints would count as newer than those of Phase 2."""
+    begun = tmp_path / "begun"
+    shutil.copytree(first, begun)
+    for name in ("phase1", "phase2"):
+        shutil.rmtree(begun / name)
+    (begun / "summary.json").unlink()
+    assert main(["adapt", "debug", PLAIN, f"phase1={first}", f"run_dir={begun}"]) == 4
+    assert "has begun a Phase 1 of its own" in capsys.readouterr().err
+
+
+def test_phase2_waits_for_the_calibration_of_phase1(first, capsys):
+    (first / "phase1" / "calibration.safetensors").unlink()
+    assert main(["adapt", "debug", PLAIN, f"run_dir={first}", "data.domain.num_epochs=3"]) == 4
+    assert "the Phase 1 is not finished" in capsys.readouterr().err
+
+
+def test_phase1_does_not_start_over_below_a_phase2(first, capsys):
+    """Its summary is gone, the checkpoints of Phase 2 are there."""
+    (first / "summary.json").write_text("{}")
+    before = (first / "ledger.jsonl").read_bytes()
+    assert main(["train", "debug", PLAIN, f"run_dir={first}"]) == 4
+    assert "has a Phase 2 on a Phase 1 that is not finished" in capsys.readouterr().err
+    assert (first / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", ["data.imagenet.path=skimage:gravel", "data.domain.path=skimage:brick"])
+def test_a_finished_phase_refuses_other_images(changed, first, capsys):
+    before = made(first)
+    assert main(["run", "debug", PLAIN, f"run_dir={first}", changed]) == 3
+    assert changed.split("=")[0] in capsys.readouterr().err
+    assert made(first) == before
+
+
+def test_a_domain_beside_several_is_trained(first, tmp_path):
+    several = ["data.domain.path=null", *(f"data.domains.{name}.path=skimage:{name}" for name in ("gravel", "brick"))]
+    run_dir = tmp_path / "run"
+    common = ["adapt", "debug", PLAIN, f"phase1={first}", f"run_dir={run_dir}", "data.domain.num_epochs=1"]
+    assert main([*common, *several]) == 0
+    assert not (run_dir / "phase2").exists()
+    assert main([*common, "data.domain.path=skimage:grass"]) == 0
+    assert (run_dir / "phase2" / "adapter").is_dir()
+
+
+def test_domains_take_the_steps_that_the_run_began_with(first, tmp_path):
+    """Begun with two processes, and gone on with one before Phase 2."""
+    RunDir(first).remember("num_processes", 2, replace=True)
+    names = ("gravel", "brick")
+    several = ["data.domain.path=null", *(f"data.domains.{name}.path=skimage:{name}" for name in names)]
+    assert main(["adapt", "debug", PLAIN, f"run_dir={first}", "data.domain.num_epochs=1", *several]) == 0
+    for name in names:
+        domain = first / "domains" / name
+        assert json.loads((domain / "run.json").read_text())["num_processes"] == 2
+        lines = [json.loads(line) for line in (domain / "ledger.jsonl").read_text().splitlines()]
+        assert lines[0]["stop"] - lines[0]["start"] == 2 * 8
+
+
+def stop(*_: object) -> None:
+    raise StopRequested("test")
+
+
+def test_a_start_that_came_to_nothing_fixes_nothing(tmp_path, monkeypatch):
+    """Neither the number of processes, by which the images of a step are counted, nor the choice of images."""
+    command = ["train", "debug", PLAIN, f"run_dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as patched:
+        patched.setattr(passes, "measure", stop)
+        assert main(command) == StopRequested.exit_code
+    RunDir(tmp_path / "run").remember("num_processes", 5, replace=True)
+    assert main([*command, "data.imagenet.num_samples=16"]) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["num_processes"] == 1
+    assert not audit(tmp_path / "run").problems
+
+
+def test_what_contrast_measured_before_phase1_went_on_is_measured_anew(tmp_path, monkeypatch):
+    command = ["run", "debug", PLAIN, f"run_dir={tmp_path / 'run'}", "domain_adaptation.objective=contrast"]
+    with monkeypatch.context() as patched:
+        patched.setattr(adaptation, "train", stop)
+        assert main([*command, "data.imagenet.num_epochs=1"]) == StopRequested.exit_code
+    assert (tmp_path / "run" / "phase2" / "contrast.safetensors").is_file()
+    assert main(command) == 0
+
+
+def test_one_bad_image_among_few_that_are_held_out(tmp_path, capsys):
+    images = write_images(tmp_path / "images", 60)
+    held_out = Selection.draw(60, -1, 0.1, 0, 1).holdout(0, np.arange(6))
+    common = [PLAIN, f"data.imagenet.path={images}", "data.imagenet.num_samples=-1", "validation.every_epochs=1"]
+    (images / f"{held_out[0]:04d}.png").write_bytes(b"spoilt")
+    assert main(["train", "debug", *common, f"run_dir={tmp_path / 'one'}"]) == 0
+    for number in held_out:
+        (images / f"{number:04d}.png").write_bytes(b"spoilt")
+    assert main(["train", "debug", *common, f"run_dir={tmp_path / 'all'}"]) == 3
+    assert "6 of 6 images could not be used" in capsys.readouterr().err
+
+
+def test_held_out_images_of_shards_are_visited_shard_by_shard():
+    plain = Selection.draw(100, -1, 0.3, 0, 1)
+    by_shards = Selection.draw(100, -1, 0.3, 0, 1, Order([20] * 5, 2))
+    positions = np.arange(12)
+    chosen = plain.holdout(0, positions)
+    assert not np.array_equal(np.sort(chosen), chosen)
+    assert np.array_equal(plain.held_out(12)(0, positions), chosen)
+    walk = pickle.loads(pickle.dumps(by_shards.held_out(12)))
+    assert np.array_equal(walk(0, positions), np.sort(chosen))
+    assert np.array_equal(walk(0, positions[3:5]), np.sort(chosen)[3:5])
+
+
+def test_the_current_folder_cannot_start_over(first, monkeypatch, capsys):
+    monkeypatch.chdir(first)
+    assert main(["run", "debug", PLAIN, "run_dir=.", "--fresh"]) == 4
+    assert "as this command runs in it" in capsys.readouterr().err
+
+
+def test_two_processes_take_a_phase1_over(first, tmp_path):
+    """What the main process finds out, all of them do."""
+    adapted = tmp_path / "adapted"
+    common = ["debug", PLAIN, f"run_dir={adapted}"]
+    assert launch(["adapt", *common, f"phase1={first}"], num_processes=2).returncode == 0
+    before = made(adapted)
+    done = launch(["run", *common], num_processes=2)
+    assert done.returncode == 0, done.stderr
+    assert made(adapted) == before
