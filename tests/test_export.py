@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from images import noise
+from jobs import REPOSITORY
+from PIL import ExifTags, Image
 
 import trajdist
 from trajdist.cli import main
-from trajdist.data.decode import to_square
+from trajdist.data.decode import decode, to_square
 from trajdist.tools import export
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -56,6 +60,25 @@ def test_the_file_gives_what_the_run_gives(debug_run, tmp_path, capsys, kind, ph
         assert len(set(p_values.tolist()) | {0.0}) > 1
     facts = json.loads(document)
     assert (facts["size"], facts["fit"], facts["clean_images"]) == (64, "squash", scorer.detectors[0].images.count)
+
+
+@pytest.mark.parametrize("kind", ["16-bit grey", "on its side"])
+def test_the_example_of_the_page_decodes_as_the_run_does(debug_run, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    file, exif = io.BytesIO(), Image.Exif()
+    if kind == "16-bit grey":
+        Image.fromarray(np.asarray(noise(0, 64).convert("L")).astype(np.uint16) * 257).save(file, "PNG")
+    else:
+        exif[ExifTags.Base.Orientation] = 6
+        noise(0, 64).save(file, "PNG", exif=exif)
+    (tmp_path / "part.jpg").write_bytes(file.getvalue())  # Pillow goes by the contents.
+    assert main(["export", str(debug_run), "--format", "onnx", "--out", "export.onnx"]) == 0
+    block = re.search(r"```python\n(.*?)```", (REPOSITORY / "docs" / "export.md").read_text(), re.DOTALL)
+    names: dict[str, np.ndarray] = {}
+    exec(block.group(1).replace("runs/mine/export.onnx", "export.onnx"), names)
+    expected = to_square(decode(file.getvalue()), 64, "squash").transpose(2, 0, 1)[None]
+    np.testing.assert_array_equal(names["images"], expected)
+    assert names["scores"].shape == (1,)
 
 
 def test_p_values_at_the_edges_of_bins(debug_run):

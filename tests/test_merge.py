@@ -74,6 +74,28 @@ def test_refusals_leave_nothing(debug_run, tmp_path, monkeypatch, capsys, what, 
     assert set(tmp_path.iterdir()) == before
 
 
+def test_a_run_without_its_config_is_told_so(debug_run, tmp_path, capsys):
+    """As copied elsewhere for scoring."""
+    for part in ("phase1", "phase2"):
+        shutil.copytree(debug_run / part, tmp_path / "run" / part)
+    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 4
+    told = capsys.readouterr().err
+    assert f"'{tmp_path / 'run' / 'config.yaml'}' does not exist: copy it from" in told
+    assert "--out" not in told
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_adapter_of_one_of_several_domains_is_to_be_named(debug_run, tmp_path, capsys):
+    shutil.copytree(debug_run / "phase1", tmp_path / "run" / "phase1")
+    for domain in ("gravel", "road"):
+        shutil.copytree(debug_run / "phase2", tmp_path / "run" / "domains" / domain / "phase2")
+        shutil.copy(debug_run / "config.yaml", tmp_path / "run" / "domains" / domain)
+    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 4
+    told = capsys.readouterr().err
+    assert "has an adapter for each of its domains gravel, road: name the run of one" in told
+    assert told.count("\n") == 1
+
+
 def test_the_model_card(debug_run):
     text = (debug_run / "phase2" / "adapter" / "README.md").read_text()
     _, front, body = text.split("---\n", 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -238,6 +239,42 @@ def test_what_is_no_picture_is_refused(scorer, name):
         scorer([NO_PICTURES[name]])
 
 
+def truncated() -> Image.Image:
+    """Pillow has read the header only."""
+    file = io.BytesIO()
+    noise(0).save(file, "PNG")
+    return Image.open(io.BytesIO(file.getvalue()[:-2000]))
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        (truncated, r"picture 3, .* cannot be used \(OSError: image file is truncated"),
+        (lambda: Image.new("RGB", (0, 8)), r"picture 3, .* cannot be used \(.*Error: "),
+    ],
+    ids=["truncated", "no pixels"],
+)
+def test_a_picture_that_cannot_be_used_is_named_by_its_number(scorer, picture, words):
+    with pytest.raises(DataError, match=words) as caught:
+        scorer([noise(0), noise(1), noise(2), picture()], batch_size=2)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ("0001.png", r"a picture of type str \('0001.png'\) is none: open it"),
+        (Path("0001.png"), r"a picture of type PosixPath \('0001.png'\) is none: open it"),
+        (None, r"images of type NoneType \(None\) are none: give a picture"),
+        (5, r"images of type int \(5\) are none: give a picture"),
+        (torch.tensor(5), r"images of type Tensor \(tensor\(5\)\) are none: give a picture"),
+    ],
+)
+def test_what_is_no_sequence_of_pictures_is_refused(scorer, images, words):
+    with pytest.raises(DataError, match=words):
+        scorer(images)
+
+
 def test_deep_colour_is_not_wrapped(scorer):
     deep = np.asarray(noise(2)).astype(np.uint16)
     assert_same(scorer([deep * 257]), scorer([noise(2)]))
@@ -330,6 +367,14 @@ def test_who_scores_with_an_unfinished_run_is_told(debug_run, tmp_path, capsys, 
     RunDir(tmp_path / "run").write_status("running", phase, 3)
     command_line(tmp_path / "run", write_images(tmp_path / "images", 1), tmp_path / "out", *options)
     assert ("did not finish its Phase 2" in capsys.readouterr().out) == told
+
+
+def test_an_adapted_run_in_a_folder_called_phase1_is_adapted(debug_run, tmp_path, capsys, fresh_accelerate):
+    shutil.copytree(debug_run, tmp_path / "phase1")
+    command_line(tmp_path / "phase1", write_images(tmp_path / "images", 1), tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "phase1: threshold" in said
+    assert "did not finish its Phase 2" not in said
 
 
 # ------------------------------------------------------------------------------------------- what is refused

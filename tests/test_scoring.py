@@ -11,19 +11,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from images import noise, write_images
-from jobs import launch, start
+from jobs import REPOSITORY, launch, start
 from PIL import Image
 from safetensors.numpy import load_file
 from scipy.stats import betabinom
 
 import trajdist
 import trajdist.scoring.report
+import trajdist.scoring.score
 from trajdist.artifacts import read_document, read_tensors, write_tensors
 from trajdist.cli import main
 from trajdist.data.sources import open_source
@@ -33,6 +35,7 @@ from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.pictures import outline, overlay
 from trajdist.scoring.report import GALLERY, calmest_besides
 from trajdist.scoring.residuals import upsample
+from trajdist.scoring.score import _row
 from trajdist.scoring.scorer import Scorer
 
 Rows = list[dict[str, Any]]
@@ -356,6 +359,25 @@ def test_an_error_under_a_launcher_is_one_sentence(images, tmp_path):
     assert "[rank1]: Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [(6, "(6 on process 1, 5 on process 0)"), ("renamed", "(5 on process 1, 5 on process 0, by other names)")],
+)
+def test_processes_that_see_other_images(debug_run, tmp_path, there, told):
+    """As in a folder that is being filled."""
+    write_images(tmp_path / "here" / "images", 5)
+    write_images(tmp_path / "there" / "images", 5 if there == "renamed" else there)
+    if there == "renamed":
+        (tmp_path / "there" / "images" / "0004.png").rename(tmp_path / "there" / "images" / "0005.png")
+    env = {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "PECULIAR": f"1:folder:{tmp_path / 'there'}"}
+    command = ["score", debug_run, "images", "--out", tmp_path / "out"]
+    done = launch(command, 2, timeout_s=60, env=env, cwd=tmp_path / "here", module="peculiar")
+    assert done.returncode != 0
+    assert done.stderr.count("trajdist: ") == 1, done.stderr
+    assert f"the images of 'images' are not the same on all processes {told}: wait until" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_folder_of_something_else_under_a_launcher(debug_run, scored, images, tmp_path):
     shutil.copytree(scored, tmp_path / "out")
     done = launch(["score", debug_run, images, "--out", tmp_path / "out"], num_processes=2, timeout_s=60)
@@ -416,6 +438,48 @@ def test_a_finished_scoring_is_not_repeated(debug_run, scored, images, tmp_path,
     assert score(debug_run, images, tmp_path / "out", *options) == 0
     assert (tmp_path / "out" / "scores.jsonl").read_bytes() == before
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kept", "told", "scored_again"),
+    [
+        (7, "4 images are scored already, and 3 that could not be read are tried again", [[1, 2], [5]]),
+        (5, "2 images are scored already, and 2 that could not be read are tried again", [[4, 5], [6], [1, 2]]),
+    ],
+    ids=["finished", "interrupted"],
+)
+def test_unreadable_images_are_tried_again(
+    debug_run, tmp_path, capsys, monkeypatch, fresh_accelerate, kept, told, scored_again
+):
+    """As after an outage of the disk: two of three can be read now. What could be read is not scored again."""
+    folder, out, positions = write_images(tmp_path / "images", 7), tmp_path / "out", []
+    sound = {folder / name: (folder / name).read_bytes() for name in ("0001.png", "0002.png", "0005.png")}
+
+    def write(file: Path, raw: bytes) -> None:
+        file.write_bytes(raw)
+        os.utime(file, (0, 0))  # Files of the same size and age are the same ones.
+
+    for file, raw in sound.items():
+        write(file, bytes(len(raw)))
+    assert score(debug_run, folder, out, "--batch-size", "2", "--explain") == 0
+    lines = (out / "scores.jsonl").read_text().splitlines(keepends=True)
+    (out / "scores.jsonl").write_text("".join(lines[:kept]))
+    write(folder / "0001.png", sound[folder / "0001.png"])
+    write(folder / "0005.png", sound[folder / "0005.png"])
+    score_batch = trajdist.scoring.score.score_batch
+
+    def recorded(job, batch, places):
+        positions.append(list(places))
+        return score_batch(job, batch, places)
+
+    monkeypatch.setattr(trajdist.scoring.score, "score_batch", recorded)
+    capsys.readouterr()
+    assert score(debug_run, folder, out, "--batch-size", "2", "--explain") == 0
+    assert positions == scored_again
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert score(debug_run, folder, tmp_path / "whole", "--explain") == 0
+    assert_same_scores(out, tmp_path / "whole")
+    assert [row["image"] for row in read_rows(out) if "error" in row] == ["0002.png"]
 
 
 @pytest.mark.parametrize("other", ["images", "rate", "phase", "explain"])
@@ -563,6 +627,23 @@ def test_the_best_fitting_domain_is_named(compared):
         assert row["best_adapter"] == best[0]
     own = {"brick": "brick", "gravel": "run"}
     assert sum(row["best_adapter"] == own[row["image"].split("-")[0]] for row in rows) >= 10
+
+
+@pytest.mark.parametrize(
+    ("scores", "p_values", "best"),
+    [
+        ((9.0, 3.0), (1 / 5, 1 / 101), "many"),  # Odd to both, and less so to the one whose p-values reach lower.
+        ((3.0, 9.0), (1 / 5, 1 / 101), "few"),
+        ((9.0, 3.0), (2 / 5, 1 / 101), "few"),
+        ((3.0, 9.0), (1 / 5, 30 / 101), "many"),
+    ],
+)
+def test_the_best_adapter_is_not_the_one_with_the_fewest_images(scores, p_values, best):
+    detectors = [SimpleNamespace(name=name, images=SimpleNamespace(count=n)) for name, n in (("few", 4), ("many", 100))]
+    job: Any = SimpleNamespace(
+        source=SimpleNamespace(name=str), thresholds=[1.0, 1.0], scorer=SimpleNamespace(detectors=detectors)
+    )
+    assert _row(job, 0, list(scores), list(p_values))["best_adapter"] == best
 
 
 def test_adapters_of_runs_that_are_called_alike(debug_run, brick, images, tmp_path, fresh_accelerate):

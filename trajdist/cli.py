@@ -303,8 +303,8 @@ def _merge(arguments: argparse.Namespace) -> int:
     from trajdist.saved.rundir import RunDir
     from trajdist.tools.merge import merge
 
+    difference = merge(arguments.run_dir, arguments.adapter, Path(arguments.out))
     adapter = arguments.adapter or RunDir(arguments.run_dir).adapter
-    difference = merge(arguments.run_dir, adapter, Path(arguments.out))
     print(f"{arguments.out}/phase1 scores as {adapter} does, within {difference:.1g}")
     return 0
 

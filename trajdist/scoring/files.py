@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,20 @@ def keep_rows(out: Path, count: int) -> None:
         with open(rows, "rb") as handle:
             kept = sum(len(line) for line in islice(handle, count))
         os.truncate(rows, kept)
+
+
+def replace_rows(out: Path, rows: Mapping[int, Row]) -> None:
+    """Put these rows, by position, in the places of the old ones; who is killed on the way leaves the old file."""
+    old, new = out / "scores.jsonl", out / ".scores.jsonl.tmp"
+    with open(old, encoding="utf-8") as lines, open(new, "w", encoding="utf-8") as handle:
+        for position, line in enumerate(lines):
+            handle.write(json.dumps(rows[position]) + "\n" if position in rows else line)
+    os.replace(new, old)
+
+
+def failed_positions(out: Path) -> list[int]:
+    """Where the images that could not be read are in the input order."""
+    return [position for position, row in enumerate(read_rows(out)) if row["score"] is None]
 
 
 def most_anomalous(out: Path, count: int) -> list[tuple[int, Row]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from trajdist.data.loader import (
     resolve_threads,
     resolve_workers,
 )
+from trajdist.errors import DataError
 from trajdist.runtime.processes import Processes, start_accelerator
 from trajdist.runtime.progress import make_console
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring.scorer import Detector, Scorer, load
-from trajdist.sharding import Plan, in_order
+from trajdist.sharding import Int64s, Plan
 
 # How long the processes wait for one another.
 TIMEOUT_S = 1800.0
@@ -61,7 +62,7 @@ class Scoring:
     out: Path
     options: Options
     processes: Processes
-    loader_of: Callable[[Plan, int], Any]
+    loader_of: Callable[[Plan, int, Int64s], Any]
     console: Console
     rates: list[float]
     thresholds: list[float]
@@ -99,18 +100,20 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     Raises:
         ArtifactError: a run that is not finished or damaged.
         ConfigError: options that do not go together.
+        DataError: another process has found other images.
     """
     accelerator = start_accelerator("no", TIMEOUT_S, False)
     processes = Processes(accelerator)
+    _check_same_images(source, title, processes)
     console = make_console(processes.is_main)
     scorer = _load(run_dir, options, processes)
 
     workers = resolve_workers("auto", processes.local_world, processes.device.type)
 
-    def loader_of(plan: Plan, cursor: int) -> Any:
+    def loader_of(plan: Plan, cursor: int, order: Int64s) -> Any:
         loader = build_loader(
             source,
-            in_order,
+            partial(_picked, order),
             plan,
             cursor=cursor,
             size=scorer.size,
@@ -128,6 +131,33 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     return job
 
 
+def _picked(order: Int64s, epoch: int, positions: Int64s) -> Int64s:
+    """The images of a walk; a function of this module, so that workers that are not forked can have it too."""
+    picked: Int64s = order[positions]
+    return picked
+
+
+def _check_same_images(source: ImageSource, title: str, processes: Processes) -> None:
+    """Each process has listed the images for itself; every process calls it.
+
+    Raises:
+        DataError: on the main process, if another one has found other images.
+        SystemExit: on the others, with its exit code.
+    """
+    found = processes.gather([(len(source), source.fingerprint)])
+
+    def compare() -> None:
+        other = next((rank for rank, images in enumerate(found) if images != found[0]), None)
+        if other is not None:
+            raise DataError(
+                f"the images of {title!r} are not the same on all processes ({found[other][0]} on process {other}, "
+                f"{found[0][0]} on process 0{', by other names' if found[other][0] == found[0][0] else ''}): "
+                "wait until the folder is complete, let all machines see the same files, and give the command again."
+            )
+
+    processes.main_does(compare)
+
+
 def _load(run_dir: str, options: Options, processes: Processes) -> Scorer:
     """The main process first: the others find what it downloaded, and do not wait for it where it cannot go on."""
     with processes.main_first():
@@ -140,7 +170,7 @@ def supported_rate(detector: Detector) -> float:
 
 
 def _announce(job: Scoring) -> None:
-    unadapted = [detector.name for detector in job.scorer.detectors] == ["phase1"]
+    unadapted = not any(detector.adapted for detector in job.scorer.detectors)
     if unadapted and job.options.phase is None and RunDir(job.run_dir).was_adapting():
         job.console.print(
             f"{job.run_dir!r} did not finish its Phase 2, so its unadapted Phase 1 is used: train on with the same "

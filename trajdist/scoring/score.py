@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,24 @@ from trajdist.scoring.files import (
     MapsFile,
     Row,
     count_rows,
+    failed_positions,
     keep_rows,
     most_anomalous,
     picture_name,
     read_rows,
+    replace_rows,
     unreadable,
 )
 from trajdist.scoring.job import Scoring
-from trajdist.scoring.scorer import CellScores
-from trajdist.sharding import Plan
+from trajdist.scoring.scorer import CellScores, Detector
+from trajdist.sharding import Int64s, Plan
 
 # Unreadable images that are named on the screen; scores.jsonl has all.
 SHOWN = 5
 Visit = Callable[["Scored"], None]
 # Position in the input order, row, and raw map unless the image failed.
 Numbered = tuple[int, Row, pictures.Floats | None]
+Keep = Callable[[list[Numbered]], None]
 
 
 @dataclass(frozen=True)
@@ -76,38 +80,61 @@ def score(job: Scoring, visit: Visit | None = None) -> None:
         ArtifactError: the output folder cannot be written.
         ConfigError: the output folder holds the scores of something else.
     """
-    num_images, world = len(job.source), job.processes.world
-    # A few images do not fill a batch: no time goes into empty slots.
-    batch_size = min(job.options.batch_size, -(-num_images // world))
-    plan = Plan(num_images, 1, world * batch_size, world, batch_size)
+    num_images = len(job.source)
     maps = MapsFile(job.out / "maps.safetensors", num_images, job.scorer.extractor.resolution)
-    done = 0
 
-    def prepare() -> None:
-        nonlocal done
+    def prepare() -> tuple[int, list[int]]:
         with _writing(job.out):
-            done = _prepare_out(job, plan, maps, resumable=visit is None)
+            return _prepare_out(job, maps, resumable=visit is None)
 
-    job.processes.main_does(prepare)
-    done = job.processes.broadcast(done)
+    done, failed = job.processes.main_knows(prepare)
     if done < num_images:
-        _walk(job, plan, done, maps, visit)
+        _walk(job, np.arange(num_images), done, lambda rows: _append(job, maps, rows), visit)
+    if failed:
+        _try_again(job, failed, maps)
     maps.close()
     job.processes.wait()
 
 
-def _walk(job: Scoring, plan: Plan, cursor: int, maps: MapsFile, visit: Visit | None) -> None:
-    """Score batch after batch; rows are written in input order by the main process."""
+def _plan(job: Scoring, num_images: int) -> Plan:
+    world = job.processes.world
+    # A few images do not fill a batch: no time goes into empty slots.
+    batch_size = min(job.options.batch_size, -(-num_images // world))
+    return Plan(num_images, 1, world * batch_size, world, batch_size)
+
+
+def _walk(job: Scoring, order: Int64s, cursor: int, keep: Keep, visit: Visit | None = None) -> None:
+    """Score the images at these positions, batch after batch; the main process keeps a step's rows, in input order."""
+    plan = _plan(job, len(order))
     with Progress(job.console, "scoring", plan.num_images, cursor) as progress:
-        for step, batch in zip(plan.steps(cursor), job.loader_of(plan, cursor), strict=True):
+        for step, batch in zip(plan.steps(cursor), job.loader_of(plan, cursor, order), strict=True):
             slots = plan.micro_batch(step, 0, job.processes.rank)
-            scored = list(score_batch(job, batch, range(slots.start, slots.stop)))
+            scored = list(score_batch(job, batch, order[slots.start : slots.stop].tolist()))
             _draw_all(job, scored)
             if visit is not None:
                 _visit_all(job.processes, visit, scored)
-            rows = job.processes.gather(_rows(job, scored, batch))
-            _write(job, maps, sorted(rows, key=lambda row: row[0]))
+            rows = sorted(job.processes.gather(_rows(job, scored, batch)), key=lambda row: row[0])
+            job.processes.main_does(partial(keep, rows))
             progress.advance(step.stop)
+
+
+def _try_again(job: Scoring, failed: list[int], maps: MapsFile) -> None:
+    """Score the images that an earlier command could not read; the rows of those that now can be read are replaced."""
+    found: dict[int, Row] = {}
+
+    def keep(rows: list[Numbered]) -> None:
+        read = [row for row in rows if row[2] is not None]
+        found.update({position: row for position, row, _ in read})
+        with _writing(job.out):
+            maps.write([(position, cells_HW) for position, _, cells_HW in read])
+
+    def replace() -> None:
+        if found:
+            with _writing(job.out):
+                replace_rows(job.out, found)
+
+    _walk(job, np.array(failed), 0, keep)
+    job.processes.main_does(replace)
 
 
 @contextmanager
@@ -171,8 +198,18 @@ def _row(job: Scoring, position: int, scores: list[float], p_values: list[float]
             name: {"score": score, "p_value": p_value}
             for name, score, p_value in zip(names, scores, p_values, strict=True)
         }
-        row["best_adapter"] = min(zip(p_values, scores, names, strict=True), key=lambda item: (-item[0], item[1]))[2]
+        row["best_adapter"] = names[_best_fitting(job.scorer.detectors, scores, p_values)]
     return row
+
+
+def _best_fitting(detectors: Sequence[Detector], scores: Sequence[float], p_values: Sequence[float]) -> int:
+    """Which detector has the largest p-value, or of equal ones the lowest score.
+
+    With n clean images no p-value is below 1 / (n + 1): where an image is odd to all, the detector with the fewest
+    would win. So p-values that are too small for that one count as equal.
+    """
+    least = 1 / (min(detector.images.count for detector in detectors) + 1)
+    return min(range(len(scores)), key=lambda which: (-max(p_values[which], least), scores[which]))
 
 
 def _explanation(job: Scoring, energies_L: pictures.Floats, hottest: int) -> Row:
@@ -200,20 +237,16 @@ def _draw(job: Scoring, image: Scored) -> None:
 
 
 def _rows(job: Scoring, scored: list[Scored], batch: ImageBatch) -> list[Numbered]:
-    """The rows and maps of this process's batch. Images are walked through in order, so a number is a position."""
+    """The rows and maps of this process's batch. An image's number in the source is its position."""
     found: list[Numbered] = [(image.position, image.row, image.cells_HW) for image in scored]
     return found + [(number, _failed_row(job, number, why), None) for number, why in batch.failures]
 
 
-def _write(job: Scoring, maps: MapsFile, rows: list[Numbered]) -> None:
+def _append(job: Scoring, maps: MapsFile, rows: list[Numbered]) -> None:
     """Append a step's rows, which are in input order, and fill in their maps."""
-
-    def append() -> None:
-        with _writing(job.out), open(job.out / "scores.jsonl", "a", encoding="utf-8") as handle:
-            maps.write([(position, cells_HW) for position, _, cells_HW in rows])
-            handle.writelines(json.dumps(row) + "\n" for _, row, _ in rows)
-
-    job.processes.main_does(append)
+    with _writing(job.out), open(job.out / "scores.jsonl", "a", encoding="utf-8") as handle:
+        maps.write([(position, cells_HW) for position, _, cells_HW in rows])
+        handle.writelines(json.dumps(row) + "\n" for _, row, _ in rows)
 
 
 def _failed_row(job: Scoring, position: int, reason: str) -> Row:
@@ -240,18 +273,24 @@ def _identity(job: Scoring) -> dict[str, Any]:
     }
 
 
-def _prepare_out(job: Scoring, plan: Plan, maps: MapsFile, resumable: bool) -> int:
-    """Bring the output folder to the state after whole steps; returns the number of images done by then."""
+def _prepare_out(job: Scoring, maps: MapsFile, resumable: bool) -> tuple[int, list[int]]:
+    """Bring the output folder to the state after whole steps.
+
+    Returns:
+        The number of images done by then, and the positions of those among them that could not be read.
+    """
     _claim_out(job)
-    done = 0
+    done, plan = 0, _plan(job, len(job.source))
     if resumable and maps.is_there:
         rows = count_rows(job.out)
         done = plan.num_images if rows >= plan.num_images else rows - rows % plan.global_batch
     keep_rows(job.out, done)
     maps.open()
+    failed = failed_positions(job.out) if done else []
     if done:
-        job.console.print(f"{done} images are scored already: going on")
-    return done
+        again = f", and {len(failed)} that could not be read are tried again" if failed else ""
+        job.console.print(f"{done - len(failed)} images are scored already{again}: going on")
+    return done, failed
 
 
 def _claim_out(job: Scoring) -> None:

@@ -16,16 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
 from torch import nn
 
 from trajdist.artifacts import load_state, read_document, read_tensors, write_tensors
-from trajdist.data.decode import to_rgb, to_square
+from trajdist.data.decode import reason, to_square
 from trajdist.errors import ArtifactError, ConfigError, DataError, one_line
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
-from trajdist.scoring import residuals
+from trajdist.scoring import inputs, residuals
 from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.histogram import ScoreHistogram
 
@@ -68,6 +67,7 @@ class Detector:
         residual: not fitted until :meth:`load`, or a calibration, has done it.
         cells, images: scores of clean cells and images that were not trained on.
         held_out: False if there were none to spare and training images had to serve.
+        adapted: whether :func:`load` gave the model an adapter.
     """
 
     def __init__(self, name: str, model: nn.Module, valid_LD: torch.Tensor, resolution: int) -> None:
@@ -75,7 +75,7 @@ class Detector:
         self.name, self.model, self.valid_LD = name, model.eval(), valid_LD
         self.residual = residuals.ResidualModel(valid_LD.sum(1).tolist(), resolution)
         self.cells, self.images = QuantileSketch(ScoreHistogram()), QuantileSketch(ScoreHistogram())
-        self.held_out = True
+        self.held_out, self.adapted = True, False
 
     def to(self, device: torch.device) -> Detector:
         self.model.to(device)
@@ -183,66 +183,40 @@ class Scorer:
 
         Raises:
             ConfigError: a batch size below 1.
-            DataError: what cannot be a picture.
+            DataError: what cannot be a picture, or cannot be read.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} is no batch: name a positive number.")
-        waiting, parts = iter([images] if _is_one(images) else images), [self._empty()]
+        waiting, parts = enumerate(inputs.several(images)), [self._empty()]
         while batch := list(islice(waiting, batch_size)):
             parts.append(self._score(batch))
         return Scores(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
-    def _score(self, images: list[Any]) -> tuple[npt.NDArray[Any], ...]:
+    def _score(self, images: list[tuple[int, Any]]) -> tuple[npt.NDArray[Any], ...]:
         """The arrays of :class:`Scores`."""
-        squares = np.stack([to_square(_to_pil(image), self.size, self.fit) for image in images])
+        squares = np.stack([self._square(number, image) for number, image in images])
         result = self.score_batch(torch.from_numpy(squares).permute(0, 3, 1, 2).to(self.device))[0]
         maps = residuals.upsample(result.cells_BHW, self.size)
         p_values = self.detectors[0].images.p_values(result.images_B)
         return maps.cpu().numpy(), result.images_B.cpu().numpy(), p_values.numpy()
 
+    def _square(self, number: int, image: Any) -> npt.NDArray[np.uint8]:
+        """As the backbone is to see it, ``[S, S, 3]``.
+
+        Raises:
+            DataError: it cannot be a picture, or cannot be read.
+        """
+        try:
+            return to_square(inputs.to_pil(image), self.size, self.fit)
+        except DataError:
+            raise
+        except Exception as error:  # Pillow reads only now, and can raise anything on malformed bytes.
+            raise DataError(
+                f"picture {number}, counted from 0, cannot be used ({reason(error)}): leave it out, or replace it."
+            ) from error
+
     def _empty(self) -> tuple[npt.NDArray[Any], ...]:
         return np.zeros((0, self.size, self.size), np.float32), np.zeros(0, np.float32), np.zeros(0, np.float64)
-
-
-def _is_one(images: Any) -> bool:
-    return isinstance(images, Image.Image) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim in (2, 3))
-
-
-def _to_pil(image: Any) -> Image.Image:
-    """Upright RGB, as :func:`trajdist.data.decode.decode` makes it of a file."""
-    if isinstance(image, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(image))
-    if isinstance(image, (str, Path)):
-        raise DataError(
-            f"a picture of type {type(image).__name__} ({str(image)!r}) is none: open it with PIL.Image.open."
-        )
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        image = image.float() if image.is_floating_point() else image  # NumPy has no bfloat16.
-        pixels = (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy()
-    else:
-        pixels = np.asarray(image)
-    if pixels.ndim not in (2, 3) or not pixels.size or (pixels.ndim == 3 and pixels.shape[2] > 4):
-        kind = "tensors [3, H, W]" if isinstance(image, torch.Tensor) else "arrays [H, W, 3]"
-        raise DataError(f"a picture of shape {list(np.shape(image))} is none: pictures are {kind} or [H, W].")
-    eight_bits = _to_eight_bits(pixels)
-    return to_rgb(Image.fromarray(eight_bits[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else eight_bits))
-
-
-def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Floats are in 0..1, 16-bit integers use their range; numbers that are neither are refused, not wrapped."""
-    if pixels.dtype.kind in "fb":
-        pixels = pixels.astype(np.float32)
-        low, high = pixels.min(), pixels.max()
-        # Resampling overshoots a little; what was normalised, or is in 0..255, or NaN, is something else.
-        if not (low >= -0.5 and high <= 1.5):
-            raise DataError(f"a picture of floats holds {low:.3g} to {high:.3g}: its values are to be from 0 to 1.")
-        return np.rint(pixels.clip(0, 1) * 255.0).astype(np.uint8)
-    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
-        return np.rint(pixels / 257.0).astype(np.uint8)
-    if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 255:
-        raise DataError(f"a picture of type {pixels.dtype} is to hold integers from 0 to 255, or be uint16 or float.")
-    return pixels.astype(np.uint8)
 
 
 def load(
@@ -277,7 +251,7 @@ def load(
     document = bundle.read(rundir.trajectory, bundle.TrajectoryDocument)
     adapters = [Path(adapter)] if isinstance(adapter, (str, Path)) else [Path(each) for each in adapter or ()]
     if not adapters and phase != 1:
-        adapters = _own_adapters(rundir)
+        adapters = own_adapters(rundir)
     if phase == 2 and not adapters:
         raise ArtifactError(f"{str(run_dir)!r} has no phase2/adapter: run Phase 2 first, or use --phase 1.")
     detectors = [_load_adapted(rundir, extractor, *named) for named in _names(adapters).items()]
@@ -286,7 +260,7 @@ def load(
     return scorer.to(_device(device))
 
 
-def _own_adapters(rundir: RunDir) -> list[Path]:
+def own_adapters(rundir: RunDir) -> list[Path]:
     """The run's own adapter, or none.
 
     Raises:
@@ -297,7 +271,8 @@ def _own_adapters(rundir: RunDir) -> list[Path]:
     if domains := rundir.domains():
         raise ArtifactError(
             f"{str(rundir.path)!r} has an adapter for each of its domains {', '.join(each.name for each in domains)}: "
-            f"name the run of one ({domains[0]!s}), or adapters ({domains[0] / 'phase2' / 'adapter'!s}), or phase 1."
+            f"name the run of one ({domains[0]!s}), or adapters ({domains[0] / 'phase2' / 'adapter'!s}), or phase 1 to "
+            "score without."
         )
     return []
 
@@ -334,6 +309,7 @@ def _load_adapted(rundir: RunDir, extractor: TrajectoryExtractor, name: str, ada
     model, base = _load_base(rundir, extractor)
     adapted = lora.load_adapter(model, adapter, base)
     detector = Detector(name, adapted, extractor.projection.valid_LD, extractor.resolution)
+    detector.adapted = True
     calibration = adapter.parent / "calibration.safetensors"
     own = adapter.resolve() == rundir.adapter.resolve()
     detector.load(_made(calibration, GO_ON if own else COPY), lora.adapter_fingerprint(adapted, base))

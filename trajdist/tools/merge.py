@@ -8,19 +8,19 @@ from pathlib import Path
 from trajdist.errors import ArtifactError, ConfigError, TrainingError
 from trajdist.saved import bundle, lora
 from trajdist.saved.rundir import RunDir
-from trajdist.scoring.scorer import Detector, Scorer, load
+from trajdist.scoring.scorer import Detector, Scorer, load, own_adapters
 from trajdist.tools.export import TRIALS, trial_images
 
 # In standard deviations of clean cell scores; leaves room only for the rounding of W + B A.
 TOLERANCE = 1e-3
 
 
-def merge(run_dir: str | Path, adapter: str | Path, out: Path) -> float:
+def merge(run_dir: str | Path, adapter: str | Path | None, out: Path) -> float:
     """Write the merged model to ``out/phase1``; it scores like the adapter and can be adapted like any Phase 1.
 
     Args:
         run_dir: the run whose Phase 1 the adapter was trained on.
-        adapter: the adapter's folder.
+        adapter: the adapter's folder; None for the run's own.
         out: a folder that does not exist yet; created atomically.
 
     Returns:
@@ -28,16 +28,21 @@ def merge(run_dir: str | Path, adapter: str | Path, out: Path) -> float:
 
     Raises:
         ConfigError: ``out`` exists.
-        ArtifactError: a file is missing, damaged or from another run, or ``out`` cannot be written.
+        ArtifactError: a file is missing, damaged or from another run; the run has an adapter for each of several
+            domains and none was named; or ``out`` cannot be written.
         TrainingError: the merged model gives different scores.
     """
     if out.exists():
         raise ConfigError(f"--out {str(out)!r} exists: name a folder that does not.")
-    scorer = load(run_dir, adapter, device="cpu")
+    source = RunDir(run_dir)
+    scorer = load(run_dir, adapter or own_adapters(source) or source.adapter, device="cpu")
+    if not source.config.is_file():
+        # Without one, ``inspect`` would not know the merged folder for a run.
+        raise ArtifactError(f"{str(source.config)!r} does not exist: copy it from where the run was trained.")
     target = RunDir(out.with_name(f".{out.name}.tmp"))
     shutil.rmtree(target.path, ignore_errors=True)
     try:
-        _write(scorer.detectors[0], RunDir(run_dir), target)
+        _write(scorer.detectors[0], source, target)
         difference = _difference(scorer, load(target.path, phase=1, device="cpu"))
         target.path.rename(out)
     except OSError as error:

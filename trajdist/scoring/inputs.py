@@ -1,0 +1,74 @@
+"""What the Python API takes for pictures: PIL images, arrays and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from trajdist.data.decode import to_rgb
+from trajdist.errors import DataError
+
+
+def several(images: Any) -> Iterable[Any]:
+    """One picture is a batch of one.
+
+    Raises:
+        DataError: neither a picture nor several.
+    """
+    if _is_one(images):
+        return [images]
+    try:
+        return iter(images)
+    except TypeError:
+        kind = type(images).__name__
+        raise DataError(f"images of type {kind} ({images!r:.40}) are none: give a picture or a list of them.") from None
+
+
+def _is_one(images: Any) -> bool:
+    """Whether it is one picture, or the name of one, which :func:`to_pil` refuses."""
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        return images.ndim in (2, 3)
+    return isinstance(images, (Image.Image, str, Path))
+
+
+def to_pil(image: Any) -> Image.Image:
+    """Upright RGB, as :func:`trajdist.data.decode.decode` makes it of a file."""
+    if isinstance(image, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(image))
+    if isinstance(image, (str, Path)):
+        raise DataError(
+            f"a picture of type {type(image).__name__} ({str(image)!r}) is none: open it with PIL.Image.open."
+        )
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = image.float() if image.is_floating_point() else image  # NumPy has no bfloat16.
+        pixels = (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy()
+    else:
+        pixels = np.asarray(image)
+    if pixels.ndim not in (2, 3) or not pixels.size or (pixels.ndim == 3 and pixels.shape[2] > 4):
+        kind = "tensors [3, H, W]" if isinstance(image, torch.Tensor) else "arrays [H, W, 3]"
+        raise DataError(f"a picture of shape {list(np.shape(image))} is none: pictures are {kind} or [H, W].")
+    eight_bits = _to_eight_bits(pixels)
+    return to_rgb(Image.fromarray(eight_bits[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else eight_bits))
+
+
+def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Floats are in 0..1, 16-bit integers use their range; numbers that are neither are refused, not wrapped."""
+    if pixels.dtype.kind in "fb":
+        pixels = pixels.astype(np.float32)
+        low, high = pixels.min(), pixels.max()
+        # Resampling overshoots a little; what was normalised, or is in 0..255, or NaN, is something else.
+        if not (low >= -0.5 and high <= 1.5):
+            raise DataError(f"a picture of floats holds {low:.3g} to {high:.3g}: its values are to be from 0 to 1.")
+        return np.rint(pixels.clip(0, 1) * 255.0).astype(np.uint8)
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
+        return np.rint(pixels / 257.0).astype(np.uint8)
+    if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 255:
+        raise DataError(f"a picture of type {pixels.dtype} is to hold integers from 0 to 255, or be uint16 or float.")
+    return pixels.astype(np.uint8)
