@@ -180,6 +180,7 @@ def test_the_current_folder_cannot_start_over(first, monkeypatch, capsys):
     assert "as this command runs in it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_take_a_phase1_over(first, tmp_path):
     """What the main process finds out, all of them do."""
     adapted = tmp_path / "adapted"

@@ -150,7 +150,7 @@ def test_the_images_are_named_as_far_as_the_set_is_there(tmp_path, lines):
 
 def test_one_image_is_named_alone(tmp_path, lines):
     shorten(lines)
-    number = int(selection(1).train(1, np.array([49]))[0])
+    number = int(selection(1).train(0, np.array([49]))[0])
     assert audit(write_run(tmp_path, lines)).problems[1].endswith(f"are in no line: image number {number}")
 
 

@@ -54,7 +54,7 @@ JOBS = {
 
 
 @pytest.mark.parametrize(
-    "name", [*list(JOBS)[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in list(JOBS)[2:])]
+    "name", [*list(JOBS)[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in list(JOBS)[1:])]
 )
 def test_the_plan_is_what_a_run_measures(name, images, tmp_path):
     phases, job = JOBS[name]
@@ -284,12 +284,10 @@ def test_mistakes_are_one_sentence(extra, code, says, images, capsys):
     assert not shown.out
 
 
-def test_some_places_of_both_phases(images, capsys):
-    """With places that are single pixels of the last map; what one rehearsal computed must not reach the next."""
-    overrides = ["model.spatial_resolution=2", "train.cell_fraction=0.25"]
-    for _ in range(2):
-        assert main(["plan", "debug", f"data.imagenet.path={images}", f"data.domain.path={images}", *overrides]) == 0
-        assert "Traceback" not in capsys.readouterr().err
+def test_some_places_of_both_phases(images):
+    """With places that are single pixels of the last map; what the first rehearsal computed must not reach the next."""
+    found = plan(images, "model.spatial_resolution=2", "train.cell_fraction=0.25", phases=(1, 2))
+    assert all(found[phase]["peak_memory_bytes"] > 0 for phase in ("phase1", "phase2"))
 
 
 @pytest.mark.parametrize("extra", [["--memory", "lots"], ["--processes", "0"], ["--images-per-second", "-1"]])

@@ -49,7 +49,7 @@ def test_the_cable_is_pulled(two_machines, tmp_path):
     assert {phase["num_processes"] for phase in read(reference, "summary.json").values()} == {2}
 
     machines = begin(two_machines, run_dir, "runtime.timeout_s=20")
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 200
     while not list((run_dir / "checkpoints").glob("step-*")):
         assert time.monotonic() < limit, end(machines, 0)
         time.sleep(0.05)
