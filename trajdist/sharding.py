@@ -294,13 +294,14 @@ class Selection:
         """
         if self.member_sizes is None:
             return self.holdout
-        return partial(_entries, np.sort(self.holdout(0, np.arange(count))))
+        return partial(picked, np.sort(self.holdout(0, np.arange(count))))
 
     def _split(self, ranks: Int64s) -> Int64s:
         return permute(ranks, self.total, key64(self.seed, self.phase, 0))
 
 
-def _entries(images: Int64s, epoch: int, positions: Int64s) -> Int64s:
+def picked(images: Int64s, epoch: int, positions: Int64s) -> Int64s:
+    """The order of a pass over ``images``, by ``functools.partial``: a lambda could not be sent to spawned workers."""
     return images[positions]
 
 

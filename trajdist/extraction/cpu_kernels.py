@@ -134,8 +134,8 @@ def residual_at(block: Any, x_BCHW: torch.Tensor, pixels_BK: torch.Tensor) -> to
 
 def _suits(block: Any, x: torch.Tensor) -> bool:
     """Whether :func:`residual_at` can compute this block of this input."""
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if torch.compiler.is_compiling() or not plain or not x.is_contiguous(memory_format=torch.channels_last):
+    # Counters are let in: they are to count what is really computed.
+    if not _is_plain_or_counted(x) or not x.is_contiguous(memory_format=torch.channels_last):
         return False
     if not _is_residual(block) or block.downsample is not None:
         return False
@@ -185,7 +185,11 @@ def _is_residual(module: nn.Module) -> bool:
 
 def is_plain(x: torch.Tensor) -> bool:
     """Whether this is float32 on a CPU, without gradient or autocast, and not traced (compiler, exporter, counter)."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    return not is_in_torch_dispatch_mode() and _is_plain_or_counted(x)
+
+
+def _is_plain_or_counted(x: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling():
         return False
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad
     return plain and not torch.is_autocast_enabled("cpu")

@@ -24,7 +24,7 @@ from trajdist.runtime.processes import Processes, start_accelerator
 from trajdist.runtime.progress import make_console
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring.scorer import Detector, Scorer, load
-from trajdist.sharding import Int64s, Plan
+from trajdist.sharding import Int64s, Plan, picked
 
 # How long the processes wait for one another.
 TIMEOUT_S = 1800.0
@@ -113,7 +113,7 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     def loader_of(plan: Plan, cursor: int, order: Int64s) -> Any:
         loader = build_loader(
             source,
-            partial(_picked, order),
+            partial(picked, order),
             plan,
             cursor=cursor,
             size=scorer.size,
@@ -129,12 +129,6 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     job = Scoring(run_dir, scorer, source, title, Path(out), options, processes, loader_of, console, rates, thresholds)
     _announce(job)
     return job
-
-
-def _picked(order: Int64s, epoch: int, positions: Int64s) -> Int64s:
-    """The images of a walk; a function of this module, so that workers that are not forked can have it too."""
-    picked: Int64s = order[positions]
-    return picked
 
 
 def _check_same_images(source: ImageSource, title: str, processes: Processes) -> None:

@@ -164,24 +164,35 @@ def adopt_phase1(session: Session) -> None:
         ConfigError: this config does not describe the model of that Phase 1.
     """
     rundir, chosen = session.rundir, session.config.phase1
-    folder = Path(chosen or rundir.path).expanduser()
-    folder = folder / "phase1" if (folder / "phase1").is_dir() else folder
-    if chosen is not None and rundir.model.exists():
-        _check_same_phase1(rundir, chosen, folder / rundir.model.name)
-    elif chosen is not None:
-        _check_no_phase1(rundir, chosen)
-        targets = rundir.trajectory, rundir.calibration(1), rundir.model
-        for target in targets:
-            if not (folder / target.name).is_file():
-                raise ArtifactError(f"phase1={chosen!r} has no {target.name}: name a run whose Phase 1 is done.")
-        # Check before copying anything: the user can then correct the config and run the command again.
-        _check_same_model(session.config, folder / rundir.trajectory.name, folder / rundir.model.name)
-        for target in targets:
-            write_bytes(target, (folder / target.name).read_bytes())
+    if chosen is not None:
+        folder = Path(chosen).expanduser()
+        folder = folder / "phase1" if (folder / "phase1").is_dir() else folder
+        if rundir.model.exists():
+            _check_same_phase1(rundir, chosen, folder / rundir.model.name)
+        else:
+            _check_no_phase1(rundir, chosen)
+            _copy_phase1(folder, rundir, session.config)
     if not rundir.model.exists() or not rundir.calibration(1).exists():
         what = "the Phase 1 is not finished" if rundir.model.exists() else "there is no Phase 1"
         raise ArtifactError(f"{what} in {str(rundir.path)!r}: train it first, or name an older run with phase1=DIR.")
     _check_same_model(session.config, rundir.trajectory, rundir.model)
+
+
+def _copy_phase1(folder: Path, rundir: RunDir, config: Config) -> None:
+    """Copy a finished Phase 1.
+
+    Raises:
+        ArtifactError: it is not finished.
+        ConfigError: ``config`` does not describe its model.
+    """
+    targets = rundir.trajectory, rundir.calibration(1), rundir.model
+    for target in targets:
+        if not (folder / target.name).is_file():
+            raise ArtifactError(f"phase1={config.phase1!r} has no {target.name}: name a run whose Phase 1 is done.")
+    # Check before copying anything: the user can then correct the config and run the command again.
+    _check_same_model(config, folder / rundir.trajectory.name, folder / rundir.model.name)
+    for target in targets:
+        write_bytes(target, (folder / target.name).read_bytes())
 
 
 def _check_same_phase1(rundir: RunDir, chosen: str, model: Path) -> None:
