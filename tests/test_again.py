@@ -13,6 +13,7 @@ from images import write_images
 from jobs import launch
 
 from trajdist.cli import main
+from trajdist.config_files import load_config
 from trajdist.errors import StopRequested
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Order, Selection
@@ -96,10 +97,29 @@ def test_phase1_does_not_start_over_below_a_phase2(first, capsys):
 
 @pytest.mark.parametrize("changed", ["data.imagenet.path=skimage:gravel", "data.domain.path=skimage:brick"])
 def test_a_finished_phase_refuses_other_images(changed, first, capsys):
-    before = made(first)
+    before = made(first), (first / "config.yaml").read_bytes()
     assert main(["run", "debug", PLAIN, f"run_dir={first}", changed]) == 3
     assert changed.split("=")[0] in capsys.readouterr().err
-    assert made(first) == before
+    assert (made(first), (first / "config.yaml").read_bytes()) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "changed", "code"),
+    [
+        ("adapt", ["data.domain.num_epochs=3", "data.domain.path=skimage:brick"], 3),
+        ("adapt", ["data.domain.num_epochs=3", "phase1={other}"], 4),
+        ("run", ["data.domain.num_epochs=3", "model.hidden_dim=8"], 2),
+    ],
+)
+def test_a_refused_command_leaves_the_config_that_the_run_has(command, changed, code, first, tmp_path, capsys):
+    other = shutil.copytree(first, tmp_path / "other")
+    (other / "phase1" / "model.safetensors").write_bytes(b"another one")
+    before = (first / "config.yaml").read_bytes()
+    wanted = [change.format(other=other) for change in changed]
+    assert main([command, "debug", PLAIN, f"run_dir={first}", *wanted]) == code
+    assert (first / "config.yaml").read_bytes() == before
+    assert main([command, "debug", PLAIN, f"run_dir={first}", "data.domain.num_epochs=3"]) == 0
+    assert load_config(str(first / "config.yaml"), []).data.domain.num_epochs == 3
 
 
 def test_a_domain_beside_several_is_trained(first, tmp_path):

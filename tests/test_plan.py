@@ -237,8 +237,8 @@ def test_largest_within(start, fixed, slope, jump, available):
     assert len(set(asked)) <= 60
 
 
-def test_the_last_group_of_a_batch_stands_for_all(images):
-    """Counting every group of a batch of thousands would take minutes."""
+def test_the_last_pass_of_a_batch_stands_for_all(images):
+    """Counting every pass of a batch of thousands would take minutes."""
     config = load_config(None, [*TINY, f"data.imagenet.path={images}"])
     found = []
     for rehearses in (False, True):
@@ -246,9 +246,9 @@ def test_the_last_group_of_a_batch_stands_for_all(images):
         modules.extractor.suit("cpu")
         rehearsal = Rehearsal(config, 1, modules, precision="no", micro_batches=1, shared_gradients=False)
         rehearsal.extractor.rehearses = rehearses
-        batch_size = 3 * len(range(*rehearsal.extractor.groups(10_000)[0].indices(10_000)))
+        batch_size = 3 * rehearsal.extractor.images_per_pass
         found.append(rehearsal.peaks(batch_size))
-        assert len(rehearsal.extractor.groups(batch_size)) == 3
+        assert len(rehearsal.extractor.passes(batch_size)) == 3
     assert found[0] == found[1]
 
 

@@ -22,6 +22,7 @@ from jobs import REPOSITORY, launch, start
 from PIL import Image
 from safetensors.numpy import load_file
 from scipy.stats import betabinom
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import trajdist
 import trajdist.scoring.report
@@ -644,6 +645,30 @@ def test_the_best_adapter_is_not_the_one_with_the_fewest_images(scores, p_values
         source=SimpleNamespace(name=str), thresholds=[1.0, 1.0], scorer=SimpleNamespace(detectors=detectors)
     )
     assert _row(job, 0, list(scores), list(p_values))["best_adapter"] == best
+
+
+def test_evaluate_measures_each_adapter(compared, debug_run, brick, tmp_path, capsys):
+    """Gravel is good; bricks are defects for the adapter to gravel alone."""
+    for kind, name in (("good", "gravel"), ("bricks", "brick")):
+        for picture in compared.glob(f"{name}-*.png"):
+            (tmp_path / "set" / "test" / kind).mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, tmp_path / "set" / "test" / kind)
+    out = tmp_path / "out"
+    adapters = [option for run in (debug_run, brick) for option in ("--adapter", str(run / "phase2" / "adapter"))]
+    command = ["evaluate", str(debug_run), str(tmp_path / "set"), "--out", str(out), "--overlays", "none", *adapters]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    rows, metrics = read_rows(out), json.loads((out / "metrics.json").read_text())
+    bad = [row["image"].startswith("test/bricks") for row in rows]
+    for name in ("run", "brick"):
+        scores, measured = [row["adapters"][name]["score"] for row in rows], metrics["adapters"][name]
+        assert measured["image_auroc"] == pytest.approx(roc_auc_score(bad, scores), abs=metrics["binning_error"] + 1e-9)
+        assert measured["image_ap"] == pytest.approx(average_precision_score(bad, scores), abs=0.02)
+        assert measured["num_best"] == sum(row["best_adapter"] == name for row in rows)
+        assert f"adapter {name}" in printed
+    first, second = metrics["adapters"].values()
+    assert first["image_auroc"] == metrics["image_auroc"] > 0.9
+    assert second["image_auroc"] < 0.5
 
 
 def test_adapters_of_runs_that_are_called_alike(debug_run, brick, images, tmp_path, fresh_accelerate):

@@ -314,15 +314,15 @@ def test_uneven_pooling_as_products(height, width):
 
 
 @pytest.mark.parametrize("subcells", [1, 2])
-@pytest.mark.parametrize("pooled_bytes", [2**10, 2**18, 2**30])
-def test_in_groups_and_passes_it_is_the_same(monkeypatch, subcells, pooled_bytes):
-    """Passes of one image that are projected one by one, a few together or all together; all places and some."""
+@pytest.mark.parametrize("images_per_pass", [1, 2, 5])
+def test_in_passes_it_is_the_same(monkeypatch, subcells, images_per_pass):
+    """All places and some of them."""
     backbone = build_backbone("resnet18", "none", [], 64, seed=0)
     projection = random_projection_for(backbone, 80, subcells)
     whole, cut = (TrajectoryExtractor(backbone, projection, 4, subcells) for _ in range(2))
-    monkeypatch.setattr(trajectory, "PASS_BYTES", backbone.largest_bytes)
-    monkeypatch.setattr(trajectory, "POOLED_BYTES", pooled_bytes)
+    monkeypatch.setattr(trajectory, "PASS_BYTES", images_per_pass * backbone.largest_bytes)
     cut.suit("cpu")
+    assert len(cut.passes(5)) == -(-5 // images_per_pass)
     images, places = torch.cat([IMAGES, IMAGES.flip(3)])[:5], torch.tensor([[0, 5, 15], [1, 2, 3]] * 3)[:5]
     torch.testing.assert_close(cut(images), whole(images), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(cut.at(images, places), whole.at(images, places), rtol=1e-4, atol=1e-5)

@@ -29,10 +29,9 @@ from trajdist.extraction.projection import BlockMoments, Projection
 # at other points and whitening amplifies single values, so root mean squares are compared, step by step: rounding gives
 # .03 to .2, a step that is zero 1.
 COMPILED_TOLERANCE, HALF_TOLERANCE = 0.03, 0.5
-# On CPUs a pass through the backbone takes as many images as keep its largest activation within PASS_BYTES: larger
-# passes are no faster, and they take more memory and fragment the heap. Pooled rows of several passes, up to
-# POOLED_BYTES, are projected together: between passes the projection matrices are evicted from the CPU caches.
-PASS_BYTES, POOLED_BYTES = 32 * 2**20, 48 * 2**20
+# On CPUs a pass through the backbone takes as many images as keep its largest activation within PASS_BYTES: in smaller
+# passes the threads wait for each other more often, larger ones only take more memory (docs/LOG.md).
+PASS_BYTES = 128 * 2**20
 # Most input shapes that are compiled; each takes seconds. A run has few, and any beyond these are rare and run eagerly.
 MOST_GRAPHS = 16
 UNLIMITED = 2**16
@@ -139,22 +138,20 @@ def _pixels_of_places(side: int, resolution: int, subcells: int) -> npt.NDArray[
 class TrajectoryExtractor:
     """Images -> trajectories through a frozen backbone. Only one block's activation is alive at a time.
 
-    A batch is split into groups, whose pooled activations are projected together, and a group into passes through
-    the backbone.
-
     Args:
         resolution: places per side of an image.
         subcells: sub-cells per side of a place.
 
     Attributes:
-        rehearses: of a batch, only the last group is computed, to count bytes; the other results are zeros.
+        images_per_pass: how many images go through the backbone at a time; None for the whole batch.
+        rehearses: of a batch, only the last pass is computed, to count bytes; the other results are zeros.
     """
 
     def __init__(self, backbone: Backbone, projection: Projection, resolution: int, subcells: int = 1) -> None:
         self.backbone, self.projection, self.resolution = backbone, projection, resolution
         self.subcells, self.steps = subcells, trajectory_steps(backbone.blocks, resolution, subcells)
         self.images_per_pass: int | None = None
-        self.gathers = self.compiled = self.rehearses = False
+        self.compiled = self.rehearses = False
         projection.lay_out()
         self._run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = self._trajectories
 
@@ -170,21 +167,20 @@ class TrajectoryExtractor:
 
         On CPUs an uncompiled backbone also switches to the kernels of :mod:`trajdist.extraction.cpu_kernels`.
         """
-        # An explicit images_per_pass asks for little memory, so pooled rows are not gathered over several passes.
-        self.gathers = images_per_pass is None and device_type == "cpu"
-        if self.gathers:
+        if images_per_pass is None and device_type == "cpu":
             images_per_pass = max(1, PASS_BYTES // self.backbone.largest_bytes)
         self.images_per_pass = images_per_pass
         # The compiler prepacks weights itself, and reads them from their original place.
         if device_type == "cpu" and not self.compiled:
             cpu_kernels.specialise(self.backbone.network)
 
-    def groups(self, num_images: int, places_BK: torch.Tensor | None = None) -> list[slice]:
-        """Split a batch of ``num_images``, with all places or ``places_BK``, into groups of about equal size."""
-        if not self.gathers or self.compiled:
-            return _cut(num_images, self.images_per_pass)
-        bytes_per_image = 4 * self._num_places(places_BK) * sum(self.projection.channels)
-        return _cut(num_images, max(self.images_per_pass or 1, POOLED_BYTES // bytes_per_image))
+    def passes(self, num_images: int) -> list[slice]:
+        """Split a batch of ``num_images`` into passes of about equal size; one pass for a symbolic batch size."""
+        if self.images_per_pass is None or torch.compiler.is_exporting():
+            return [slice(None)]
+        count = max(1, -(-num_images // self.images_per_pass))
+        ends = [number * num_images // count for number in range(count + 1)]
+        return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
     def compile(self) -> TrajectoryExtractor:
         """Compile backbone, pooling and projection into one graph (torch.compile) for each of the first input shapes.
@@ -232,21 +228,21 @@ class TrajectoryExtractor:
 
     def _extract(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
         # Not len(): while exporting it would fix the batch size, whereas shape[0] stays symbolic.
-        groups = self.groups(images_BCSS.shape[0], places_BK)
-        # Groups are alike: whoever counts bytes needs the last one, beside which the results of all others live.
-        skipped = groups[:-1] if self.rehearses else []
+        passes = self.passes(images_BCSS.shape[0])
+        # Passes are alike: whoever counts bytes needs the last one, beside which the results of all others live.
+        skipped = passes[:-1] if self.rehearses else []
         parts = [self._empty(images_BCSS[part], places_BK) for part in skipped]
-        for part in groups[len(skipped) :]:
+        for part in passes[len(skipped) :]:
             parts.append(self._run(images_BCSS[part], None if places_BK is None else places_BK[part]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _empty(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
         length, width = self.projection.valid_LD.shape
-        places = self._num_places(places_BK)
+        places = self.resolution**2 if places_BK is None else places_BK.shape[1]
         return torch.zeros(images_BCSS.shape[0], places, length, width, device=images_BCSS.device)
 
     def _trajectories(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
-        """Trajectories of one group, ``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
+        """Trajectories of one pass, ``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
         out_BPLD = self._empty(images_BCSS, places_BK)
 
         def project(step: int, pooled_BPC: torch.Tensor) -> None:
@@ -263,34 +259,11 @@ class TrajectoryExtractor:
         visit: Callable[[int, torch.Tensor], None],
         places_BK: torch.Tensor | None = None,
     ) -> None:
-        """Call ``visit(step, pooled)`` with float32 ``[B, P, C]``, or ``[B, K, C]`` of some places, for every step.
+        """Run all images through the backbone at once and pool each block's activation as it finishes.
 
-        If the group fits into one pass, this happens as each block finishes, otherwise after the last pass.
+        ``visit(step, pooled)`` gets float32 ``[B, P, C]``, or ``[B, K, C]`` of some places, for every step.
         """
         # Not inference_mode: inference tensors cannot take part in training.
-        passes = _cut(images_BCSS.shape[0], self.images_per_pass)
-        if len(passes) == 1:
-            self._pass(images_BCSS, places_BK, visit)
-            return
-        shape_BP = len(images_BCSS), self._num_places(places_BK)
-        pooled_LBPC = [images_BCSS.new_empty(*shape_BP, step.channels, dtype=torch.float32) for step in self.steps]
-        for part in passes:
-
-            def gather(step: int, pooled_BPC: torch.Tensor, part: slice = part) -> None:
-                pooled_LBPC[step][part] = pooled_BPC
-
-            self._pass(images_BCSS[part], None if places_BK is None else places_BK[part], gather)
-        with _full_precision(images_BCSS.device.type):
-            for step, pooled_BPC in enumerate(pooled_LBPC):
-                visit(step, pooled_BPC)
-
-    def _pass(
-        self,
-        images_BCSS: torch.Tensor,
-        places_BK: torch.Tensor | None,
-        visit: Callable[[int, torch.Tensor], None],
-    ) -> None:
-        """Run all images through the backbone at once, and pool every block's activation as it finishes."""
         device = images_BCSS.device.type
 
         def reduce_at_once(block: int, map_BCHW: torch.Tensor) -> None:
@@ -313,25 +286,13 @@ class TrajectoryExtractor:
             return pool_subcells(map_BCHW, self.resolution, step.subcells)
         return pool_places(map_BCHW, self.resolution, step.subcells, places_BK)
 
-    def _num_places(self, places_BK: torch.Tensor | None) -> int:
-        return self.resolution**2 if places_BK is None else places_BK.shape[1]
-
-
-def _cut(count: int, most: int | None) -> list[slice]:
-    """Slices of about equal size, of at most ``most`` images each; a single one for a symbolic batch size."""
-    if most is None or torch.compiler.is_exporting():
-        return [slice(None)]
-    parts = max(1, -(-count // most))
-    ends = [number * count // parts for number in range(parts + 1)]
-    return [slice(start, end) for start, end in itertools.pairwise(ends)]
-
 
 def update_moments(
     moments: list[BlockMoments], extractor: TrajectoryExtractor, images_BCSS: torch.Tensor, weights_B: torch.Tensor
 ) -> None:
     """Add uint8 images ``[B, 3, S, S]`` to the moments of every step; images of weight 0 do not count."""
-    groups = extractor.groups(len(images_BCSS))
-    for part in groups[-1:] if extractor.rehearses else groups:
+    passes = extractor.passes(len(images_BCSS))
+    for part in passes[-1:] if extractor.rehearses else passes:
         weights_N = weights_B[part].repeat_interleave(extractor.resolution**2)
 
         def visit(step: int, pooled_BPC: torch.Tensor, weights_N: torch.Tensor = weights_N) -> None:

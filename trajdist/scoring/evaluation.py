@@ -55,6 +55,9 @@ def _conclude(job: Scoring, dataset: LabelledFolder, pixels: dict[str, PixelScor
         "threshold": _finite(job.thresholds[0]),
         "requested_false_alarm_rate": job.rates[0],
     }
+    names = [detector.name for detector in job.scorer.detectors]
+    if len(names) > 1:
+        metrics["adapters"] = compare_adapters(names, job, dataset)
     write_json(job.out / "metrics.json", metrics)
     report(job, Labels(dataset, metrics, images, pixels))
     return metrics
@@ -71,6 +74,20 @@ def count_images(job: Scoring, dataset: LabelledFolder) -> tuple[dict[str, Score
         images[dataset.kind(position)].update(torch.tensor(row["score"]))
         alarms[dataset.kind(position)] += row["is_anomalous"]
     return images, alarms, unreadable
+
+
+def compare_adapters(names: list[str], job: Scoring, dataset: LabelledFolder) -> dict[str, dict[str, Any]]:
+    """Image metrics of each adapter, and for how many images it is the best-fitting one, from scores.jsonl."""
+    good, defects = ({name: ScoreHistogram() for name in names} for _ in range(2))
+    num_best = dict.fromkeys(names, 0)
+    for position, row in enumerate(read_rows(job.out)):
+        if row["score"] is None:
+            continue
+        histograms = good if dataset.kind(position) == GOOD else defects
+        for name, found in row["adapters"].items():
+            histograms[name].update(torch.tensor(found["score"]))
+        num_best[row["best_adapter"]] += 1
+    return {name: _measure_images(curve(defects[name], good[name])) | {"num_best": num_best[name]} for name in names}
 
 
 def measure(
@@ -103,13 +120,19 @@ def measure(
     }
 
 
-def _measure_kind(images: Curve, pixels: PixelScores) -> dict[str, Any]:
-    pixel_curve, image_f1 = pixels.curve(), images.best_f1()
-    pixel_f1 = pixel_curve.best_f1()
+def _measure_images(images: Curve) -> dict[str, Any]:
+    best_f1 = images.best_f1()
     return {
         "image_auroc": images.area(),
         "image_ap": images.average_precision(),
-        "image_f1_max": image_f1 and image_f1[0],
+        "image_f1_max": best_f1 and best_f1[0],
+    }
+
+
+def _measure_kind(images: Curve, pixels: PixelScores) -> dict[str, Any]:
+    pixel_curve = pixels.curve()
+    pixel_f1 = pixel_curve.best_f1()
+    return _measure_images(images) | {
         "pixel_auroc": pixel_curve.area(),
         "pixel_ap": pixel_curve.average_precision(),
         "pixel_f1_max": pixel_f1 and pixel_f1[0],
@@ -119,7 +142,7 @@ def _measure_kind(images: Curve, pixels: PixelScores) -> dict[str, Any]:
 
 
 def metrics_table(metrics: dict[str, Any]) -> Table:
-    """Overall and per kind of defect."""
+    """Overall, per kind of defect and, if several were compared, per adapter."""
     table = Table(title="metrics", title_justify="left")
     keys = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
     for column in ("", "images", *(key.replace("_", " ") for key in keys)):
@@ -127,6 +150,11 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     for name, values in {"all": metrics, **metrics.get("defects", {})}.items():
         cells = ("-" if values.get(key) is None else f"{values[key]:.3f}" for key in keys)
         table.add_row(name, str(values.get("num_images", "")), *cells)
+    for number, (name, values) in enumerate(metrics.get("adapters", {}).items()):
+        if not number:
+            table.add_section()
+        cells = ("-" if values.get(key) is None else f"{values[key]:.3f}" for key in keys)
+        table.add_row(f"adapter {name}", f"best for {values['num_best']}", *cells)
     if metrics and metrics["pixel_auroc"] is None:
         table.caption = (
             "no mask (ground_truth/<defect>/<name>_mask.png) marks a pixel: there is nothing to measure pixels by"

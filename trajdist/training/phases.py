@@ -80,6 +80,7 @@ def _run_phases(session: Session, at: Position, phases: Sequence[int]) -> None:
             PHASES[phase](session, at)
             # Accelerate keeps all that it prepared: Phase 2 would carry Phase 1's weights and optimizer.
             session.accelerator.free_memory()
+        session.accept()
 
 
 def _record_end(session: Session, at: Position, error: BaseException | None) -> None:

@@ -90,6 +90,14 @@ class Session:
             with suppress(ArtifactError) if status == "failed" else nullcontext():
                 self.rundir.write_status(status, at.phase, at.step, why)
 
+    def accept(self) -> None:
+        """Replace the config that the run began with by this command's, once nothing is left that could refuse it.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        self.processes.main_does(lambda: self.rundir.write_config(dump_yaml(self.config)))
+
     def of_domain(self, name: str) -> Session:
         """The session of one of several domains: with its own config and images, in its own run directory.
 
@@ -292,9 +300,9 @@ def _take(rundir: RunDir, config: Config, world: int) -> None:
     rundir.lock()
     rundir.sweep()
     _check_same_config(rundir, config)
-    rundir.write_config(dump_yaml(config))
     rundir.stop_file.unlink(missing_ok=True)
     if not rundir.has_begun():
+        rundir.write_config(dump_yaml(config))
         # From a start that came to nothing: with what it found, nothing was made.
         rundir.forget("num_processes", *SETS.values())
     rundir.remember("num_processes", world)

@@ -116,6 +116,7 @@ def train(extractor: TrajectoryExtractor, trainings: Sequence[Training]) -> list
     for training in trainings:
         with training.session.naming():
             prepared.append(_make_ready(training, extractor, clock, sharing=len(trainings)))
+            training.session.accept()
     feed = Feed(
         [start.stream for start in prepared], extractor, session.processes.device, session.accelerator.autocast, clock
     )
