@@ -149,9 +149,13 @@ def stop(*_: object) -> None:
     raise StopRequested("test")
 
 
-def test_a_start_that_came_to_nothing_fixes_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("subset", [[], ["data.imagenet.num_samples=20"]])
+def test_a_start_that_came_to_nothing_fixes_nothing(subset, tmp_path, monkeypatch):
     """Neither the number of processes, by which the images of a step are counted, nor the choice of images."""
-    command = ["train", "debug", PLAIN, f"run_dir={tmp_path / 'run'}"]
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "images" / name, 20, side=64)
+    path = f"data.imagenet.path={tmp_path / 'images'}"
+    command = ["train", "debug", PLAIN, f"run_dir={tmp_path / 'run'}", path, *subset]
     with monkeypatch.context() as patched:
         patched.setattr(passes, "measure", stop)
         assert main(command) == StopRequested.exit_code
@@ -159,6 +163,23 @@ def test_a_start_that_came_to_nothing_fixes_nothing(tmp_path, monkeypatch):
     assert main([*command, "data.imagenet.num_samples=16"]) == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["num_processes"] == 1
     assert not audit(tmp_path / "run").problems
+
+
+def test_bad_domain_images_may_be_taken_away_before_phase2_has_made_anything(first, tmp_path, capsys):
+    images = write_images(tmp_path / "images", 40, side=64)
+    for number in range(4):
+        (images / f"{number:04d}.png").write_bytes(b"spoilt")
+    run_dir = tmp_path / "run"
+    command = ["adapt", "debug", PLAIN, f"phase1={first}", f"run_dir={run_dir}", f"data.domain.path={images}"]
+    command += ["domain_adaptation.objective=contrast", "data.domain.num_epochs=1", "data.domain.num_samples=-1"]
+    assert main(command) == 3
+    assert "could not be used" in capsys.readouterr().err
+    for line in (run_dir / "bad_images.jsonl").read_text().splitlines():
+        (images / json.loads(line)["image"]).unlink()
+    assert main(command) == 0
+    (images / "0010.png").unlink()
+    assert main([*command, "data.domain.num_epochs=2"]) == 3
+    assert f"restore them, or adapt anew with phase1={str(run_dir)!r} in another run_dir" in capsys.readouterr().err
 
 
 def test_what_contrast_measured_before_phase1_went_on_is_measured_anew(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from images import noise, write_images
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from trajdist.cli import main
 from trajdist.data.decode import decode, to_square
@@ -103,6 +104,48 @@ def test_exif_rotation(orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     assert np.array_equal(pixels(encode(turned, "PNG", exif=exif)), np.asarray(upright))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0, 0.5, 1.0, np.nan], [0, 128, 255, 0]),
+        ([0.0, 0.5, 1.0, np.inf], [0, 128, 255, 0]),
+        ([-0.16, 0.5, 1.0, 1.16], [0, 128, 255, 255]),
+        ([0.0, 17.0, 255.0, 300.0], [0, 17, 255, 255]),
+    ],
+)
+def test_floats_that_overshoot_or_are_no_numbers(values, expected):
+    raw = encode(Image.fromarray(np.array([values], np.float32)), "TIFF")
+    assert pixels(raw)[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("exif", "kind"),
+    [(b"Exif\0\0" + b"\0" * 40, "JPEG"), (b"Exif\0\0II*\0\xff\xff\xff\xff", "JPEG"), (b"garbage", "PNG")],
+)
+def test_damaged_metadata_make_no_bad_picture(exif, kind):
+    image = noise(0, 40)
+    assert pixels(encode(image, kind, exif=exif, dpi=(72, 72))).shape == (40, 40, 3)
+
+
+def test_an_image_is_turned_whose_other_metadata_cannot_be_kept():
+    """Its resolution unit is text, which Pillow reads but does not write."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.XResolution] = 72.0
+    raw = encode(noise(0, 40).crop((0, 0, 40, 20)), "JPEG", exif=exif)
+    at = raw.index(b"\x1a\x01\x05\x00") if b"\x1a\x01\x05\x00" in raw else raw.index(b"\x01\x1a\x00\x05")
+    spoilt = raw[: at + 2] + raw[at + 2 : at + 4].replace(b"\x05", b"\x02") + raw[at + 4 :]
+    assert decode(raw).size == decode(spoilt).size == (20, 40)
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n"])
+def test_no_picture_runs_a_program(content, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was run"))
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was run"))
+    with pytest.raises(UnidentifiedImageError):
+        decode(content)
 
 
 def test_large_jpegs_are_decoded_small_to_nearly_the_same():
@@ -231,6 +274,17 @@ def test_folder_listing(tmp_path):
 def test_names_that_are_no_unicode(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(encode(noise(0), "PNG"))
     assert ImageFolder(tmp_path, "key").load(0, None).size == (48, 48)
+
+
+def test_one_file_that_is_no_picture_is_none(tmp_path):
+    (tmp_path / "notes.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match="holds no images"):
+        open_source(str(tmp_path / "notes.zip"), "key")
+
+
+def test_the_home_of_an_unknown_user(tmp_path):
+    with pytest.raises(DataError, match="'~nosuchuser/images' does not exist"):
+        open_source("~nosuchuser/images", "key")
 
 
 def test_one_image_is_a_source(tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from images import write_images
+from images import noise, write_images
+from tars import encoded
 from test_shards import run
 
 from trajdist.data.hub import HubDataset
@@ -30,6 +31,28 @@ def test_a_folder(images):
     assert source.name(9) == "00000009-0001.png"
     assert source.classes().tolist() == folder.classes().tolist()
     assert source.load(0, None).size == (48, 48)
+
+
+@pytest.mark.parametrize("names", [["bus/0", "bus/test-1", "train/0"], ["IMG_0", "train_station_2", "val/x"]])
+def test_names_that_are_those_of_splits(names, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for number, name in enumerate(names):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(number).save(tmp_path / "images" / f"{name}.png")
+    source = open_source(f"hf:imagefolder:{tmp_path / 'images'}", "key")
+    assert len(source) == 3
+    assert len({source.read(index) for index in range(3)}) == 3
+
+
+def test_a_row_without_an_image_is_a_bad_image(tmp_path):
+    rows = [{"bytes": encoded(0), "path": "a.png"}, None]
+    data = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
+    data.save_to_disk(str(tmp_path / "data"))
+    source = open_source(f"hf:{tmp_path / 'data'}", "key")
+    assert [source.name(index) for index in range(2)] == ["00000000-a.png", "00000001"]
+    assert source.read(0) == encoded(0)
+    with pytest.raises(OSError, match="holds no image"):
+        source.read(1)
 
 
 def test_saved_to_disk_with_and_without_splits(images, tmp_path):

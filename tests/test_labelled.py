@@ -93,11 +93,14 @@ def test_a_mask_may_be_smaller_or_larger_than_its_image(root):
         assert folder.mask(0, 64, "crop").any()
 
 
-def test_an_image_on_its_side_has_an_upright_mask(root):
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize(("orientation", "turned"), [(6, True), (8, True), (3, False), (9, False)])
+def test_an_image_on_its_side_has_an_upright_mask(root, ending, orientation, turned):
     pixels, _ = picture(60, 80)
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    save(root / "test/hole/7.jpg", np.rot90(pixels), exif=exif)
+    exif[ExifTags.Base.Orientation] = orientation
+    (root / "test/hole/7.jpg").unlink()
+    save(root / f"test/hole/7.{ending}", np.ascontiguousarray(np.rot90(pixels)) if turned else pixels, exif=exif)
     assert LabelledFolder(root, "DATASET").load(3, None).size == (80, 60)
     assert LabelledFolder(root, "DATASET").mask(3, 64, "squash").any()
 

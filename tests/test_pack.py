@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import tarfile
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from images import noise, write_images
 from jobs import launch, start
 from PIL import Image
+from tars import encoded, write_tar
 from test_shards import run
 
 from trajdist.cli import main
@@ -59,6 +61,18 @@ def test_files_as_they_are_with_class_and_key(images, tmp_path, capsys):
     told = " ".join(capsys.readouterr().out.split())
     assert "18 images of" in told
     assert "times as many" in told
+
+
+@pytest.mark.parametrize("labels", [[417, 3, 988, 3], [7, 7, 7, 7]])
+def test_labels_of_shards_stay_as_they_are(labels, tmp_path):
+    members = {}
+    for number, label in enumerate(labels):
+        members |= {f"{number}.png": encoded(number), f"{number}.cls": str(label).encode()}
+    write_tar(tmp_path / "tars" / "a.tar", members)
+    assert packed(tmp_path / "tars", tmp_path / "out") == 0
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
+        classes = [tar.extractfile(member).read() for member in tar if member.name.endswith(".cls")]
+    assert classes == [str(label).encode() for label in labels]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # It leaves its file open.
@@ -136,6 +150,25 @@ def test_any_number_of_workers_and_any_interruption_gives_the_same_shards(images
     assert packed(images, tmp_path / "two", *options) == 0
     assert digests(tmp_path / "whole") == digests(tmp_path / "two") == digests(tmp_path / "twice")
     assert not list((tmp_path / "twice").glob(".*"))
+
+
+def test_a_kill_between_the_list_of_bad_images_and_its_note_lists_none_twice(images, tmp_path, monkeypatch):
+    for name in ("cat", "dog"):
+        (images / name / "0004.png").write_bytes(b"spoilt")
+    options = ("--shard-size", "20KiB", "--short-side", "16")
+    with monkeypatch.context() as patched:
+        note = packing.Packing._note
+
+        def killed_before_the_first_shard_is_noted(self) -> None:
+            if self.shards:
+                raise OSError(28, os.strerror(28))
+            note(self)
+
+        patched.setattr(packing.Packing, "_note", killed_before_the_first_shard_is_noted)
+        assert packed(images, tmp_path / "out", *options) == 4
+    assert packed(images, tmp_path / "out", *options) == 0
+    lines = [json.loads(line)["image"] for line in (tmp_path / "out" / "bad_images.jsonl").read_text().splitlines()]
+    assert lines == ["cat/0004.png", "dog/0004.png"]
 
 
 def test_a_killed_command_goes_on(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import itertools
+import os
 import re
 import threading
 import time
@@ -329,10 +330,13 @@ def test_a_download_that_was_killed_makes_way(store, tmp_path):
     shard = upload(tmp_path / "tars", "killed") + "a.tar"
     version = storage.version(shard)
     cache = ShardCache(tmp_path / "cache", 1.5 * version.size / 2**30)
-    dead = tmp_path / "cache" / f"{'0a' * 12}.part"
-    dead.write_bytes(b"x" * version.size)
-    assert cache.path_of(shard, version, 0).stat().st_size == version.size
-    assert not dead.exists()
+    other = tmp_path / "cache" / f"{'0a' * 12}.part"
+    same = cache._copy_of(shard, version).with_suffix(".part")
+    for dead in (other, same):
+        dead.write_bytes(b"x" * version.size)
+        assert cache.path_of(shard, version, 0).read_bytes() == (tmp_path / "tars" / "a.tar").read_bytes()
+        assert not dead.exists()
+        cache._copy_of(shard, version).unlink()
 
 
 def test_a_cache_that_cannot_hold_the_window_is_refused(store, tmp_path, capsys):
@@ -347,10 +351,29 @@ def test_a_cache_that_cannot_hold_the_window_is_refused(store, tmp_path, capsys)
 
 def test_a_full_disk_makes_the_cache_slow_not_wrong(store, tmp_path, monkeypatch):
     write_tar(tmp_path / "tars" / "a.tar", {"0.png": encoded(0)})
+    """And the room is asked for before anything is fetched."""
     url = upload(tmp_path / "tars", "full")
     source = open_source(url, "key", Access(cache_dir=str(tmp_path / "cache")))
-    monkeypatch.setattr(ShardCache, "_reserve", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    fetched = []
+    read = storage.read
+    monkeypatch.setattr(storage, "read", lambda name, at, length: fetched.append(length) or read(name, at, length))
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     assert source.read(0) == encoded(0)
+    assert fetched == [512 + len(encoded(0))]
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_a_few_images_of_each_shard_fetch_no_whole_ones(store, tmp_path):
+    for name in "ab":
+        write_tar(tmp_path / "tars" / f"{name}.tar", {f"{number}.png": encoded(number) for number in range(3)})
+    source = open_source(upload(tmp_path / "tars", "few"), "key", Access(cache_dir=str(tmp_path / "cache")))
+    assert source.read(0) == encoded(0)
+    assert len(cache_files(tmp_path / "cache")) == 1
+    few = source.scattered()
+    assert [few.read(index) for index in (1, 3, 5)] == [encoded(1), encoded(0), encoded(2)]
+    assert len(cache_files(tmp_path / "cache")) == 1
+    assert source.read(3) == encoded(0)
+    assert len(cache_files(tmp_path / "cache")) == 2
 
 
 @pytest.mark.slow

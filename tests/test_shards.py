@@ -249,6 +249,18 @@ def test_a_shard_that_shrank_or_moved_since_it_was_indexed(tmp_path):
     assert all("has changed since it was indexed" in reason or "too soon" in reason for _, reason in batch.failures)
 
 
+def test_members_of_one_size_that_changed_places_are_not_mixed_up(tmp_path):
+    """Neither where a job is running nor with an index that was uploaded with the shard before."""
+    members = {f"{number:04d}.bmp": encoded(number, "BMP") for number in (12, 21)}
+    path = write_tar(tmp_path / "tars" / "a.tar", members)
+    source = shards(tmp_path / "tars")
+    assert source.read(0) == encoded(12, "BMP")
+    write_tar(path, reversed(members.items()))
+    with pytest.raises(OSError, match="has changed since it was indexed"):
+        source.read(0)
+    assert shards(tmp_path / "tars").read(0) == encoded(21, "BMP")
+
+
 def test_an_index_goes_to_the_cache_where_the_shard_may_not_be_touched(tmp_path, monkeypatch):
     from trajdist.data import shard_index
     from trajdist.errors import ArtifactError
@@ -316,6 +328,22 @@ def test_order_by_shards():
     assert np.array_equal(plain.holdout(0, np.arange(40)), held_out)
     for window in (0, 8, 9):
         assert Selection.draw(400, -1, 0.1, 3, 1, Order([50] * 8, window)) == plain, "as a folder"
+
+
+def test_a_sample_comes_from_all_shards():
+    """The first images of an epoch come from few."""
+    selection = Selection.draw(2000, -1, 0.1, 3, 1, Order([50] * 40, window=2))
+    trained = set(selection.train(0, np.arange(selection.num_train)).tolist())
+    sample = selection.sample(400)(0, np.arange(400))
+    assert len(set(sample.tolist())) == 400
+    assert trained.issuperset(sample.tolist())
+    assert sample.tolist() == sorted(sample.tolist()), "each shard is visited once"
+    assert len(np.unique(sample // 50)) == 40
+    assert len(np.unique(selection.train(0, np.arange(400)) // 50)) < 20
+    everything = selection.sample(selection.num_train)(0, np.arange(selection.num_train))
+    assert set(everything.tolist()) == trained
+    plain = Selection.draw(2000, -1, 0.1, 3, 1)
+    assert np.array_equal(plain.sample(400)(0, np.arange(400)), plain.train(0, np.arange(400)))
 
 
 def test_the_order_by_shards_never_changes():

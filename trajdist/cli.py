@@ -204,15 +204,15 @@ def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource]
 
 def _labelled(config: Config) -> dict[str, ImageSource]:
     """The labelled images of validation.path, where there is one."""
-    from pathlib import Path
 
     from trajdist.data.labelled import LabelledFolder
     from trajdist.errors import DataError
+    from trajdist.files import user_path
 
     path = config.validation.path
     if path is None:
         return {}
-    labelled = LabelledFolder(Path(path).expanduser(), "validation.path", config.data.read_retries)
+    labelled = LabelledFolder(user_path(path), "validation.path", config.data.read_retries)
     if len(labelled.kinds) == 1:
         raise DataError(f"validation.path={path!r} has good images alone: add some with defects, or leave it out.")
     return {"validation": labelled}
@@ -265,11 +265,11 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
 
     from trajdist.data.labelled import LabelledFolder
+    from trajdist.files import user_path
 
-    dataset = LabelledFolder(Path(arguments.images).expanduser(), "DATASET", read_retries=3)
+    dataset = LabelledFolder(user_path(arguments.images), "DATASET", read_retries=3)
     from trajdist.scoring.evaluation import evaluate, metrics_table
     from trajdist.scoring.job import open_scoring
     from trajdist.scoring.score import tell_unreadable
@@ -324,13 +324,13 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
 
     from trajdist.data.base import EncodedSource
     from trajdist.data.loader import processors
     from trajdist.data.sources import open_source
     from trajdist.data.storage import Access
     from trajdist.errors import DataError
+    from trajdist.files import user_path
     from trajdist.runtime.progress import make_console
     from trajdist.tools.pack import pack
     from trajdist.tools.preparation import Options
@@ -340,7 +340,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         raise DataError(f"SOURCE={arguments.source!r} has no image files to pack: name a folder of images.")
     options = Options(arguments.shard_size, arguments.short_side, arguments.quality)
     workers = arguments.workers or processors()
-    pack(source, arguments.source, Path(arguments.out).expanduser(), options, workers, make_console(True))
+    pack(source, arguments.source, user_path(arguments.out), options, workers, make_console(True))
     return 0
 
 

@@ -18,6 +18,11 @@ from trajdist.errors import ArtifactError
 LARGEST_JSON = 2**26
 
 
+def user_path(path: str | Path) -> Path:
+    """A path as the user wrote it, with ``~`` and ``~name`` replaced by home folders; of unknown users it stays."""
+    return Path(os.path.expanduser(path))
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: whatever happens, it is either complete or as it was before.
 

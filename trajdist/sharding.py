@@ -283,6 +283,18 @@ class Selection:
             return self.members[permute(positions, self.num_train, key)]
         return self.members[permute_windows(positions, self.member_sizes, self.window, key)]
 
+    def sample(self, count: int) -> Callable[[int, Int64s], Int64s]:
+        """The order of a pass over a random ``count`` of the images trained on, as a function like :meth:`train`.
+
+        If the order goes by shards they are drawn from all shards (the first epoch begins with a few of them), and
+        sorted, so that no shard is visited twice.
+        """
+        if self.member_sizes is None or count >= self.num_train:
+            return self.train
+        assert self.members is not None
+        drawn = permute(np.arange(count), self.num_train, key64(self.seed, self.phase, 4))
+        return partial(picked, self.members[np.sort(drawn)])
+
     def holdout(self, epoch: int, positions: Int64s) -> Int64s:
         """Indices of the held-out images at ``positions``, the same in every epoch."""
         return self._split(self.total - 1 - np.asarray(positions, np.int64))

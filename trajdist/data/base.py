@@ -49,6 +49,10 @@ class ImageSource(ABC):
         """Images per shard, in order; a single shard if random access is as cheap as sequential access."""
         return [len(self)]
 
+    def scattered(self) -> ImageSource:
+        """The same images, for a pass that reads a few from everywhere: no whole shard is fetched for them."""
+        return self
+
     def version(self, index: int) -> int:
         """A positive int64 that changes with the contents of image ``index``, as far as file size and time reveal it.
 
@@ -75,6 +79,10 @@ class EncodedSource(ImageSource):
     def path(self, index: int) -> str:
         """The file's path within its folder or shard, including the class folder if there is one."""
         return self.name(index)
+
+    def label(self, index: int) -> str | None:
+        """The label that the image came with, as text; None if it has none, or only that of its folder."""
+        return None
 
     def load(self, index: int, size: int | None) -> Image.Image:
         return decode(self.read(index), size)

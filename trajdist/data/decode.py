@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import threading
 import warnings
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +18,12 @@ from PIL import Image, ImageOps
 from trajdist.errors import one_line
 
 Fit = Literal["squash", "crop"]
+# Pillow knows many more, and for some it runs other programs (Ghostscript for EPS, whatever a file is called).
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
+# The largest value of an image of floats in 0..1.
+OVERSHOOT = 1.5
 # Bump whenever decoding or resizing produces different pixels: it invalidates trajectory caches.
-TRANSFORM = 2
+TRANSFORM = 3
 # Warning filters are process-global, hence the lock. It is held briefly: opening reads only the header.
 _OPENING = threading.Lock()
 
@@ -38,13 +43,33 @@ def decode(raw: bytes, size: int | None = None) -> Image.Image:
         raise OSError("the file is empty")
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image: Image.Image = Image.open(io.BytesIO(raw))
+        image = open_image(raw)
     if size is not None:
         # Twice the target size leaves enough detail for the antialiasing filter.
         image.draft("RGB", (2 * size, 2 * size))
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)  # Otherwise it copies images that are already upright.
-    return to_rgb(image)
+    return to_rgb(upright(image))
+
+
+def open_image(raw: bytes) -> Image.Image:
+    """Read the header of an image in one of :data:`FORMATS`.
+
+    Raises:
+        Exception: whatever Pillow raises.
+    """
+    return Image.open(io.BytesIO(raw), formats=FORMATS)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says; it may be changed in place.
+
+    Damaged metadata make no bad picture: one whose orientation cannot be read stays as it is. Where only the other
+    metadata cannot be written anew, it has been turned by then.
+    """
+    image.load()
+    with suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)  # Otherwise it copies images that are already upright.
+    return image
 
 
 def reason(error: Exception) -> str:
@@ -69,11 +94,12 @@ def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Scale grey levels of more than 8 bits to 0..255.
 
     16-bit types, and wider integers with values above 255, are scaled from 0..65535; floats from 0..1 if they lie in
-    that range. All else is taken as 0..255 already.
+    that range or overshoot it a little, as resampling does; what is not finite is black. All else is taken as 0..255
+    already.
     """
-    values = pixels.astype(np.float64)
+    values = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     if pixels.dtype.kind == "f":
-        values *= 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
+        values *= 255.0 if values.max(initial=0.0) <= OVERSHOOT else 1.0
     elif pixels.dtype.itemsize == 2 or values.max(initial=0.0) > 255:
         values /= 257.0
     return np.rint(values.clip(0, 255)).astype(np.uint8)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from trajdist.data.base import EncodedSource
 from trajdist.errors import DataError, one_line
+from trajdist.files import user_path
 
 LOADERS = ("imagefolder", "webdataset", "parquet", "arrow")
 
@@ -58,11 +60,13 @@ class HubDataset(EncodedSource):
 
     def name(self, index: int) -> str:
         """The zero-padded index, followed by the original file name if the dataset has it."""
-        path = self._data[index][self._column]["path"]
+        path = (self._data[index][self._column] or {}).get("path")  # A row may hold no image.
         return f"{index:08d}" + (f"-{Path(path).name}" if path else "")
 
     def read(self, index: int) -> bytes:
-        image: dict[str, Any] = self._data[index][self._column]
+        image: dict[str, Any] | None = self._data[index][self._column]
+        if image is None:
+            raise OSError("the row holds no image")
         content: bytes = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
         return content
 
@@ -80,11 +84,12 @@ def _load(name: str) -> Any:
 
     loader, _, rest = name.partition(":")
     if loader in LOADERS:
-        folder = str(Path(rest).expanduser())
+        folder = str(user_path(rest))
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder!r} is no folder")
-        return datasets.load_dataset(loader, data_dir=folder, split="train")
-    if Path(loader).expanduser().is_dir():
-        saved = datasets.load_from_disk(str(Path(loader).expanduser()))
+        # Of all files: with data_dir, the library looks for the names of splits, such as "train", in those of files.
+        return datasets.load_dataset(loader, data_files={"train": f"{glob.escape(folder)}/**"}, split="train")
+    if user_path(loader).is_dir():
+        saved = datasets.load_from_disk(str(user_path(loader)))
         return saved[rest] if rest else saved
     return datasets.load_dataset(loader, split=rest or None)

@@ -7,23 +7,24 @@ non-zero pixels are defective. Without a folder ``ground_truth`` only whole imag
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from trajdist.data.base import EncodedSource
-from trajdist.data.decode import Fit, reason, to_square
+from trajdist.data.decode import Fit, open_image, reason, to_square, upright
 from trajdist.data.sources import ImageFolder
 from trajdist.data.storage import read_bytes
 from trajdist.errors import DataError
 
 GOOD = "good"
+# Orientations of EXIF that exchange width and height.
+LYING = {5, 6, 7, 8}
 LAYOUT = "test/good/*, test/<defect>/* and, if pixels are labelled, ground_truth/<defect>/<name>_mask.png"
 
 
@@ -147,16 +148,20 @@ def _files_in(folder: Path) -> frozenset[str]:
 
 def _upright_size(raw: bytes) -> tuple[int, int]:
     """Width and height of what :func:`trajdist.data.decode.decode` would return, from the header alone."""
-    with Image.open(io.BytesIO(raw)) as image:
+    with open_image(raw) as image:
+        if image.format == "TIFF":
+            image.load()  # Pillow turns TIFFs upright itself, the size before the pixels and the tag.
         width, height = image.size
-        lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        lies_on_its_side = False
+        with suppress(Exception):  # Damaged metadata; see decode.
+            lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in LYING
     return (height, width) if lies_on_its_side else (width, height)
 
 
 def _read_mask(raw: bytes) -> Image.Image:
     """An 8-bit grey image, 255 where any channel is non-zero; alpha is ignored."""
-    with Image.open(io.BytesIO(raw)) as image:
-        mask = ImageOps.exif_transpose(image)
+    with open_image(raw) as image:
+        mask = upright(image)
     # Leave high-bit-depth greys alone: converting them to 8 bits would round small values to 0.
     if mask.mode not in ("1", "L", "I", "F") and not mask.mode.startswith("I;16"):
         mask = mask.convert("RGB")

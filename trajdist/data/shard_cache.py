@@ -55,8 +55,7 @@ class ShardCache:
             OSError: the disk is full, or the folder has disappeared.
             Exception: whatever the store raises.
         """
-        digest = hashlib.sha256(f"{url}\n{version.size}\n{version.tag}".encode()).hexdigest()
-        copy = self._folder / f"{digest[:24]}{SHARD}"
+        copy = self._copy_of(url, version)
         if not copy.exists():
             with self._locked(copy.stem):
                 if not copy.exists():
@@ -65,13 +64,25 @@ class ShardCache:
             os.utime(copy)  # The mtime is the time of last use, for eviction.
         return copy
 
+    def has(self, url: str, version: Version) -> bool:
+        """Whether there is a local copy of a shard."""
+        return self._copy_of(url, version).exists()
+
+    def _copy_of(self, url: str, version: Version) -> Path:
+        digest = hashlib.sha256(f"{url}\n{version.size}\n{version.tag}".encode()).hexdigest()
+        return self._folder / f"{digest[:24]}{SHARD}"
+
     def _download(self, url: str, version: Version, copy: Path, retries: int) -> None:
         part = copy.with_suffix(PART)
+        # Left by a killed download of this very shard: its lock is this one's by now, so it would count as alive.
+        part.unlink(missing_ok=True)
         self._reserve(part, version.size)
         try:
             with open(part, "r+b") as file:
                 for start in range(0, version.size, PIECE):
                     file.write(read_exactly(url, start, min(PIECE, version.size - start), retries))
+                file.flush()
+                os.fsync(file.fileno())  # Or a power cut could leave a complete file of zeros.
             os.replace(part, copy)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -86,8 +97,12 @@ class ShardCache:
         with self._locked("room"):
             if not self._make_room(size):
                 return False
-            with open(part, "wb") as file:
-                file.truncate(size)
+            try:
+                with open(part, "wb") as file:
+                    _allocate(file.fileno(), size)
+            except OSError:
+                part.unlink(missing_ok=True)
+                raise
             return True
 
     def _make_room(self, size: int) -> bool:
@@ -123,3 +138,15 @@ class ShardCache:
                 yield False
                 return
             yield True
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Give a file its final size and, where the system can, its disk space: a full disk is known before downloading.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)

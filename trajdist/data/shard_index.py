@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -37,28 +38,32 @@ class ShardIndex(BaseModel):
         names: member names.
         offsets: of each member's first content byte, from the start of the shard.
         sizes: of the contents, in bytes.
+        headers: CRC-32 of the header blocks that precede the contents: whether they are still what was indexed.
         classes: the content of ``KEY.cls``, or else the member's folder within the shard.
         left_out: image members that are skipped, by name, and why.
     """
 
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
     format: int = FORMAT
     version: tuple[int, str]
     names: list[str]
     offsets: list[int]
     sizes: list[int]
+    headers: list[int]
     classes: list[str]
     left_out: dict[str, str]
 
     @property
     def is_whole(self) -> bool:
         """Whether it is well-formed: the known format, lists of equal length, and no member outside the shard."""
-        same = len(self.names) == len(self.offsets) == len(self.sizes) == len(self.classes)
+        lists = self.offsets, self.sizes, self.headers, self.classes
+        same = all(len(values) == len(self.names) for values in lists)
         pairs = zip(self.offsets, self.sizes, strict=False)
         return (
             self.format == self.FORMAT
             and same
+            and all(0 <= header < 2**32 for header in self.headers)
             and all(at >= BLOCK and 0 <= size <= self.version[0] - at for at, size in pairs)
         )
 
@@ -152,7 +157,7 @@ def scan(file: IO[bytes], shard: str, version: Version) -> ShardIndex:
         raise DataError(f"{shard!r} is compressed ({kind}), which allows no random access: unpack it to a plain tar.")
     found = _Walk()
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
             while (member := tar.next()) is not None:
                 found.add(tar, member)
                 tar.members = []  # type: ignore[attr-defined]  # Or it keeps them all.
@@ -180,10 +185,23 @@ def _check_end(file: IO[bytes], end: int, shard: str, version: Version) -> None:
             raise DataError(f"{shard!r} goes on after its end at byte {end:,}: two archives in one file; split them.")
 
 
+class _Member(tarfile.TarInfo):
+    """A member that knows the checksum of its header."""
+
+    header: int
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding, errors)
+        member.header = zlib.crc32(buf)
+        return member
+
+
 class _Image(NamedTuple):
     name: str
     offset: int
     size: int
+    header: int
 
 
 class _Walk:
@@ -214,7 +232,8 @@ class _Walk:
         elif key in self._images:
             reason = f"its key {key!r} is that of {self._images[key].name!r}"
         if reason is None:
-            self._images[key] = _Image(printable(member.name), member.offset_data, member.size)
+            assert isinstance(member, _Member)
+            self._images[key] = _Image(printable(member.name), member.offset_data, member.size, member.header)
         else:
             # The offset keeps duplicates of a name apart, so that each one is reported.
             self._left_out[f"{member.name} at byte {member.offset}"] = reason
@@ -225,6 +244,7 @@ class _Walk:
             names=[image.name for image in self._images.values()],
             offsets=[image.offset for image in self._images.values()],
             sizes=[image.size for image in self._images.values()],
+            headers=[image.header for image in self._images.values()],
             classes=[self._classes.get(key) or os.path.dirname(key) for key in self._images],
             left_out={printable(name): reason for name, reason in self._left_out.items()},
         )

@@ -5,14 +5,14 @@ Nothing is ever extracted to disk, so no member name or link in a shard can caus
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import sys
-import tarfile
 import threading
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from trajdist.data.shard_cache import GIB, ShardCache
 from trajdist.data.shard_index import BLOCK, ShardIndex, load_index
 from trajdist.data.storage import Access, Version
 from trajdist.errors import DataError, UserError
+from trajdist.files import user_path
 
 THREADS = 16
 SHOWN = 5
@@ -46,7 +47,7 @@ class TarShards(EncodedSource):
     """
 
     def __init__(self, paths: Sequence[str], key: str, access: Access) -> None:
-        self._paths, self._access = list(paths), access
+        self._paths, self._access, self._downloads = list(paths), access, True
         self._cache = self._open_cache()
         self._shards = _open_shards(self._paths, key, access)
         self._check_room(key)
@@ -63,7 +64,7 @@ class TarShards(EncodedSource):
     def _open_cache(self) -> ShardCache | None:
         if self._access.cache_dir is None or not any(map(storage.is_url, self._paths)):
             return None
-        return ShardCache(Path(self._access.cache_dir).expanduser(), self._access.cache_gib)
+        return ShardCache(user_path(self._access.cache_dir), self._access.cache_gib)
 
     def _check_room(self, key: str) -> None:
         if self._cache is None:
@@ -112,14 +113,21 @@ class TarShards(EncodedSource):
         except FileNotFoundError:
             # Evicted from the cache between the lookup and the read.
             content = storage.read_exactly(self._paths[shard], start, BLOCK + size, self._access.retries)
-        if _size_in(content[:BLOCK]) != size:
+        if zlib.crc32(content[:BLOCK]) != self._shards[shard].headers[member]:
             raise OSError(f"{self._shown[shard]} has changed since it was indexed")
         return content[BLOCK:]
+
+    def scattered(self) -> TarShards:
+        other = copy.copy(self)
+        other._downloads = False
+        return other
 
     def _location(self, shard: int) -> str:
         """Where to read a shard from: the local copy if there is a cache with room for it."""
         name = self._paths[shard]
         if self._cache is None or not storage.is_url(name):
+            return name
+        if not self._downloads and not self._cache.has(name, self._shards[shard].version):
             return name
         try:
             return str(self._cache.path_of(name, self._shards[shard].version, self._access.retries))
@@ -132,6 +140,12 @@ class TarShards(EncodedSource):
         """From the ``.cls`` members, or else the folders within the shards; see :func:`numbered`."""
         return numbered(name for shard in self._shards for name in shard.classes)
 
+    def label(self, index: int) -> str | None:
+        """The content of its ``.cls`` member."""
+        shard, member = self._find(index)
+        text, folder = self._shards[shard].classes[member], os.path.dirname(self.path(index))
+        return text if text.isdecimal() or text != folder else None
+
     def shard_sizes(self) -> list[int]:
         return [len(shard.names) for shard in self._shards]
 
@@ -141,14 +155,6 @@ class TarShards(EncodedSource):
     def stamp(self) -> str:
         facts = "".join(f"{name} {version.size} {version.tag}|" for name, version in self._versions())
         return hashlib.sha256(facts.encode(errors="surrogateescape")).hexdigest()
-
-
-def _size_in(header: bytes) -> int:
-    """The member size in a tar header; -1 if it is not a header."""
-    try:
-        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
-    except tarfile.TarError:
-        return -1
 
 
 def _shown(paths: Sequence[str]) -> Sequence[str]:
@@ -164,6 +170,7 @@ class _Shard:
         self.version = Version(*index.version)
         self.names = Names(index.names)
         self.offsets, self.sizes = np.array(index.offsets, np.int64), np.array(index.sizes, np.int64)
+        self.headers = np.array(index.headers, np.uint32)
         self.classes = Names(index.classes)
         self.left_out = index.left_out
 
@@ -174,7 +181,7 @@ def _open_shards(paths: list[str], key: str, access: Access) -> list[_Shard]:
     Raises:
         DataError: a shard is missing, unreadable, damaged, compressed or truncated.
     """
-    folder = Path(access.cache_dir or "~/.cache/trajdist").expanduser()
+    folder = user_path(access.cache_dir or "~/.cache/trajdist")
     first = launcher.rank() * len(paths) // launcher.world() % len(paths)
     failed = threading.Event()
 

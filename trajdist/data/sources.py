@@ -16,6 +16,7 @@ from trajdist import launcher
 from trajdist.data.base import EXTENSIONS, OTHER_PICTURES, EncodedSource, ImageSource, Names, numbered, version_of
 from trajdist.data.storage import Access, expand, has_pattern, is_url, read_bytes, refusal, retrying
 from trajdist.errors import DataError
+from trajdist.files import user_path
 
 # In the output folder of a scoring: what it is about, and the folder of its pictures.
 SCORED, PICTURES = "scoring.json", "maps"
@@ -42,7 +43,7 @@ def open_source(path: str | None, key: str, access: Access | None = None) -> Ima
         from trajdist.data.shards import TarShards
 
         return TarShards(shards, key, access)
-    return ImageFolder(Path(path).expanduser(), key, access.retries)
+    return ImageFolder(user_path(path), key, access.retries)
 
 
 def _shards_of(path: str, key: str, retries: int) -> list[str]:
@@ -51,13 +52,13 @@ def _shards_of(path: str, key: str, retries: int) -> list[str]:
     Raises:
         DataError: a folder with images and with tar files, of which some would be lost either way.
     """
-    local = Path(path).expanduser()
+    local = user_path(path)
     if is_url(path):
         return _expanded(path, key, retries)
     if not os.path.isdir(local):
         is_shards = path.endswith(".tar") and (os.path.exists(local) or has_pattern(path))
         return _expanded(str(local), key, retries) if is_shards else []
-    shards = sorted(str(shard) for shard in local.glob("*.tar") if os.path.isfile(shard))
+    shards = sorted(str(shard) for shard in local.glob("[!.]*.tar") if os.path.isfile(shard))
     if shards and _list_images(local)[0]:
         raise DataError(
             f"{key}={path!r} holds images as well as tar files: name {str(local / '*.tar')!r} for the shards, or move "
@@ -84,7 +85,7 @@ class ImageFolder(EncodedSource):
             raise DataError(f"{key}={str(root)!r} does not exist, or may not be read: name a folder of images.")
         self._root = root if os.path.isdir(root) else root.parent
         self._retries = read_retries
-        names, others = _list_images(root) if self._root is root else ([root.name], Counter[str]())
+        names, others = _list_images(root) if self._root is root else _single(root)
         if not names:
             raise DataError(f"{key}={str(root)!r} holds no images: files that end in {', '.join(EXTENSIONS)} count.")
         _tell_left_out(f"{key}={str(root)!r}", others)
@@ -121,6 +122,12 @@ class ImageFolder(EncodedSource):
             else:
                 digest.update(f"{stat.st_size} {stat.st_mtime_ns}|".encode())
         return digest.hexdigest()
+
+
+def _single(file: Path) -> tuple[list[str], Counter[str]]:
+    """A file that is named may be in any format, but it has to be a picture."""
+    is_picture = file.suffix.lower() in {*EXTENSIONS, *OTHER_PICTURES}
+    return [file.name] if is_picture else [], Counter()
 
 
 def _list_images(root: Path) -> tuple[list[str], Counter[str]]:

@@ -60,7 +60,8 @@ def has_pattern(name: str) -> bool:
 def expand(pattern: str) -> list[str]:
     """Expand braces (``{000..127}``, ``{a,b}``), then globs; returns the names sorted and without duplicates.
 
-    Names without wildcards need not exist. URLs are globbed only if they contain ``*``.
+    The name of a local file that exists is no pattern. Names without wildcards need not exist.
+    URLs are globbed only if they contain ``*``.
 
     Raises:
         Exception: whatever the store raises when a URL is listed.
@@ -68,6 +69,8 @@ def expand(pattern: str) -> list[str]:
     >>> expand("s3://bucket/set-{08..10}.tar")
     ['s3://bucket/set-08.tar', 's3://bucket/set-09.tar', 's3://bucket/set-10.tar']
     """
+    if not is_url(pattern) and os.path.exists(pattern):
+        return [pattern]
     found: set[str] = set()
     for name in _braces(pattern):
         if is_url(name):
@@ -219,7 +222,8 @@ def refusal(key: str, name: str, error: Exception) -> DataError:
         return DataError(f"{shown} may not be read ({reason}): check its permissions and your credentials.")
     if isinstance(error, ImportError):
         extra = EXTRAS.get(name.partition("://")[0])
-        return DataError(f"{shown} needs another package ({reason}): pip install 'trajdist[{extra}]'.")
+        mend = f"pip install 'trajdist[{extra}]'" if extra else "install it"
+        return DataError(f"{shown} needs another package ({reason}): {mend}.")
     return DataError(f"{shown} cannot be read ({reason}): fix it, or try again later.")
 
 

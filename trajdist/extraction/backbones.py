@@ -21,6 +21,7 @@ from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.errors import ArtifactError, ConfigError, one_line
 from trajdist.extraction import cpu_kernels
 from trajdist.extraction.folding import fold_batchnorm, fold_padding
+from trajdist.files import user_path
 from trajdist.models.linear import use_fast_linear
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -302,7 +303,7 @@ def build_backbone(name: str, weights: str, patterns: list[str], image_size: int
         else:
             network, mean, std = _torchvision(name, weights)
     if weights not in ("DEFAULT", "none"):
-        _load_weights(network, Path(weights).expanduser())
+        _load_weights(network, user_path(weights))
     return Backbone(network, patterns, image_size, mean, std)
 
 

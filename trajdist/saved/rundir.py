@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from trajdist.errors import ArtifactError
-from trajdist.files import hold, is_held, read_object, write_bytes, write_json
+from trajdist.files import hold, is_held, read_object, user_path, write_bytes, write_json
 
 
 class RunDir:
     """Paths and records of one run."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         self._lock: int | None = None
 
     @property
@@ -64,7 +64,7 @@ class RunDir:
 
     def is_at(self, path: str) -> bool:
         """Whether ``path`` is this folder, or the folder of its Phase 1."""
-        return Path(path).expanduser().resolve() in (self.path.resolve(), self.model.parent.resolve())
+        return user_path(path).resolve() in (self.path.resolve(), self.model.parent.resolve())
 
     def domains(self) -> list[Path]:
         """Run directories of the domains of a joint adaptation, sorted; usually none."""
@@ -79,9 +79,7 @@ class RunDir:
 
     def has_begun(self) -> bool:
         """Whether the run has produced anything that depends on its config."""
-        return any(
-            any(self.path.glob(made)) for made in ("phase1/*.safetensors", "checkpoints/*", "subset-*.npy", "domains/*")
-        )
+        return any(any(self.path.glob(made)) for made in ("phase1/*.safetensors", "checkpoints/*", "domains/*"))
 
     def create(self) -> None:
         """Create the folders.

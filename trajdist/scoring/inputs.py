@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from trajdist.data.decode import to_rgb
+from trajdist.data.decode import OVERSHOOT, to_rgb, upright
 from trajdist.errors import DataError
 
 
@@ -40,7 +40,7 @@ def _is_one(images: Any) -> bool:
 def to_pil(image: Any) -> Image.Image:
     """Upright RGB, as :func:`trajdist.data.decode.decode` makes it of a file."""
     if isinstance(image, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(upright(image.copy()))
     if isinstance(image, (str, Path)):
         raise DataError(
             f"a picture of type {type(image).__name__} ({str(image)!r}) is none: open it with PIL.Image.open."
@@ -64,7 +64,7 @@ def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         pixels = pixels.astype(np.float32)
         low, high = pixels.min(), pixels.max()
         # Resampling overshoots a little; what was normalised, or is in 0..255, or NaN, is something else.
-        if not (low >= -0.5 and high <= 1.5):
+        if not (low >= -0.5 and high <= OVERSHOOT):
             raise DataError(f"a picture of floats holds {low:.3g} to {high:.3g}: its values are to be from 0 to 1.")
         return np.rint(pixels.clip(0, 1) * 255.0).astype(np.uint8)
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:

@@ -27,7 +27,7 @@ from trajdist.data.decode import to_square
 from trajdist.data.shard_index import BLOCK, ShardIndex, keep_index, printable, scan, split_key
 from trajdist.data.storage import version
 from trajdist.errors import ArtifactError, ConfigError
-from trajdist.files import read_json, sha256, sync_file, sync_folder, write_json
+from trajdist.files import read_json, sha256, sync_file, sync_folder, write_bytes, write_json
 from trajdist.tools.preparation import Options, Packed, prepared
 
 TRIAL = 64  # images in the speed comparison
@@ -78,7 +78,8 @@ class Packing:
     """The state of the output folder, as recorded in ``pack.json``."""
 
     def __init__(self, out: Path, source: EncodedSource, options: Options) -> None:
-        self.out, self._options, self._classes = out, options, source.classes()
+        self.out, self._options = out, options
+        self._source, self._classes = source, source.classes()
         self._plan = {
             "format": 1,
             "fingerprint": source.fingerprint,
@@ -107,13 +108,21 @@ class Packing:
         # A command that is killed may leave one shard more than it has noted.
         own = {*noted, _shard_name(len(noted))} if "shards" in known else set()
         # Whoever trains on the folder would read any other archive in it as well.
-        if foreign := sorted(path.name for path in self.out.glob("*.tar") if path.name not in own):
+        if foreign := sorted(path.name for path in self.out.glob("[!.]*.tar") if path.name not in own):
             raise ConfigError(f"OUT={str(self.out)!r} holds {foreign[0]!r}, none of these shards: name another folder.")
         self.shards = list(takewhile(self._is_whole, known.get("shards", [])))
         whole = {shard["name"] for shard in self.shards}
         for path in (*self.out.glob(".shard-*.part"), *(self.out / name for name in own - whole)):
             path.unlink(missing_ok=True)
+        self._keep_bad(sum(shard["not_decoded"] for shard in self.shards))
         self._note()
+
+    def _keep_bad(self, count: int) -> None:
+        """Keep ``count`` lines of ``bad_images.jsonl``: a killed command may have added those of one shard more."""
+        path = self.out / "bad_images.jsonl"
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            write_bytes(path, b"".join(lines[:count]))
 
     def _is_whole(self, shard: dict[str, Any]) -> bool:
         path = self.out / shard["name"]
@@ -127,7 +136,7 @@ class Packing:
         shard: list[tuple[Packed, str | None]] = []
         taken = 2 * BLOCK  # The end-of-archive marker.
         for number, image in enumerate(images, start=self.done):
-            label = None if self._classes is None else str(self._classes[number])
+            label = self._label(number)
             size = _taken_by(image.content) + (0 if label is None else _taken_by(label.encode()))
             if shard and taken + size > self._options.shard_bytes:
                 yield shard
@@ -136,6 +145,11 @@ class Packing:
             taken += size
         if shard:
             yield shard
+
+    def _label(self, number: int) -> str | None:
+        """The content of an image's ``.cls`` member: the label that it came with, or the number of its class."""
+        label = self._source.label(number)
+        return str(self._classes[number]) if label is None and self._classes is not None else label
 
     def write(self, images: list[tuple[Packed, str | None]]) -> None:
         """Write the next shard and verify it.

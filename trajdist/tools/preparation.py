@@ -18,7 +18,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from trajdist.data.base import EXTENSIONS, EncodedSource
-from trajdist.data.decode import decode, reason
+from trajdist.data.decode import decode, open_image, reason
 from trajdist.errors import DataError, TrainingError
 
 CHUNK = 4  # images per worker task
@@ -65,8 +65,8 @@ def prepared(source: EncodedSource, options: Options, start: int, stop: int, wor
         DataError: a file cannot be read.
         TrainingError: a worker process was killed.
     """
-    parts = [range(first, min(first + CHUNK, stop)) for first in range(start, stop, CHUNK)]
-    if workers < 2 or len(parts) < 2:
+    parts = (range(first, min(first + CHUNK, stop)) for first in range(start, stop, CHUNK))
+    if workers < 2 or stop - start <= CHUNK:
         for part in parts:
             yield from _prepare(source, options, part)
         return
@@ -80,7 +80,7 @@ def prepared(source: EncodedSource, options: Options, start: int, stop: int, wor
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, parts: list[range], ahead: int) -> Iterator[Packed]:
+def _in_order(pool: ProcessPoolExecutor, parts: Iterator[range], ahead: int) -> Iterator[Packed]:
     """Results in order. All that wait, ready or not, count as large as the largest so far; the first ones are few."""
     waiting: deque[Future[list[Packed]]] = deque()
     largest = 0
@@ -141,7 +141,7 @@ def _prepare_one(source: EncodedSource, options: Options, index: int) -> Packed:
 
 def _ending(raw: bytes) -> str:
     """The usual ending of an encoded image; that of a JPEG if it cannot be read."""
-    with suppress(Exception), Image.open(io.BytesIO(raw)) as image:
+    with suppress(Exception), open_image(raw) as image:
         ending = f".{str(image.format).lower()}"
         return ending if ending in EXTENSIONS else ".jpg"
     return ".jpg"

@@ -13,7 +13,7 @@ from trajdist.config import SETS, Config
 from trajdist.data.drawing import DefectDraw
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.extraction.trajectory import TrajectoryExtractor
-from trajdist.files import write_bytes
+from trajdist.files import user_path, write_bytes
 from trajdist.saved import bundle
 from trajdist.saved.card import adapter_card
 from trajdist.saved.rundir import RunDir
@@ -165,7 +165,7 @@ def adopt_phase1(session: Session) -> None:
     """
     rundir, chosen = session.rundir, session.config.phase1
     if chosen is not None:
-        folder = Path(chosen).expanduser()
+        folder = user_path(chosen)
         folder = folder / "phase1" if (folder / "phase1").is_dir() else folder
         if rundir.model.exists():
             _check_same_phase1(rundir, chosen, folder / rundir.model.name)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from trajdist.data.cache import GIB, CacheWriter, TrajectoryCache
 from trajdist.data.decode import TRANSFORM
 from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.files import user_path
 from trajdist.saved.bundle import trajectory_fingerprint
 from trajdist.training.session import Session
 
@@ -33,7 +33,7 @@ def open_cache(session: Session, set_name: str, extractor: TrajectoryExtractor) 
     }
     length, width = extractor.projection.valid_LD.shape
     shape = (extractor.resolution**2, length, width)
-    cache = TrajectoryCache(Path(str(config.cache.dir)).expanduser(), key, len(session.sources[set_name]), shape)
+    cache = TrajectoryCache(user_path(str(config.cache.dir)), key, len(session.sources[set_name]), shape)
     processes.all_do(cache.create)
     return cache
 

@@ -99,7 +99,7 @@ def measure(session: Session, selection: Selection, extractor: TrajectoryExtract
     """
     num_images = min(selection.num_train, session.config.trajectory.statistics_images)
     moments = [BlockMoments(channels, session.processes.device) for channels in extractor.projection.channels]
-    for batch in clean_batches(session, "imagenet", selection.train, num_images, "statistics"):
+    for batch in sampled_batches(session, selection, num_images, "statistics"):
         with session.accelerator.autocast():
             update_moments(moments, extractor, batch.images, batch.weights)
     for moment in moments:
@@ -115,6 +115,7 @@ def clean_batches(
     title: str,
     defects: DefectDraw | None = None,
     fit: Fit | None = None,
+    scattered: bool = False,
 ) -> Iterator[ImageBatch]:
     """One pass over ``num_images`` images without training: yields this process's batches, on the device.
 
@@ -123,6 +124,7 @@ def clean_batches(
         title: shown to the user.
         defects: draws a defect into a copy of each image, as in training; the copies follow the images.
         fit: how images are made square; None is as the set's config says.
+        scattered: whether they are few of each shard.
 
     Raises:
         StopRequested: a stop was requested.
@@ -132,7 +134,7 @@ def clean_batches(
     bad_images, clock = BadImages(session.rundir, processes), Clock(processes.device)
     session.say(f"{title}: {num_images:,} images")
     trim()
-    loader = session.loader(set_name, index_at, plan, defects=defects, fit=fit)
+    loader = session.loader(set_name, index_at, plan, defects=defects, fit=fit, scattered=scattered)
     with Progress(session.console, title, num_images) as progress:
         for step, batch in zip(plan.steps(), loader, strict=True):
             bad_images.note(batch.failures)
@@ -146,6 +148,15 @@ def clean_batches(
     # By chance, a few images hold a larger share of the bad ones than the set has.
     of_images = num_images if len(bad) == num_images else max(num_images, min(len(source), FEW_IMAGES))
     check_bad_fraction(len(bad), of_images, session.config.data.max_bad_fraction, session.rundir)
+
+
+def sampled_batches(
+    session: Session, selection: Selection, num_images: int, title: str, fit: Fit | None = None
+) -> Iterator[ImageBatch]:
+    """As :func:`clean_batches`, over a random sample of the images trained on, or over all of them."""
+    set_name, scattered = SETS[selection.phase], num_images < selection.num_train
+    index_at = selection.sample(num_images)
+    return clean_batches(session, set_name, index_at, num_images, title, fit=fit, scattered=scattered)
 
 
 def pass_plan(session: Session, set_name: str, num_images: int) -> Plan:
@@ -224,10 +235,14 @@ def calibrate(
     cells, images = detector.cells.histogram, detector.images.histogram
     most = session.config.trajectory.statistics_images
     held_out = min(selection.num_holdout, most) or min(selection.num_train, most)
-    index_at = selection.held_out(held_out) if detector.held_out else selection.train
     # Make images square as scoring will, however training did it: otherwise these scores and new ones do not compare.
-    fit = session.config.data.domain.fit
-    for batch in clean_batches(session, SETS[selection.phase], index_at, held_out, "calibration", fit=fit):
+    fit, set_name = session.config.data.domain.fit, SETS[selection.phase]
+    batches = (
+        clean_batches(session, set_name, selection.held_out(held_out), held_out, "calibration", fit=fit)
+        if detector.held_out
+        else sampled_batches(session, selection, held_out, "calibration", fit)
+    )
+    for batch in batches:
         scores = detector.score(extractor(batch.images))
         cells.update(scores.cells_BHW.cpu(), batch.weights.cpu()[:, None, None].expand_as(scores.cells_BHW))
         images.update(scores.images_B.cpu(), batch.weights.cpu())
@@ -273,7 +288,7 @@ def _residual_moments(
     processes, places = session.processes, extractor.resolution**2
     num_images = min(selection.num_train, session.config.trajectory.statistics_images)
     moments = PlaceMoments(places, sum(detector.residual.widths), processes.device)
-    for batch in clean_batches(session, SETS[selection.phase], selection.train, num_images, "residuals"):
+    for batch in sampled_batches(session, selection, num_images, "residuals"):
         moments.update(detector.residuals(extractor(batch.images)), batch.weights)
     moments.all_reduce(processes.sum)
     return moments
@@ -285,7 +300,7 @@ def _fit_places(session: Session, selection: Selection, extractor: TrajectoryExt
     processes = session.processes
     num_images = min(selection.num_train, session.config.trajectory.statistics_images)
     usual = BlockMoments(extractor.resolution**2, processes.device)
-    for batch in clean_batches(session, SETS[selection.phase], selection.train, num_images, "places"):
+    for batch in sampled_batches(session, selection, num_images, "places"):
         usual.update(roots(detector.energies(extractor(batch.images))), batch.weights)
     usual.all_reduce(processes.sum)
     detector.residual.fit_places(usual)

@@ -149,9 +149,12 @@ class Session:
     def _other_images(self, set_name: str, known: object) -> DataError:
         path, now = self.settings(set_name).path, len(self.sources[set_name])
         count = known.get("num_images") if isinstance(known, dict) else known
+        anew = "start over with --fresh"
+        if set_name == SETS[2]:
+            anew = f"adapt anew with phase1={str(self.rundir.path)!r} in another run_dir"
         return DataError(
             f"data.{set_name}.path={path!r} holds {now} images, the run began with {count} (or their names changed): "
-            "restore them, or start over with --fresh."
+            f"restore them, or {anew}."
         )
 
     def selection(self, phase: int) -> Selection:
@@ -164,13 +167,19 @@ class Session:
         source = self.sources[set_name]
         selection = draw(self.config, phase, source)
         found = facts(source, selection)
-        before = self.processes.main_knows(lambda: self.rundir.recall(set_name)) or found
-        if before != found:
+        before = self.processes.main_knows(lambda: self.rundir.recall(set_name))
+        if before not in (None, found) and self._has_begun(phase):
             raise self._other_images(set_name, before)
         if self.processes.is_main:
             keep(self.rundir, set_name, selection)
-            self.rundir.remember(set_name, found)
+            self.rundir.remember(set_name, found, replace=True)
         return selection
+
+    def _has_begun(self, phase: int) -> bool:
+        """Whether a phase has made anything of its images."""
+        checkpoint = self.newest_checkpoint()
+        made = self.processes.main_knows(lambda: any(self.rundir.path.glob(f"phase{phase}/**/*.safetensors")))
+        return made or (checkpoint is not None and checkpoint.state["phase"] == phase)
 
     def plan(self, phase: int, num_images: int) -> Plan:
         """How a phase walks through its images. The global batch is that of the world size the run began with."""
@@ -189,6 +198,7 @@ class Session:
         defects: DefectDraw | None = None,
         sharing: int = 1,
         fit: Fit | None = None,
+        scattered: bool = False,
     ) -> DataLoader[ImageBatch]:
         """The loader of a plan, sharded by Accelerate; batches stay on the host until the feed moves them.
 
@@ -200,11 +210,12 @@ class Session:
             defects: draws a defect into a copy of each image.
             sharing: number of loaders that the workers are divided among, rounded up.
             fit: how images are made square; None is as the set's config says.
+            scattered: see :meth:`trajdist.data.base.ImageSource.scattered`.
         """
-        data = self.config.data
+        data, source = self.config.data, self.sources[set_name]
         workers = resolve_workers(data.num_workers, self.processes.local_world, self.processes.device.type)
         loader = build_loader(
-            self.sources[set_name],
+            source.scattered() if scattered else source,
             index_at,
             plan,
             cursor=cursor,
