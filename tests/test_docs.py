@@ -37,6 +37,12 @@ COMMANDS = [(page.name, command) for page in PAGES for command in commands(page)
 
 
 @pytest.fixture(scope="module")
+def made() -> set[tuple[str, str]]:
+    """Which page's commands have written to which output, so far."""
+    return set()
+
+
+@pytest.fixture(scope="module")
 def workspace(debug_run, tmp_path_factory) -> Path:
     """A folder in which the pages' paths mean something; /data is the folder data in it."""
     folder = tmp_path_factory.mktemp("workspace")
@@ -74,8 +80,8 @@ def arguments(command: str, workspace: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {command}" for page, command in COMMANDS])
-def test_commands(page, command, workspace, monkeypatch, fresh_accelerate):
-    """Every command runs: those that train with the debug config, and in one process."""
+def test_commands(page, command, workspace, made, monkeypatch, fresh_accelerate):
+    """Every command runs, after those above it on its page: those that train with the debug config, in one process."""
     monkeypatch.chdir(workspace)
     if command.startswith("python -m trajdist.data.defects"):
         done = launch(shlex.split(command)[3:], module="trajdist.data.defects", cwd=workspace)
@@ -84,7 +90,8 @@ def test_commands(page, command, workspace, monkeypatch, fresh_accelerate):
     words = arguments(command, workspace)
     parsed = build_parser().parse_args(words)
     out = getattr(parsed, "out", None)
-    if out:
+    if out and (page, out) not in made:  # What another page has made.
+        made.add((page, out))
         shutil.rmtree(out, ignore_errors=True)
     if words[0] in TRAINING and not any(word.startswith("run_dir=") for word in words):
         words.insert(2, f"run_dir={workspace / 'runs' / str(abs(hash(command)))}")
