@@ -95,6 +95,12 @@ def _explain(error: ValidationError, known: list[str]) -> str:
             break
         key = f"{key}.{part}"
     value = problem["input"]
+    if parts[-1:] == ["[key]"]:  # The keys that are free text are names of domains.
+        number = "in quotes, " if problem["type"] == "string_type" else ""
+        return (
+            f"data.domains has a domain {value!r}: write its name {number}with letters A-Z and a-z, digits, - and _ "
+            "alone (at most 64, the first a letter or digit)."
+        )
     if problem["type"] == "extra_forbidden":
         # A group that there is not: what is in it tells more about what was meant.
         key, value = next(iter(flatten({key: value}).items()))
