@@ -139,7 +139,8 @@ def test_an_image_in_no_class_folder(root, stray):
 
 def test_a_defect_without_a_mask(root):
     (root / "ground_truth/hole/7.png").unlink()
-    with pytest.raises(DataError, match=r"test/hole/7\.jpg' has no mask: add '.*ground_truth/hole/7_mask\.png'"):
+    mend = r"add '.*ground_truth/hole/7_mask\.png', or move ground_truth away to measure images alone\.$"
+    with pytest.raises(DataError, match=rf"test/hole/7\.jpg' has no mask: {mend}"):
         LabelledFolder(root, "DATASET")
 
 
@@ -150,10 +151,24 @@ def test_a_defect_without_a_folder_of_masks(root):
 
 
 def test_a_mask_of_another_shape(root):
-    save(root / "ground_truth/crack/000_mask.png", picture(60, 60)[1])
     folder = LabelledFolder(root, "DATASET")
-    with pytest.raises(DataError, match=r"000_mask\.png' is 60 x 60 pixels but its image 80 x 60"):
-        folder.mask(0, 64, "squash")
+    for height, width in ((60, 60), (80, 60)):
+        save(root / "ground_truth/crack/000_mask.png", picture(height, width)[1])
+        with pytest.raises(DataError, match=rf"is {width} x {height} pixels but its image 80 x 60: give the mask its"):
+            folder.mask(0, 64, "squash")
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
+def test_a_mask_that_lies_on_its_side_like_the_file_of_its_image(root, ending):
+    pixels, mask = picture(60, 80)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    (root / "test/hole/7.jpg").unlink()
+    save(root / f"test/hole/7.{ending}", np.ascontiguousarray(np.rot90(pixels)), exif=exif)
+    save(root / "ground_truth/hole/7.png", np.ascontiguousarray(np.rot90(mask)))
+    told = r"7\.png' is 60 x 80 pixels but its image 80 x 60 once it is upright by its EXIF orientation: turn the mask"
+    with pytest.raises(DataError, match=told):
+        LabelledFolder(root, "DATASET").mask(3, 64, "squash")
 
 
 @pytest.mark.parametrize(

@@ -104,12 +104,14 @@ class LabelledFolder(EncodedSource):
             mask = _read_mask(read_bytes(path, self._retries))
         image = self._root / self.name(index)
         with _reading("image", image):
-            width, height = _upright_size(read_bytes(image, self._retries))
+            (width, height), turned = _upright_size(read_bytes(image, self._retries))
         # A mask is its image scaled, sides rounded to whole pixels.
         if 2 * abs(mask.width * height - mask.height * width) > width + height:
+            mend = ": give the mask its image's shape."
+            if turned and mask.size == (height, width):
+                mend = " once it is upright by its EXIF orientation: turn the mask in the same way."
             raise DataError(
-                f"the mask {str(path)!r} is {mask.width} x {mask.height} pixels but its image {width} x {height}: "
-                "give the mask its image's shape."
+                f"the mask {str(path)!r} is {mask.width} x {mask.height} pixels but its image {width} x {height}{mend}"
             )
         return to_square(mask, size, fit, Image.Resampling.NEAREST) > 0
 
@@ -122,7 +124,9 @@ class LabelledFolder(EncodedSource):
             if name in self._masks[kind]:
                 return folder / name
         wanted = str(folder / f"{stem}_mask.png")
-        raise DataError(f"{self._shown(index)} has no mask: add {wanted!r}, or move the image to test/{GOOD}.")
+        raise DataError(
+            f"{self._shown(index)} has no mask: add {wanted!r}, or move ground_truth away to measure images alone."
+        )
 
     def _shown(self, index: int) -> str:
         return repr(str(self._root / self.name(index)))
@@ -146,16 +150,21 @@ def _files_in(folder: Path) -> frozenset[str]:
         raise DataError(f"the folder {str(folder)!r} cannot be listed ({error.strerror}): make it readable.") from None
 
 
-def _upright_size(raw: bytes) -> tuple[int, int]:
-    """Width and height of what :func:`trajdist.data.decode.decode` would return, from the header alone."""
+def _upright_size(raw: bytes) -> tuple[tuple[int, int], bool]:
+    """Width and height of what :func:`trajdist.data.decode.decode` would return, from the header alone.
+
+    Returns:
+        That size, and whether the file has it the other way round.
+    """
     with open_image(raw) as image:
-        if image.format == "TIFF":
-            image.load()  # Pillow turns TIFFs upright itself, the size before the pixels and the tag.
-        width, height = image.size
         lies_on_its_side = False
         with suppress(Exception):  # Damaged metadata; see decode.
             lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in LYING
-    return (height, width) if lies_on_its_side else (width, height)
+        if image.format == "TIFF":
+            image.load()  # Pillow turns TIFFs upright itself, the size before the pixels and the tag.
+            return image.size, lies_on_its_side
+        width, height = image.size
+    return ((height, width) if lies_on_its_side else (width, height)), lies_on_its_side
 
 
 def _read_mask(raw: bytes) -> Image.Image:
