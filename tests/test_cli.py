@@ -92,6 +92,22 @@ def test_wrong_usage(tmp_path, args):
     assert "usage: trajdist" in done.stderr
 
 
+@pytest.mark.parametrize("words", [["--data.imagenet.path=/x"], ["--seed=1"], ["--data.imagenet.path", "/x"]])
+def test_a_key_with_dashes_is_told_how_to_be_written(capsys, words):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "debug", *words])
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert f"unrecognized arguments: {' '.join(words)}: write keys of the config as key=value, without the" in told
+
+
+def test_an_unknown_option_is_no_key(capsys):
+    for command in (["train", "debug", "--frehs"], ["inspect", "here", "--seed=1"]):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "keys" not in capsys.readouterr().err
+
+
 def test_overrides_may_follow_an_option(tmp_path, capsys):
     assert main(["config", "debug", "seed=7", "--debug", "model.hidden_dim=96", "model.latent_dim=8"]) == 0
     config = yaml.safe_load(capsys.readouterr().out)

@@ -62,6 +62,14 @@ def test_the_file_gives_what_the_run_gives(debug_run, tmp_path, capsys, kind, ph
     assert (facts["size"], facts["fit"], facts["clean_images"]) == (64, "squash", scorer.detectors[0].images.count)
 
 
+def test_the_folder_of_the_file_is_made_and_may_lie_at_home(debug_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(debug_run), "--format", "torch", "--out=~/made/too/a.pt2"]) == 0
+    assert (tmp_path / "made" / "too" / "a.pt2").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize("kind", ["16-bit grey", "on its side"])
 def test_the_example_of_the_page_decodes_as_the_run_does(debug_run, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
@@ -130,7 +138,6 @@ def test_a_file_that_computes_something_else_is_not_kept(debug_run, tmp_path, mo
     ("what", "code", "words"),
     [
         ("no package", 2, "pip install 'trajdist[onnx]'"),
-        ("no folder", 4, "cannot be written (No such file or directory): free some space"),
         ("a folder", 2, "' is a folder: name a file, such as '"),
         ("below a file", 4, "cannot be written (Not a directory): free some space"),
         ("an exporter's error", 1, "this backbone or model cannot be exported (no such operator)"),
@@ -142,8 +149,6 @@ def test_refusals(debug_run, tmp_path, monkeypatch, capsys, what, code, words):
     out, run_dir, more = tmp_path / "a.onnx", debug_run, []
     if what == "no package":
         monkeypatch.setitem(sys.modules, "onnx", None)
-    elif what == "no folder":
-        out = tmp_path / "none" / "a.onnx"
     elif what == "a folder":
         out = tmp_path
     elif what == "below a file":

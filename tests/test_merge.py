@@ -74,6 +74,15 @@ def test_refusals_leave_nothing(debug_run, tmp_path, monkeypatch, capsys, what, 
     assert set(tmp_path.iterdir()) == before
 
 
+def test_adapter_and_out_may_lie_at_home(debug_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(debug_run / "phase2", tmp_path / "mine" / "phase2")
+    assert main(["merge", str(debug_run), "--adapter=~/mine/phase2/adapter", "--out=~/merged"]) == 0
+    assert (tmp_path / "merged" / "phase1").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_run_without_its_config_is_told_so(debug_run, tmp_path, capsys):
     """As copied elsewhere for scoring."""
     for part in ("phase1", "phase2"):

@@ -330,6 +330,14 @@ def test_an_adapter_by_name_is_the_runs_own(debug_run, scorer, crops):
     assert_same(named(crops), scorer(crops))
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_an_adapter_may_lie_at_home(debug_run, scorer, crops, monkeypatch, several):
+    monkeypatch.setenv("HOME", str(debug_run))
+    adapter = "~/phase2/adapter"
+    named = trajdist.load("~", adapter=[adapter] if several else adapter, device="cpu")
+    assert_same(named(crops), scorer(crops))
+
+
 def test_phase_1_with_an_adapter_is_refused(debug_run):
     with pytest.raises(UserError):
         trajdist.load(debug_run, adapter=debug_run / "phase2" / "adapter", phase=1, device="cpu")

@@ -6,11 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from trajdist import __version__, launcher
 from trajdist import argument_types as types
 from trajdist.errors import StopRequested, UserError
+from trajdist.files import user_path
 
 if TYPE_CHECKING:
     from trajdist.config import Config
@@ -51,9 +53,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """argparse itself takes no key=value that stands behind an option."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    late = [word for word in rest if "=" in word and not word.startswith("-") and hasattr(arguments, "overrides")]
-    if len(late) < len(rest):
-        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late)}")
+    takes_keys = hasattr(arguments, "overrides")
+    late = [word for word in rest if "=" in word and not word.startswith("-") and takes_keys]
+    if wrong := [word for word in rest if word not in late]:
+        is_key = takes_keys and any(word.startswith("--") and ("=" in word or "." in word) for word in wrong)
+        mend = ": write keys of the config as key=value, without the dashes" if is_key else ""
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}{mend}")
     if late:
         arguments.overrides = [*arguments.overrides, *late]
     return arguments
@@ -75,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     score = _add_scoring(commands, "score", "unlabelled images -> scores.jsonl, heat maps", _score)
     score.add_argument("images", metavar="IMAGES", help="a folder, one image, tar shards, hf:NAME:SPLIT, skimage:NAME")
     evaluate = _add_scoring(commands, "evaluate", "labelled images in MVTec layout -> metrics.json as well", _evaluate)
-    evaluate.add_argument("images", metavar="DATASET", help="a folder with test/ and ground_truth/ in it")
+    evaluate.add_argument("images", metavar="DATASET", help="a folder with test/ and, for pixels, ground_truth/")
     merge = _add(commands, "merge", "an adapter added to its base's weights, as a Phase 1 of its own", _merge)
     merge.add_argument("run_dir", metavar="RUN_DIR")
     merge.add_argument("--adapter", metavar="DIR", help="(RUN_DIR/phase2/adapter)")
@@ -204,10 +209,8 @@ def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource]
 
 def _labelled(config: Config) -> dict[str, ImageSource]:
     """The labelled images of validation.path, where there is one."""
-
     from trajdist.data.labelled import LabelledFolder
     from trajdist.errors import DataError
-    from trajdist.files import user_path
 
     path = config.validation.path
     if path is None:
@@ -265,9 +268,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-
     from trajdist.data.labelled import LabelledFolder
-    from trajdist.files import user_path
 
     dataset = LabelledFolder(user_path(arguments.images), "DATASET", read_retries=3)
     from trajdist.scoring.evaluation import evaluate, metrics_table
@@ -298,25 +299,23 @@ def _scoring_options(arguments: argparse.Namespace) -> Options:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from trajdist.saved.rundir import RunDir
     from trajdist.tools.merge import merge
 
-    difference = merge(arguments.run_dir, arguments.adapter, Path(arguments.out))
+    out = user_path(arguments.out)
+    difference = merge(arguments.run_dir, arguments.adapter, out)
     adapter = arguments.adapter or RunDir(arguments.run_dir).adapter
-    print(f"{arguments.out}/phase1 scores as {adapter} does, within {difference:.1g}")
+    print(f"{out / 'phase1'} scores as {adapter} does, within {difference:.1g}")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from trajdist.scoring.scorer import load
     from trajdist.tools.export import FILES, export
 
     scorer = load(arguments.run_dir, arguments.adapter, arguments.phase, device="cpu")
-    made = export(scorer, arguments.format, Path(arguments.out or Path(arguments.run_dir, FILES[arguments.format])))
+    out = user_path(arguments.out or Path(arguments.run_dir, FILES[arguments.format]))
+    made = export(scorer, arguments.format, out)
     shape = f"uint8 [B, 3, {scorer.size}, {scorer.size}]"
     print(f"{made.path} ({made.path.stat().st_size / 2**20:.1f} MiB): {shape} -> maps, scores, p_values")
     print(f"against the run itself: scores within {made.score_difference:.1g}, maps within {made.map_difference:.1g}")
@@ -324,13 +323,11 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-
     from trajdist.data.base import EncodedSource
     from trajdist.data.loader import processors
     from trajdist.data.sources import open_source
     from trajdist.data.storage import Access
     from trajdist.errors import DataError
-    from trajdist.files import user_path
     from trajdist.runtime.progress import make_console
     from trajdist.tools.pack import pack
     from trajdist.tools.preparation import Options
@@ -354,13 +351,11 @@ def _audit(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from trajdist.runtime.progress import make_console
     from trajdist.tools.inspection import inspect
 
     console = make_console(True)
-    for item in inspect(Path(arguments.path)):
+    for item in inspect(user_path(arguments.path)):
         console.print(item)
     return 0
 

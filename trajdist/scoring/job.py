@@ -20,6 +20,7 @@ from trajdist.data.loader import (
     resolve_workers,
 )
 from trajdist.errors import DataError
+from trajdist.files import user_path
 from trajdist.runtime.processes import Processes, start_accelerator
 from trajdist.runtime.progress import make_console
 from trajdist.saved.rundir import RunDir
@@ -126,7 +127,8 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
 
     rates = [options.false_alarm_rate or supported_rate(detector) for detector in scorer.detectors]
     thresholds = [detector.images.threshold(rate) for detector, rate in zip(scorer.detectors, rates, strict=True)]
-    job = Scoring(run_dir, scorer, source, title, Path(out), options, processes, loader_of, console, rates, thresholds)
+    where = user_path(out)
+    job = Scoring(run_dir, scorer, source, title, where, options, processes, loader_of, console, rates, thresholds)
     _announce(job)
     return job
 

@@ -22,6 +22,7 @@ from trajdist.artifacts import load_state, read_document, read_tensors, write_te
 from trajdist.data.decode import reason, to_square
 from trajdist.errors import ArtifactError, ConfigError, DataError, one_line
 from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.files import user_path
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring import inputs, residuals
@@ -249,12 +250,13 @@ def load(
         raise ArtifactError(f"{str(run_dir)!r} has no phase1/trajectory.safetensors: name a run whose Phase 1 is done.")
     extractor = bundle.load_extractor(rundir.trajectory)
     document = bundle.read(rundir.trajectory, bundle.TrajectoryDocument)
-    adapters = [Path(adapter)] if isinstance(adapter, (str, Path)) else [Path(each) for each in adapter or ()]
+    named = [adapter] if isinstance(adapter, (str, Path)) else adapter or ()
+    adapters = [user_path(each) for each in named]
     if not adapters and phase != 1:
         adapters = own_adapters(rundir)
     if phase == 2 and not adapters:
         raise ArtifactError(f"{str(run_dir)!r} has no phase2/adapter: run Phase 2 first, or use --phase 1.")
-    detectors = [_load_adapted(rundir, extractor, *named) for named in _names(adapters).items()]
+    detectors = [_load_adapted(rundir, extractor, *item) for item in _names(adapters).items()]
     detectors = detectors or [_load_detector(rundir, extractor)]
     scorer = Scorer(extractor, detectors, document.image_size, document.fit)
     return scorer.to(_device(device))

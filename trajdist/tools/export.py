@@ -96,7 +96,7 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
     Args:
         scorer: a loaded run; it is moved to the CPU.
         kind: ``onnx``, or ``torch`` for a ``torch.export`` program.
-        path: the output file; written atomically.
+        path: the output file; written atomically, its folder made where there is none.
 
     Raises:
         ConfigError: a package is missing, or the path is a folder.
@@ -115,6 +115,8 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with _writing(path):
+            with suppress(FileExistsError):
+                path.parent.mkdir(parents=True)
             run = writers[kind](module, trial_images(scorer.size, 2), part, json.dumps(document))
         found = _verify(scorer, run, path)
         with _writing(path):
