@@ -483,20 +483,47 @@ def test_unreadable_images_are_tried_again(
     assert [row["image"] for row in read_rows(out) if "error" in row] == ["0002.png"]
 
 
-@pytest.mark.parametrize("other", ["images", "rate", "phase", "explain"])
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ("more images", f"holds the scores of {COUNT} images, and there are {COUNT + 1} now"),
+        ("images", "holds the scores of another set of as many images"),
+        ("files", "holds the scores of images by the same names that lay elsewhere or were changed since"),
+        ("rate", "was made for a false-alarm rate of 0.4, which is 0.3 now"),
+        ("phase", "was made with another run, phase or adapter"),
+        ("calibration", "was made with another calibration of the run"),
+        ("explain", "was made with --explain"),
+        ("overlays", "was made with --overlays all, which is none now"),
+        ("version", "was written by another version of trajdist"),
+    ],
+)
 def test_scores_of_something_else_are_not_mixed_in(
-    debug_run, scored, images, tmp_path, capsys, fresh_accelerate, other
+    debug_run, scored, images, tmp_path, capsys, fresh_accelerate, other, told
 ):
+    """The one sentence says in what they differ."""
     shutil.copytree(scored, tmp_path / "out")
+    marker = tmp_path / "out" / "scoring.json"
+    noted = json.loads(marker.read_text())
+    if other == "calibration":
+        noted["thresholds"] = ["1.5"]
+    if other == "version":
+        del noted["files"]
+    marker.write_text(json.dumps(noted))
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    folder = write_images(tmp_path / "images", 3) if other == "images" else images
+    folder = images
+    if other in ("more images", "images", "files"):
+        folder = tmp_path / "images"
+        shutil.copytree(images, folder)
+    if other == "more images":
+        noise(1).save(folder / "zzz.png")
+    elif other == "images":
+        (folder / "0.png").rename(folder / "zzz.png")
     options = ["--batch-size", "4", "--false-alarm-rate", "0.3" if other == "rate" else "0.4"]
     options += [] if other == "explain" else ["--explain"]
     options += ["--phase", "1"] if other == "phase" else []
+    options += ["--overlays", "none"] if other == "overlays" else []
     assert score(debug_run, folder, tmp_path / "out", *options) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("trajdist: --out")
-    assert str(tmp_path / "out") in error
+    assert capsys.readouterr().err == f"trajdist: --out '{tmp_path / 'out'}' {told}: name another folder.\n"
     assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
 
 
@@ -568,8 +595,23 @@ def test_out_cannot_be_made(debug_run, images, tmp_path, capsys, fresh_accelerat
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_a_damaged_marker(debug_run, images, tmp_path, capsys, fresh_accelerate):
-    (tmp_path / "scoring.json").write_text("{")
+@pytest.mark.parametrize("command", ["score", "evaluate"])
+def test_out_and_an_adapter_may_lie_at_home(debug_run, tmp_path, monkeypatch, fresh_accelerate, command):
+    """The shell replaces ~ after a space alone, so not in --out=~/found."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(debug_run / "phase2", tmp_path / "mine" / "phase2")
+    images = write_images(tmp_path / "set" / "test" / "good", 2)
+    given = images if command == "score" else tmp_path / "set"
+    options = ["--out=~/found", "--adapter=~/mine/phase2/adapter"]
+    assert main([command, str(debug_run), str(given), *options]) == 0
+    assert len(read_rows(tmp_path / "found")) == 2
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_marker(debug_run, images, tmp_path, capsys, fresh_accelerate, text):
+    (tmp_path / "scoring.json").write_text(text)
     assert score(debug_run, images, tmp_path) == 4
     assert "scoring.json" in capsys.readouterr().err
 

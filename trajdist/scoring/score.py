@@ -24,7 +24,7 @@ from trajdist.data.loader import (
 )
 from trajdist.data.sources import PICTURES, SCORED
 from trajdist.errors import ArtifactError, ConfigError, DataError
-from trajdist.files import hold, read_json, write_json
+from trajdist.files import hold, read_object, write_json
 from trajdist.runtime.processes import Processes, to_device
 from trajdist.runtime.progress import Progress
 from trajdist.scoring import pictures, residuals
@@ -310,12 +310,27 @@ def _claim_out(job: Scoring) -> None:
         raise ArtifactError(
             f"--out {str(job.out)!r} is being written by another command: wait for it, or name another."
         )
-    if marker.exists() and read_json(marker) != identity:
-        raise ConfigError(
-            f"--out {str(job.out)!r} holds the scores of other images, of another run or with other options: "
-            "name another."
-        )
+    if marker.exists() and (found := read_object(marker)) != identity:
+        raise ConfigError(f"--out {str(job.out)!r} {_difference(found, identity)}: name another folder.")
     write_json(marker, identity)
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The first difference between what an output folder is of and what it is to be of, as the end of a sentence."""
+    if found.keys() != wanted.keys():
+        return "was written by another version of trajdist"
+    rates, asked = (json.dumps(each["false_alarm_rates"]).strip("[]") for each in (found, wanted))
+    said = {
+        "num_images": f"holds the scores of {found['num_images']} images, and there are {wanted['num_images']} now",
+        "images": "holds the scores of another set of as many images",
+        "files": "holds the scores of images by the same names that lay elsewhere or were changed since",
+        "detectors": "was made with another run, phase or adapter",
+        "false_alarm_rates": f"was made for a false-alarm rate of {rates}, which is {asked} now",
+        "thresholds": "was made with another calibration of the run",
+        "explain": f"was made with{'' if found['explain'] else 'out'} --explain",
+        "overlays": f"was made with --overlays {found['overlays']}, which is {wanted['overlays']} now",
+    }
+    return next(words for key, words in said.items() if found[key] != wanted[key])
 
 
 def tell_unreadable(job: Scoring) -> None:
