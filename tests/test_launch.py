@@ -135,6 +135,17 @@ def test_each_task_has_its_own_domain(stand_ins, tmp_path):
     assert "--array=0-2" in done.stderr
 
 
+@pytest.mark.parametrize("other", ["/data/tile-v1", "/data/tile v1", "/data/tile/v1/"])
+@pytest.mark.parametrize("task", ["0", "1", "2"])
+def test_domains_that_would_share_a_run_directory_are_refused(stand_ins, other, task):
+    domains = ["/data/tile/v1", "/data/c", other]
+    done = bash("slurm_array.sbatch", "debug", *domains, env={**stand_ins, **SLURM, "SLURM_ARRAY_TASK_ID": task})
+    assert (done.returncode, done.stdout) == (2, "")
+    told = f"The domains '/data/tile/v1' and '{other}' would both go to domains/data-tile-v1: rename one of the"
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_array.sbatch"])
 def test_outside_of_slurm_it_says_how_to_submit(script, stand_ins):
     done = bash(script, "debug", "/data/one", env=stand_ins)
