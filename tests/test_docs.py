@@ -65,8 +65,8 @@ def arguments(command: str, workspace: Path) -> list[str]:
         script = next(number for number, word in enumerate(words) if word.startswith("launch/"))
         assert (REPOSITORY / words[script]).is_file()
         words = ["run", *[word for word in words[script + 1 :] if not word.endswith(".txt")]]
-    elif words[0] == "accelerate":
-        assert words[1] == "launch"
+    elif words[0] in ("accelerate", "srun"):
+        assert words[0] == "srun" or words[1] == "launch"
         words = words[words.index("trajdist") + 1 :]
     else:
         assert words[0] == "trajdist", f"nothing here knows how to try {command!r}"
@@ -100,14 +100,15 @@ def test_commands(page, command, workspace, made, monkeypatch, fresh_accelerate)
     assert main(words) == 0
 
 
-def test_there_are_commands_of_every_kind():
+def test_there_are_commands_of_every_kind(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
     tried = [arguments(command, Path("/")) for _, command in COMMANDS if "data.defects" not in command]
     kinds = {build_parser().parse_args(words).command.__name__ for words in tried}
     assert kinds >= {"_train", "_plan", "_score", "_evaluate", "_audit", "_inspect", "_pack", "_export", "_merge"}
 
 
 @pytest.mark.parametrize("name", [page.name for page in PAGES if "```python" in page.read_text()])
-def test_python_examples_run(name, workspace, tmp_path, monkeypatch):
+def test_python_examples_run(name, workspace, tmp_path, monkeypatch, fresh_accelerate):
     """The examples of a page one after another, with a picture called ``image`` as some of them say."""
     page = next(page for page in PAGES if page.name == name)
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
@@ -117,6 +118,8 @@ def test_python_examples_run(name, workspace, tmp_path, monkeypatch):
     if name == "export.md":
         for kind in ("onnx", "torch"):
             assert main(["export", "runs/mine", "--format", kind]) == 0
+    if name == "api.md":
+        assert main(["score", "runs/mine", str(workspace / "data" / "new"), "--out", "found"]) == 0
     names = {"image": noise(0)}
     for block in blocks:
         if "huggingface_hub" in block:  # There is no network.
