@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,10 @@ from trajdist.cli import main
 from trajdist.config_files import load_config
 from trajdist.errors import StopRequested
 from trajdist.saved.rundir import RunDir
-from trajdist.sharding import Order, Selection
+from trajdist.sharding import Order, Selection, Step
 from trajdist.tools.audit import audit
-from trajdist.training import adaptation, passes
+from trajdist.training import adaptation, loop, passes
+from trajdist.training.job import Job
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 PLAIN = "runtime.mixed_precision=no"
@@ -149,6 +152,21 @@ def stop(*_: object) -> None:
     raise StopRequested("test")
 
 
+@contextmanager
+def stopped_at(phase: int, step: int) -> Iterator[None]:
+    """A stop is asked for once this step is done."""
+    finish_step = loop.finish_step
+
+    def finish(job: Job, done: Step) -> None:
+        if (job.phase, done.index + 1) == (phase, step):
+            job.stop.ask("test")
+        finish_step(job, done)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "finish_step", finish)
+        yield
+
+
 @pytest.mark.parametrize("subset", [[], ["data.imagenet.num_samples=20"]])
 def test_a_start_that_came_to_nothing_fixes_nothing(subset, tmp_path, monkeypatch):
     """Neither the number of processes, by which the images of a step are counted, nor the choice of images."""
@@ -163,6 +181,56 @@ def test_a_start_that_came_to_nothing_fixes_nothing(subset, tmp_path, monkeypatc
     assert main([*command, "data.imagenet.num_samples=16"]) == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["num_processes"] == 1
     assert not audit(tmp_path / "run").problems
+
+
+def test_phase2_goes_on_above_a_phase1_that_was_going_on_to_more_epochs(tmp_path, capsys):
+    """Its checkpoints have higher numbers than those of Phase 2."""
+    run_dir = tmp_path / "run"
+    command = ["debug", PLAIN, f"run_dir={run_dir}"]
+    assert main(["train", *command]) == 0
+    with stopped_at(1, 20):
+        more = ["data.imagenet.num_epochs=6", "checkpoint.every_steps=5"]
+        assert main(["train", *command, *more]) == StopRequested.exit_code
+    with stopped_at(2, 3):
+        assert main(["adapt", *command]) == StopRequested.exit_code
+    capsys.readouterr()
+    assert main(["adapt", *command]) == 0
+    assert "going on after 24 images" in capsys.readouterr().out
+    assert not audit(run_dir).problems
+    before = made(run_dir)
+    assert main(["train", *command, *more]) == 0
+    assert "Phase 2 is built on these" in capsys.readouterr().out
+    assert made(run_dir) == before
+
+
+def test_more_epochs_below_a_phase2_whose_checkpoints_are_damaged(first, capsys):
+    before = made(first)
+    for path in first.glob("checkpoints/*/model.safetensors"):
+        if json.loads((path.parent / "state.json").read_text())["phase"] == 2:
+            path.write_bytes(b"spoilt")
+    assert main(["train", "debug", PLAIN, f"run_dir={first}", "data.imagenet.num_epochs=3"]) == 0
+    assert "Phase 2 is built on these" in capsys.readouterr().out
+    assert made(first) == before
+
+
+def test_fresh_leaves_the_phase1_that_is_to_be_adapted(first, capsys):
+    for named in ([], [f"phase1={first}"]):
+        assert main(["adapt", "debug", PLAIN, f"run_dir={first}", *named, "--fresh"]) == 2
+        assert f"name another run_dir, with phase1={str(first)!r}" in capsys.readouterr().err
+    assert (first / "phase1" / "model.safetensors").is_file()
+
+
+def test_the_config_of_a_run_that_was_moved(first, tmp_path, capsys):
+    old = load_config(str(first / "config.yaml")).run_dir
+    assert main(["run", str(first / "config.yaml"), "data.imagenet.num_epochs=3"]) == 2
+    assert f"run_dir={old!r} is not where" in (told := capsys.readouterr().err)
+    assert f"add run_dir={first} to go on" in told
+    assert main(["run", str(first / "config.yaml"), f"run_dir={first}"]) == 0
+
+
+def test_a_changed_key_of_phase2_does_not_cost_phase1(first, capsys):
+    assert main(["adapt", "debug", PLAIN, f"run_dir={first}", "domain_adaptation.lora.rank=3"]) == 2
+    assert f"or adapt anew with phase1={str(first)!r} in another run_dir" in capsys.readouterr().err
 
 
 def test_bad_domain_images_may_be_taken_away_before_phase2_has_made_anything(first, tmp_path, capsys):

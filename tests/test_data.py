@@ -400,8 +400,12 @@ def test_no_path_is_no_labelled_set(tmp_path, monkeypatch):
         open_sets({"imagenet": None}, Access())
 
 
-def test_a_labelled_set_is_not_trained_on(tmp_path, capsys):
-    for part in ("train/good", "test/good", "ground_truth/hole"):
-        write_images(tmp_path / "set" / part, 2)
-    assert main(["train", "debug", f"data.imagenet.path={tmp_path / 'set'}", f"run_dir={tmp_path / 'run'}"]) == 3
-    assert str(tmp_path / "set/train/good") in capsys.readouterr().err
+@pytest.mark.parametrize("parts", [("test/good", "test/hole"), ("test/good", "ground_truth/hole")])
+@pytest.mark.parametrize("above", ["set", "."])
+def test_a_labelled_set_is_not_trained_on(parts, above, tmp_path, capsys):
+    """With masks or without; nor is a folder of such sets."""
+    for part in ("train/good", *parts):
+        write_images(tmp_path / "all" / "set" / part, 2)
+    path = f"data.imagenet.path={tmp_path / 'all' / above}"
+    assert main(["train", "debug", path, f"run_dir={tmp_path / 'run'}"]) == 3
+    assert str(tmp_path / "all/set/train/good") in capsys.readouterr().err

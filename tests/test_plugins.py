@@ -77,6 +77,18 @@ def test_models_that_cannot_be_had(tmp_path, monkeypatch, capsys, line, model, w
     assert told.count("\n") == 1
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_weight_that_takes_no_part_is_named(tmp_path, processes):
+    """It could not go on from a checkpoint, and with several processes it fails at the second step."""
+    env = install(tmp_path / "site")
+    file = tmp_path / "site" / "toy_model.py"
+    file.write_text(MODEL.replace("    def forward", "        self.spare = nn.Linear(3, 3)\n\n    def forward"))
+    command = ["train", "debug", f"run_dir={tmp_path / 'run'}", "model.type=toy", "runtime.mixed_precision=no"]
+    finished = launch(command, processes, env=env)
+    assert finished.returncode == (2 if processes == 1 else 1), "a launcher ends with 1"
+    assert "the weight 'spare.weight' takes no part in the loss of phase 1" in finished.stderr
+
+
 def test_nobody_takes_the_name_of_a_built_in_model(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(install(tmp_path / "site", "vae = toy_model:Toy")["PYTHONPATH"])
     from trajdist.models.registry import build_model

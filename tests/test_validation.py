@@ -218,6 +218,7 @@ def test_once_there_is_an_auroc_only_a_higher_one_is_better():
     """The labelled images may be unreadable for one validation."""
     none, low, high = ({"loss": loss, "image_auroc": auroc} for loss, auroc in ((0.1, None), (0.9, 0.6), (0.5, 0.9)))
     assert is_better(low, none)
+    assert not is_better({"image_auroc": None}, {"image_auroc": None}), "without held-out images there is no loss"
     assert is_better(high, low)
     assert not is_better(none, low)
     assert not is_better(low, high)

@@ -190,11 +190,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource], list[int]]:
     """The config, its image sets, and the phases that it asks for."""
-    from trajdist.config_files import load_config
+    from trajdist.config_files import load_config, refuse_moved
     from trajdist.data.sources import open_sets
     from trajdist.data.storage import Access
 
     config = load_config(arguments.config, arguments.overrides)
+    refuse_moved(arguments.config, arguments.overrides, config.run_dir)
     phases = list(arguments.phases)
     data, adaptation = config.data, config.domain_adaptation.enabled
     no_domain = not data.domain.path and not data.domains

@@ -77,7 +77,7 @@ class Data(Section):
     """Phase 2."""
     domains: dict[DomainName, ImageSet] = Field({}, json_schema_extra=FREE)
     """Several domains by name (`{road: {path: ...}}`), adapted to in one job; unset keys come from `data.domain`."""
-    image_size: Annotated[int, Field(ge=16)] = 224
+    image_size: Annotated[int, Field(ge=16, le=16384)] = 224
     """Height and width of the backbone's input, in pixels."""
     num_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field("auto", json_schema_extra=FREE)
     """Decoding workers per training process; `auto`: one per spare core (at most 16), or threads if none is spare."""
@@ -140,7 +140,7 @@ class Model(Section):
     """Attention heads (transformer); must divide hidden_dim."""
     dropout: Fraction = 0.0
     """Dropout in the hidden layers during training."""
-    spatial_resolution: PositiveInt = 7
+    spatial_resolution: Annotated[int, Field(gt=0, le=1024)] = 7
     """Grid cells per side: every block's feature map is pooled to this grid."""
     feature_dim: Width = 128
     """Channels that each block is projected to."""
@@ -287,7 +287,7 @@ class Runtime(Section):
     """Use deterministic algorithms only (slower on CUDA)."""
     detect_anomaly: bool = Field(False, json_schema_extra=FREE)
     """Autograd names the operation that first produced a NaN gradient (slow)."""
-    timeout_s: Rate = Field(1800.0, json_schema_extra=FREE)
+    timeout_s: Annotated[float, Field(gt=0, le=1e7)] = Field(1800.0, json_schema_extra=FREE)
     """Seconds after which a process waiting for a lost or hung peer gives up."""
 
 

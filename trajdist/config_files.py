@@ -15,6 +15,7 @@ import yaml
 from trajdist.config import Config, is_text
 from trajdist.config_parsing import parse_config
 from trajdist.errors import ConfigError
+from trajdist.files import user_path
 
 DIGITS = re.compile(r"\d+")
 NULLS = ("", "~", "null", "Null", "NULL")
@@ -43,6 +44,23 @@ def _refuse_expanded_paths(overrides: list[str]) -> None:
                 f"{one!r} and {other!r} both set {key}, as when the shell expands braces: quote the pattern, or name "
                 "one path."
             )
+
+
+def refuse_moved(source: str, overrides: Iterable[str], run_dir: str) -> None:
+    """Refuse the config.yaml of a run that was moved or copied: it would begin another run where that one was.
+
+    Raises:
+        ConfigError: it names another run_dir than the folder it is in, and the command names none.
+    """
+    folder = user_path(source).parent
+    if Path(source).name != "config.yaml" or not (folder / "run.json").is_file():
+        return
+    named = any(override.startswith("run_dir=") for override in overrides)
+    if not named and user_path(run_dir).resolve() != folder.resolve():
+        raise ConfigError(
+            f"run_dir={run_dir!r} is not where {source!r} is, as after the run was moved: add run_dir={folder} to go "
+            "on with it, or name another run_dir to begin anew."
+        )
 
 
 def find_config(name: str) -> Path:

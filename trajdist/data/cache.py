@@ -112,7 +112,7 @@ class TrajectoryCache:
 
     def capacity(self, gib: float) -> int:
         """How many records ``gib`` GiB have room for, be there as many images or not."""
-        return int(gib * GIB / self.stride)
+        return int(min(gib * GIB / self.stride, 2**62))  # The limit may be infinite.
 
     def read(self, number: int, version: int, record_PLD: npt.NDArray[np.uint16]) -> bool:
         """Read an image's record into ``record_PLD`` (uint16, the bits of bfloat16).

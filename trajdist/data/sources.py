@@ -187,9 +187,25 @@ def _refuse_labelled(path: str | None, key: str) -> None:
     if not path:
         return
     folder = os.path.expanduser(path)
-    if all(os.path.isdir(os.path.join(folder, part)) for part in ("test", "ground_truth")):
-        good = os.path.join(folder, "train", "good")
+    if labelled := find_labelled(folder):
+        good = os.path.join(labelled, "train", "good")
+        what = "is" if labelled == folder else f"contains {labelled!r},"
         raise DataError(
-            f"{key}={path!r} is a labelled set (it has test and ground_truth), and its defects would be trained on: "
-            f"name its clean images, as in {good!r}."
+            f"{key}={path!r} {what} a labelled set (it has test/good or ground_truth), and its defects would be "
+            f"trained on: name its clean images, as in {good!r}."
         )
+
+
+def find_labelled(folder: str) -> str | None:
+    """The folder itself if it is a labelled set in MVTec layout, or the first such folder in it; None without any."""
+    if not os.path.isdir(folder):
+        return None
+    try:
+        inside = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+    except OSError:  # Told by whoever lists the images.
+        return None
+    return next((each for each in (folder, *inside) if _is_labelled(each)), None)
+
+
+def _is_labelled(folder: str) -> bool:
+    return any(os.path.isdir(os.path.join(folder, *part)) for part in (("test", "good"), ("ground_truth",)))

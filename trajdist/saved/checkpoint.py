@@ -169,11 +169,16 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def _set_aside(path: Path) -> str:
-    """Rename a damaged checkpoint if possible; returns its (new) name."""
-    number, aside = 1, path.with_name(f"damaged-{path.name}")
+def set_aside_above(folder: Path, number: int) -> list[str]:
+    """Rename all checkpoints with higher numbers, which would count as newer than what comes next; their new names."""
+    return [_set_aside(path, "left") for found, path in sorted(_numbered(folder)) if found > number]
+
+
+def _set_aside(path: Path, why: str = "damaged") -> str:
+    """Rename a checkpoint if possible; returns its (new) name."""
+    number, aside = 1, path.with_name(f"{why}-{path.name}")
     while aside.exists():
-        number, aside = number + 1, path.with_name(f"damaged-{path.name}-{number}")
+        number, aside = number + 1, path.with_name(f"{why}-{path.name}-{number}")
     try:
         path.rename(aside)
     except OSError:

@@ -70,6 +70,14 @@ class RunDir:
         """Run directories of the domains of a joint adaptation, sorted; usually none."""
         return sorted(path.parent for path in self.path.glob("domains/*/config.yaml"))
 
+    def has_adapted(self) -> bool:
+        """Whether a Phase 2 is done, or that of several domains has begun.
+
+        Raises:
+            ArtifactError: summary.json is damaged.
+        """
+        return bool(self.domains()) or "phase2" in self.read_summary()
+
     def subset(self, set_name: str) -> Path:
         """File of the image numbers of a stratified subset."""
         return self.path / f"subset-{set_name}.npy"

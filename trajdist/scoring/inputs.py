@@ -1,4 +1,4 @@
-"""What the Python API takes for pictures: PIL images, arrays and tensors."""
+"""What the Python API takes for pictures: names of files, PIL images, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from trajdist.data.decode import OVERSHOOT, to_rgb, upright
+from trajdist.data.decode import OVERSHOOT, decode, to_rgb, upright
 from trajdist.errors import DataError
+from trajdist.files import user_path
 
 
 def several(images: Any) -> Iterable[Any]:
@@ -31,20 +32,23 @@ def several(images: Any) -> Iterable[Any]:
 
 
 def _is_one(images: Any) -> bool:
-    """Whether it is one picture, or the name of one, which :func:`to_pil` refuses."""
+    """Whether it is one picture, or the name of its file."""
     if isinstance(images, (np.ndarray, torch.Tensor)):
         return images.ndim in (2, 3)
     return isinstance(images, (Image.Image, str, Path))
 
 
-def to_pil(image: Any) -> Image.Image:
-    """Upright RGB, as :func:`trajdist.data.decode.decode` makes it of a file."""
+def to_pil(image: Any, size: int) -> Image.Image:
+    """Upright RGB. A file is decoded as ``trajdist score`` does, for a square of ``size`` pixels.
+
+    Raises:
+        OSError: a file that cannot be read.
+        DataError: an array or tensor that is no picture.
+    """
     if isinstance(image, Image.Image):
         return to_rgb(upright(image.copy()))
     if isinstance(image, (str, Path)):
-        raise DataError(
-            f"a picture of type {type(image).__name__} ({str(image)!r}) is none: open it with PIL.Image.open."
-        )
+        return decode(user_path(image).read_bytes(), size)
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = image.float() if image.is_floating_point() else image  # NumPy has no bfloat16.

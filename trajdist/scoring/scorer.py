@@ -174,12 +174,12 @@ class Scorer:
         return [detector.score(trajectories) for detector in self.detectors]
 
     def __call__(self, images: Any, batch_size: int = 32) -> Scores:
-        """Score PIL images, arrays or tensors with the first detector.
+        """Score files, PIL images, arrays or tensors with the first detector.
 
         Args:
-            images: any number of PIL images, arrays ``[H, W, 3]`` or ``[H, W]``, or tensors ``[3, H, W]`` or
-                ``[H, W]``, of any sizes: integers in 0..255, 16-bit integers, or floats in 0..1. A tensor or an array
-                with a leading batch dimension is such a sequence; one picture is a batch of one.
+            images: any number of names of files, PIL images, arrays ``[H, W, 3]`` or ``[H, W]``, or tensors
+                ``[3, H, W]`` or ``[H, W]``, of any sizes: integers in 0..255, 16-bit integers, or floats in 0..1. A
+                tensor or an array with a leading batch dimension is such a sequence; one picture is a batch of one.
             batch_size: how many go through the backbone at once.
 
         Raises:
@@ -208,12 +208,14 @@ class Scorer:
             DataError: it cannot be a picture, or cannot be read.
         """
         try:
-            return to_square(inputs.to_pil(image), self.size, self.fit)
+            return to_square(inputs.to_pil(image, self.size), self.size, self.fit)
         except DataError:
             raise
         except Exception as error:  # Pillow reads only now, and can raise anything on malformed bytes.
+            name = f"{str(image)!r}, " if isinstance(image, (str, Path)) else ""
             raise DataError(
-                f"picture {number}, counted from 0, cannot be used ({reason(error)}): leave it out, or replace it."
+                f"picture {number}, {name}counted from 0, cannot be used ({reason(error)}): leave it out, or replace "
+                "it."
             ) from error
 
     def _empty(self) -> tuple[npt.NDArray[Any], ...]:

@@ -26,6 +26,9 @@ FIXED_POINT = float(2**24)
 LARGEST_LOSS = float(2**16)
 NEVER = 2**62
 
+# In a pass over fewer images, data.max_bad_fraction is a share of this many, or of the set if that is smaller.
+FEW_IMAGES = 200
+
 NameOf = Callable[[int], str]
 FilesOf = Callable[[int], list[str]]
 
@@ -58,6 +61,34 @@ class Sums:
         """Mean loss, recon and kl per image."""
         count = max(1, self.images)
         return {name: getattr(self, name) / FIXED_POINT / count for name in ("loss", "recon", "kl")}
+
+
+@dataclass(frozen=True)
+class BadLimit:
+    """How many images of a pass or an epoch may be unusable.
+
+    Attributes:
+        num_images: of the pass.
+        set_size: of the set that they are drawn from.
+        fraction: ``data.max_bad_fraction``.
+    """
+
+    num_images: int
+    set_size: int
+    fraction: float
+
+    def check(self, failures: int, rundir: RunDir) -> None:
+        """
+        Raises:
+            DataError: there are more, or no others; names the file that lists them.
+        """
+        # By chance, a few images hold a larger share of the bad ones than the set has.
+        of_images = max(self.num_images, min(self.set_size, FEW_IMAGES))
+        if failures > self.fraction * of_images or failures == self.num_images:
+            raise DataError(
+                f"{failures} of {self.num_images} images could not be used, more than data.max_bad_fraction="
+                f"{self.fraction:g} allows: see {str(rundir.bad_images)!r}, fix them or raise the fraction."
+            )
 
 
 class BadImages:
@@ -113,13 +144,11 @@ class Journal:
         name_of: NameOf,
         files_of: FilesOf,
         set_name: str,
-        num_images: int,
-        max_bad_fraction: float,
+        bad_limit: BadLimit,
     ) -> None:
         self.phase, self._rundir, self._processes = phase, rundir, processes
         self._name_of, self._files_of = name_of, files_of
-        self._set_name, self._num_images = set_name, num_images
-        self._max_bad_fraction = max_bad_fraction
+        self._set_name, self._bad_limit = set_name, bad_limit
         self._bad_images = BadImages(rundir, processes)
         device = processes.device
         self._device_sums = torch.zeros(len(vars(Sums())), dtype=torch.int64, device=device)
@@ -160,7 +189,7 @@ class Journal:
         self._stretch_start = None
         if sums.not_finite:
             raise TrainingError(self._explain_not_finite())
-        check_bad_fraction(self.epoch.failures, self._num_images, self._max_bad_fraction, self._rundir)
+        self._bad_limit.check(self.epoch.failures, self._rundir)
 
     def begin(self, step: Step) -> None:
         """Note the start of a step; the first one after a flush starts the next ledger record."""
@@ -224,22 +253,6 @@ class Journal:
         return (
             f"the loss of phase {self.phase} was no longer finite at step {index + 1}, on the images {named}: look at "
             "them, or lower the learning rate; the last checkpoint is from before that step."
-        )
-
-
-def check_bad_fraction(failures: int, num_images: int, allowed: float, rundir: RunDir) -> None:
-    """Stop if too many images, or all of them, could not be used.
-
-    Args:
-        allowed: fraction of ``num_images`` that may fail.
-
-    Raises:
-        DataError: names the file that lists them.
-    """
-    if failures > allowed * num_images or failures == num_images:
-        raise DataError(
-            f"{failures} of {num_images} images could not be used, more than data.max_bad_fraction={allowed:g} "
-            f"allows: see {str(rundir.bad_images)!r}, fix them or raise the fraction."
         )
 
 

@@ -117,4 +117,5 @@ def is_better(found: Found, best: Found) -> bool:
         return best["image_auroc"] is None or bool(found["image_auroc"] > best["image_auroc"])
     if best.get("image_auroc") is not None:
         return False
-    return bool(found["loss"] < best["loss"])
+    # Without held-out images there may be neither.
+    return "loss" in found and bool(found["loss"] < best["loss"])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from trajdist.data.loader import ImageBatch
-from trajdist.errors import ArtifactError, StopRequested
+from trajdist.errors import ArtifactError, ConfigError, StopRequested
 from trajdist.runtime.processes import empty_cache, memory_bytes, peak_memory_bytes
 from trajdist.saved.checkpoint import Checkpoint, Tensors, check_fits, optimizer_tensors, restore_optimizer
 from trajdist.sharding import Step, key64
@@ -142,6 +142,8 @@ def update(job: Job, step: Step, images: torch.Tensor) -> None:
             by which the losses were divided: the gradients are rescaled to the mean over the images used.
     """
     correction = step.num_images / images.clamp(min=1)
+    if step.index == 0:
+        check_all_trained(job)
     for parameter in job.model.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(correction)
@@ -150,6 +152,20 @@ def update(job: Job, step: Step, images: torch.Tensor) -> None:
     job.optimizer.zero_grad()
     if job.keeper.averages:
         job.keeper.follow(trainable(job))
+
+
+def check_all_trained(job: Job) -> None:
+    """Refuse weights without a gradient: they would have no moments to resume with, and DistributedDataParallel fails.
+
+    Raises:
+        ConfigError: names the first one.
+    """
+    idle = next((name for name, weight in trainable(job).items() if weight.grad is None), None)
+    if idle is not None:
+        raise ConfigError(
+            f"the weight {idle!r} takes no part in the loss of phase {job.phase}, so it cannot be trained: use its "
+            "layer in the model, remove it, or (in phase 2) leave it out of domain_adaptation.lora.target_modules."
+        )
 
 
 def finish_step(job: Job, step: Step) -> None:

@@ -25,11 +25,8 @@ from trajdist.scoring.residuals import PlaceMoments, ResidualModel, roots
 from trajdist.scoring.scorer import Detector
 from trajdist.sharding import Plan, Selection
 from trajdist.training.feed import move
-from trajdist.training.journal import BadImages, check_bad_fraction
+from trajdist.training.journal import BadImages, BadLimit
 from trajdist.training.session import Session
-
-# In a pass over fewer images, data.max_bad_fraction is a share of this many, or of the set if that is smaller.
-FEW_IMAGES = 200
 
 
 def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtractor:
@@ -145,9 +142,7 @@ def clean_batches(
                 raise StopRequested(session.stop.why or "another process was asked to stop")
     source = session.sources[set_name]
     bad = bad_images.write(set_name, source.name)
-    # By chance, a few images hold a larger share of the bad ones than the set has.
-    of_images = num_images if len(bad) == num_images else max(num_images, min(len(source), FEW_IMAGES))
-    check_bad_fraction(len(bad), of_images, session.config.data.max_bad_fraction, session.rundir)
+    BadLimit(num_images, len(source), session.config.data.max_bad_fraction).check(len(bad), session.rundir)
 
 
 def sampled_batches(

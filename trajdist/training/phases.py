@@ -50,6 +50,11 @@ def run(
             f"phase1={config.phase1!r} is another run's Phase 1, and this command trains one: leave it out, or give "
             "the command adapt."
         )
+    if fresh and 1 not in phases and (config.phase1 is None or RunDir(config.run_dir).is_at(config.phase1)):
+        raise ConfigError(
+            f"--fresh would move run_dir={config.run_dir!r} away with the Phase 1 that this command adapts: name "
+            f"another run_dir, with phase1={config.run_dir!r}."
+        )
     if 2 in phases and config.domain_adaptation.lora.target_modules != "all-linear":
         # Only where names were chosen: PEFT takes longer to import than torch, and Phase 1 does without.
         from trajdist.saved import lora

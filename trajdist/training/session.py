@@ -335,7 +335,10 @@ def _check_same_config(rundir: RunDir, config: Config) -> None:
         # A key that did not exist in the version that began the run counts as its default.
         began = before.get(key, default)
         if not may_change and began != now[key]:
+            anew = "start over with --fresh"
+            if key.startswith(("data.domain.", "domain_adaptation.")):
+                anew = f"adapt anew with phase1={str(rundir.path)!r} in another run_dir"
             raise ConfigError(
-                f"{key}={now[key]!r}, but the run in {str(rundir.path)!r} began with {began!r}: "
-                "keep the old value, name another run_dir, or start over with --fresh."
+                f"{key}={now[key]!r}, but the run in {str(rundir.path)!r} began with {began!r}: keep the old value, "
+                f"name another run_dir, or {anew}."
             )

@@ -21,7 +21,7 @@ def is_done(session: Session, phase: int) -> bool:
     """
     rundir = session.rundir
     done, adapted = session.processes.main_knows(
-        lambda: (rundir.read_summary().get(f"phase{phase}"), bool(rundir.domains()))
+        lambda: (rundir.read_summary().get(f"phase{phase}"), rundir.has_adapted())
     )
     if not done or ("domains" in done and not session.config.data.domains):
         return False

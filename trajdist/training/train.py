@@ -22,13 +22,13 @@ from trajdist.runtime.clock import Clock, sum_gradients
 from trajdist.runtime.processes import reset_peak_memory
 from trajdist.runtime.profiling import nothing, profiling
 from trajdist.runtime.progress import Progress
-from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter
+from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter, set_aside_above
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.training.caching import open_cache, open_writer
 from trajdist.training.feed import Branch, Feed, Stream, num_places
 from trajdist.training.job import Job, Position, Recipe, Rhythm
-from trajdist.training.journal import Journal
+from trajdist.training.journal import BadLimit, Journal
 from trajdist.training.keeper import Keeper
 from trajdist.training.loop import fit, restore, settle_weights, trainable_weights, walk
 from trajdist.training.objectives import Objective, ReconstructionError
@@ -306,10 +306,18 @@ def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None
             "restore the phase1 folder, or start over with --fresh."
         )
     if session.processes.is_main:
+        if phase == 2 and checkpoint is None:
+            _set_aside_unfinished(session)
         before = session.rundir.recall("records_after_phase1") if phase == 2 else None
         session.rundir.rewind_records(checkpoint.state["file_sizes"] if checkpoint else before or {})
     session.processes.wait()
     return checkpoint
+
+
+def _set_aside_unfinished(session: Session) -> None:
+    """Set aside the checkpoints of a Phase 1 that was going on to more epochs: Phase 2 builds on finished ones."""
+    if left := set_aside_above(session.rundir.checkpoints, _steps_before(session, 2)):
+        session.say(f"checkpoints of more epochs of phase 1, which were not finished, are set aside: {', '.join(left)}")
 
 
 def _cursor_of(checkpoint: Checkpoint, plan: Plan, set_name: str) -> int:
@@ -356,8 +364,7 @@ def _journal(session: Session, phase: int, plan: Plan, selection: Selection) -> 
         source.name,
         files_of,
         SETS[phase],
-        plan.num_images,
-        session.config.data.max_bad_fraction,
+        BadLimit(plan.num_images, len(source), session.config.data.max_bad_fraction),
     )
 
 
