@@ -18,6 +18,7 @@ from trajdist.cli import main
 from trajdist.config_files import load_config
 from trajdist.data.sources import open_sets
 from trajdist.data.storage import Access
+from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.planning import budget, probe
 from trajdist.planning.budget import LARGEST_BATCH, largest_within
 from trajdist.planning.footprint import LiveBytes, Rehearsal, build_modules
@@ -173,6 +174,46 @@ def test_cached_images_cost_the_models_time_alone(images, monkeypatch):
     # The backbone takes 1/10 s for an image.
     assert saved == pytest.approx([10 * count * 0.1 / 3600 for count in (54, 27)])
     assert without["hours_per_epoch"] == all_of_them["hours_per_epoch"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "override", "extracted"),
+    [
+        (1, "train.cell_fraction=1", (8, None)),
+        (1, "train.cell_fraction=0.25", (8, 4)),
+        (2, "train.cell_fraction=0.25", (8, 4)),
+        (2, "domain_adaptation.objective=contrast", (16, None)),
+    ],
+)
+def test_the_probe_does_what_a_step_does(phase, override, extracted, images, monkeypatch):
+    """Images that pass through the backbone, and places of each, None for all; a drawn copy is no image of its own."""
+    seen, timed, extract = [], [], TrajectoryExtractor._extract
+
+    def watched(extractor, images, places):
+        seen.append((len(images), places if places is None else places.shape[1]))
+        return extract(extractor, images, places)
+
+    def one_second(work, device):
+        seen.clear()
+        work()
+        timed.append(list(seen))
+        return 1.0
+
+    monkeypatch.setattr(TrajectoryExtractor, "_extract", watched)
+    monkeypatch.setattr(probe, "_seconds", one_second)
+    monkeypatch.setattr(probe, "LIMIT_S", 0.01)
+    figures = plan(images, override, phases=(phase,), measure=True)[f"phase{phase}"]
+    assert timed == [[extracted], []]
+    assert figures["backbone_images_per_s"] == figures["model_images_per_s"] == probe.BATCH
+
+
+def test_contrast_takes_one_pass_more(images):
+    objectives = ("reconstruction", "contrast")
+    hours = [
+        plan(images, f"domain_adaptation.objective={name}", phases=(2,), images_per_s=10.0)["phase2"]["hours"]
+        for name in objectives
+    ]
+    assert hours[1] - hours[0] == pytest.approx(54 / 10 / 3600)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plans for a device that is not here")

@@ -20,18 +20,18 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from trajdist.config import Config
 from trajdist.data.cache import Cached
 from trajdist.data.loader import ImageBatch
 from trajdist.extraction.projection import BlockMoments, pca_whitening
 from trajdist.extraction.trajectory import TrajectoryExtractor, update_moments
+from trajdist.planning.task import autocast, contrasts, plan_task, widths_of
 from trajdist.runtime.clock import Clock
 from trajdist.saved import bundle
 from trajdist.scoring.residuals import PlaceMoments, ResidualModel
 from trajdist.training.feed import Feed, Stream, num_places
-from trajdist.training.objectives import ContrastModel, DefectContrast, Objective, ReconstructionError
 
 
 class LiveBytes(TorchDispatchMode):
@@ -141,9 +141,9 @@ class Rehearsal:
         self.extractor.rehearses = True
         for module in (self.extractor.backbone, self.extractor.projection, self.model):
             self._become_fake(module)
-        self.widths = [min(count, config.model.feature_dim) for count in self.extractor.projection.channels]
-        self._contrasts = phase == 2 and config.domain_adaptation.objective == "contrast"
-        self.task = self._contrasting() if self._contrasts else self.model
+        self.widths, self._contrasts = widths_of(self.extractor.projection), contrasts(config, phase)
+        with self._mode:
+            self.task = plan_task(config, phase, self.extractor, self.model)
         self.sizes = self._measure_sizes()
 
     def _become_fake(self, module: nn.Module) -> None:
@@ -155,11 +155,6 @@ class Rehearsal:
                 part._parameters |= {name: nn.Parameter(weight, name not in frozen) for name, weight in fake.items()}
                 part._buffers |= {name: _like(value) for name, value in part._buffers.items() if value is not None}
 
-    def _contrasting(self) -> nn.Module:
-        with self._mode:
-            valid_F = torch.zeros(sum(self.widths), dtype=torch.int64)
-            return ContrastModel(self.model, self._residual_model(), valid_F)
-
     def _residual_model(self) -> ResidualModel:
         return ResidualModel(self.widths, self.extractor.resolution)
 
@@ -167,7 +162,7 @@ class Rehearsal:
         return PlaceMoments(self.extractor.resolution**2, sum(self.widths), torch.device("cpu"))
 
     def _measure_sizes(self) -> Sizes:
-        trained = [weight.numel() for weight in self.task.parameters() if weight.requires_grad]
+        trained = [weight.numel() for weight in self.task.module.parameters() if weight.requires_grad]
         network = self.extractor.backbone.network
         return Sizes(
             backbone_bytes=bytes_of(network),
@@ -200,18 +195,15 @@ class Rehearsal:
         weights = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         with self._mode, LiveBytes(weights) as live:
             yield live
-        self.task.zero_grad()
+        self.task.module.zero_grad()
 
     def _images(self, batch_size: int) -> torch.Tensor:
         size = self.config.data.image_size
         return torch.zeros(batch_size, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
 
-    @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def _autocast(self) -> torch.autocast:
         # Fake tensors are on the CPU whatever the device is: only the width of the data type matters.
-        kind = torch.float16 if self._precision == "fp16" else torch.bfloat16
-        with torch.autocast("cpu", kind, enabled=self._precision != "no"):
-            yield
+        return autocast("cpu", self._precision)
 
     def _step(self, batches: list[ImageBatch], live: LiveBytes) -> tuple[int, int, int]:
         """Bytes of the trajectories, peaks of the backbone and of the model, gradients included.
@@ -219,8 +211,8 @@ class Rehearsal:
         The first batch is trained on while the trajectories of the other domains' batches wait.
         """
         backbone, model, trajectories_bytes = 0, 0, 0
-        objective, device = self._objective(), torch.device("cpu")
-        for weight in self.task.parameters():
+        device = torch.device("cpu")
+        for weight in self.task.module.parameters():
             weight.grad = torch.zeros_like(weight) if self._shared_gradients and weight.requires_grad else None
         for _ in range(self._micro_batches):
             live.take()
@@ -229,8 +221,7 @@ class Rehearsal:
             batch, trajectories = next(feed.of(0))
             trajectories_bytes = trajectories.untyped_storage().nbytes()
             backbone = max(backbone, live.take())
-            losses = objective(self._call, trajectories, batch, 0.5)
-            (losses.loss @ batch.weights).backward()
+            self.task.loss(trajectories, batch, self._precision).backward()
             model = max(model, live.take())
             del trajectories
             feed.close()
@@ -252,16 +243,6 @@ class Rehearsal:
             none, all_slots = torch.zeros(0, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
             cached = Cached(found, none, all_slots, all_slots, all_slots)
         return ImageBatch(images, weights, digest, [], places, cached)
-
-    def _objective(self) -> Objective:
-        valid_LD = self.extractor.projection.valid_LD
-        return DefectContrast(valid_LD) if self._contrasts else ReconstructionError(valid_LD, 1.0, 0.0)
-
-    def _call(self, target_NLD: torch.Tensor) -> Any:
-        """Call the model as Accelerate does: under autocast, with outputs converted to float32."""
-        with self._autocast():
-            answer = self.task(target_NLD)
-        return tree_map(lambda part: part.float() if isinstance(part, torch.Tensor) else part, answer)
 
     @torch.no_grad()
     def _statistics(self, images: torch.Tensor, live: LiveBytes) -> int:

@@ -23,6 +23,7 @@ from trajdist.planning import probe
 from trajdist.planning.budget import FLOAT, Budget, measure_bases
 from trajdist.planning.footprint import Rehearsal, build_modules
 from trajdist.planning.probe import Rates
+from trajdist.planning.task import contrasts
 from trajdist.runtime.processes import device_type, precision
 from trajdist.runtime.progress import GIB, Cells, format_seconds, phase_table
 from trajdist.sharding import Plan, Selection
@@ -117,9 +118,7 @@ def _plan_phase(
     modules = build_modules(config, phase)
     rates = Rates(training=options.images_per_s)
     if options.measure and options.images_per_s is None:
-        rates = probe.measure(
-            lead.config, lead.source, lead.selection, modules.extractor, modules.model, device, mixed_precision, workers
-        )
+        rates = probe.measure(lead.config, lead.source, lead.selection, modules, device, mixed_precision, workers)
     modules.extractor.suit(device, config.memory.images_per_pass)
     rehearsal = Rehearsal(
         lead.config,
@@ -215,9 +214,8 @@ class _Cache(NamedTuple):
 def _cache(config: Config, trainings: list[PlannedTraining], extractor: TrajectoryExtractor) -> _Cache:
     images, size, reads = 0, 0, 0
     for training in trainings:
-        contrast = training.config.domain_adaptation.objective == "contrast" and training.selection.phase == 2
         # Contrast draws defects into the images themselves.
-        if config.cache.dir is None or contrast:
+        if config.cache.dir is None or contrasts(training.config, training.selection.phase):
             continue
         shape = (extractor.resolution**2, *extractor.projection.valid_LD.shape)
         cache = TrajectoryCache(Path(config.cache.dir), {}, len(training.source), shape)
@@ -240,7 +238,7 @@ def _time(
     rate, bottleneck = rates.of_training(workers)
     world = walks[0].world
     epoch, images = sum(walk.num_images for walk in walks), sum(walk.total_images for walk in walks)
-    # The passes compute no gradients, so they are no slower than training.
+    # The passes compute no gradients, but at all places: they are about as fast as training.
     passes = sum(_passes(config, training.selection) for training in trainings)
     hours_per_image = 1 / (rate * world) / 3600 if rate else None
     # A cached image costs the model's time alone; where only the rate of all is known, as much as any.
@@ -258,10 +256,13 @@ def _time(
 
 
 def _passes(config: Config, selection: Selection) -> int:
-    """Images in passes without training: residuals, places and calibration; before Phase 1 the statistics as well."""
+    """Images in passes without training: residuals, places and calibration.
+
+    Before Phase 1 the statistics as well; before contrast the residuals of the base model, once for all restarts.
+    """
     most = config.trajectory.statistics_images
     sample, held_out = min(selection.num_train, most), min(selection.num_holdout or selection.num_train, most)
-    return (3 if selection.phase == 1 else 2) * sample + held_out
+    return (3 if selection.phase == 1 or contrasts(config, selection.phase) else 2) * sample + held_out
 
 
 def advice(bottleneck: str, workers: int, device: str) -> str:

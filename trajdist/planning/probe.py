@@ -7,15 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from trajdist.config import Config
 from trajdist.data.base import ImageSource
-from trajdist.data.loader import SlotDataset, resolve_threads
+from trajdist.data.drawing import DefectDraw
+from trajdist.data.loader import ImageBatch, SlotDataset, resolve_threads
 from trajdist.extraction.trajectory import TrajectoryExtractor
-from trajdist.models.losses import trajectory_losses
+from trajdist.planning.footprint import Modules
+from trajdist.planning.task import PlannedTask, autocast, contrasts, plan_task
 from trajdist.runtime.allocator import keep_freed_memory
+from trajdist.runtime.processes import to_device
 from trajdist.sharding import Selection, Slots
+from trajdist.training.train import place_draw
 
 # A measurement ends after this many seconds, or this many images.
 LIMIT_S = 1.5
@@ -60,16 +63,14 @@ def measure(
     config: Config,
     source: ImageSource,
     selection: Selection,
-    extractor: TrajectoryExtractor,
-    model: nn.Module,
+    modules: Modules,
     device_name: str,
     precision: str,
     workers: int,
 ) -> Rates:
-    """Measure on the configured images. The model's weights do not change; it and the extractor end up on the CPU."""
-    settings = config.data.of_phase(selection.phase)
-    threads = resolve_threads(config.data.num_workers, workers)
-    dataset = SlotDataset(source, selection.train, config.data.image_size, settings.fit, threads=threads)
+    """Measure on the configured images. The modules' weights do not change; they end up on the CPU."""
+    extractor, model = modules
+    dataset = _dataset(config, source, selection, extractor, workers)
     batch = dataset[Slots(0, 0, min(BATCH, selection.num_train), BATCH)]
     decode = _decode_rate(dataset, selection.num_train)
     if device_name == "cuda" and not torch.cuda.is_available():
@@ -78,15 +79,28 @@ def measure(
     if device.type == "cpu":
         keep_freed_memory()
     extractor.to(device, config.memory.images_per_pass)
-    model.to(device)
-    backbone, step = _step_rates(extractor, model.train(), batch.images.to(device), precision)
+    task = plan_task(config, selection.phase, extractor, model.to(device).train())
+    backbone, step = _step_rates(task, extractor, to_device(batch, device), precision)
     extractor.to(torch.device("cpu"))
     model.cpu().zero_grad()
     return Rates(decode, backbone, step)
 
 
+def _dataset(
+    config: Config, source: ImageSource, selection: Selection, extractor: TrajectoryExtractor, workers: int
+) -> SlotDataset:
+    """The batches of the run: of some places, or with defects drawn, where it has them so."""
+    phase, threads = selection.phase, resolve_threads(config.data.num_workers, workers)
+    size, fit = config.data.image_size, config.data.of_phase(phase).fit
+    if contrasts(config, phase):
+        defects = DefectDraw(extractor.resolution, config.seed, phase)
+        return SlotDataset(source, selection.train, size, fit, defects=defects, threads=threads)
+    draw = place_draw(config, phase, extractor)
+    return SlotDataset(source, selection.train, size, fit, draw=draw, threads=threads)
+
+
 def _decode_rate(dataset: SlotDataset, num_images: int) -> float | None:
-    """Images read, decoded and made square per second; None if none could be read."""
+    """Images read, decoded, made square and drawn on per second; None if none could be read."""
     images, started = 0, time.perf_counter()
     for start in range(0, min(num_images, LIMIT_IMAGES), BATCH):
         batch = dataset[Slots(0, start, min(start + BATCH, num_images), BATCH)]
@@ -97,25 +111,23 @@ def _decode_rate(dataset: SlotDataset, num_images: int) -> float | None:
 
 
 def _step_rates(
-    extractor: TrajectoryExtractor, model: nn.Module, images: torch.Tensor, precision: str
+    task: PlannedTask, extractor: TrajectoryExtractor, batch: ImageBatch, precision: str
 ) -> tuple[float, float]:
-    """Images/s of the backbone, and of forward and backward through the model."""
-    kind = torch.float16 if precision == "fp16" else torch.bfloat16
-    valid_LD = extractor.projection.valid_LD
+    """Images/s of the backbone, and of forward and backward through the model. A drawn copy is no image of its own."""
+    device, places = batch.images.device, batch.places
 
-    def trajectories() -> torch.Tensor:
-        with torch.autocast(images.device.type, kind, enabled=precision != "no"):
-            return extractor(images)
+    def extract() -> torch.Tensor:
+        with autocast(device.type, precision):
+            return extractor(batch.images) if places is None else extractor.at(batch.images, places)
 
-    target_NLD = trajectories().flatten(0, 2)
+    trajectories = extract()
 
     def step() -> None:
-        with torch.autocast(images.device.type, kind, enabled=precision != "no"):
-            reconstruction = model(target_NLD)
-        trajectory_losses(reconstruction, target_NLD, valid_LD, len(images), 1.0).loss.sum().backward()
-        model.zero_grad()
+        task.loss(trajectories, batch, precision).backward()
+        task.module.zero_grad()
 
-    return len(images) / _seconds(trajectories, images.device), len(images) / _seconds(step, images.device)
+    count = len(batch.weights)
+    return count / _seconds(extract, device), count / _seconds(step, device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -171,7 +171,7 @@ def _make_ready(training: Training, extractor: TrajectoryExtractor, clock: Clock
         prepared_model = torch.compile(prepared_model, dynamic=False)  # Slower on CPUs (docs/LOG.md).
     whole = task.defects is not None
     cache = open_cache(session, set_name, extractor) if config.cache.dir and not whole else None
-    draw = None if whole else _place_draw(session, phase, extractor)
+    draw = None if whole else place_draw(config, phase, extractor)
     loader = session.loader(set_name, selection.train, plan, cursor, draw, cache, task.defects, sharing)
     writer = open_writer(session, cache) if cache is not None else None
     session.say(_announcement(phase, plan, cursor, model, processes.world))
@@ -280,10 +280,10 @@ def _projection_timed(session: Session, extractor: TrajectoryExtractor, clock: C
     return clock.watching(extractor.projection, "projection", within="backbone")
 
 
-def _place_draw(session: Session, phase: int, extractor: TrajectoryExtractor) -> PlaceDraw | None:
+def place_draw(config: Config, phase: int, extractor: TrajectoryExtractor) -> PlaceDraw | None:
     """Chooses the places to train on; None if that is all of them."""
-    total, count = extractor.resolution**2, num_places(session.config, extractor)
-    return PlaceDraw(total, count, session.config.seed, phase) if count < total else None
+    total, count = extractor.resolution**2, num_places(config, extractor)
+    return PlaceDraw(total, count, config.seed, phase) if count < total else None
 
 
 def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None:
