@@ -46,10 +46,13 @@ def plan(images, *overrides, phases=(1,), **options):
 # What is planned and what is then measured, in processes of their own: a plan's base is its own resident set.
 LINEAR = ["quality", "backbone.weights=none", "data.imagenet.num_epochs=1", "data.domain.num_epochs=1"]
 TRANSFORMER = [*TINY[:2], "data.image_size=96", "model.type=transformer", "model.hidden_dim=128"]
+KEEPING = [*TINY[:3], "model.hidden_dim=3072", "model.spatial_resolution=4", "ema.decay=0.9"]
+KEEPING += ["validation.every_epochs=1"]
 JOBS = {
     "linear, both phases": (2, LINEAR),
     "transformer": (1, ["default", *TRANSFORMER, "data.imagenet.batch_size=16"]),
     "activations": (1, ["default", *TINY[:2], "data.imagenet.batch_size=32"]),
+    "kept weights": (1, ["default", *KEEPING, "data.imagenet.batch_size=16", "data.imagenet.num_epochs=2"]),
     "wide blocks": (1, ["default", "backbone.weights=none", "data.image_size=96", "data.imagenet.batch_size=16"]),
 }
 
@@ -247,6 +250,23 @@ def test_a_checkpoint_on_its_way_takes_memory_beside_the_steps(images):
     above_base = [each["peak_memory_bytes"] - each["parts"]["base_bytes"] for each in (often, never)]
     assert above_base[0] > above_base[1]
     assert plan(images, device="cuda")["phase1"]["parts"]["saving_bytes"] == 0
+
+
+def test_kept_weights_are_counted(images):
+    validates, average = "validation.every_epochs=1", "ema.decay=0.9"
+
+    def grown(device, *overrides):
+        """What these keys add to the parts and to a checkpoint, in multiples of the trained weights."""
+        before, after = (plan(images, *each, device=device)["phase1"] for each in ((), overrides))
+        added = [after["parts"][name] - before["parts"][name] for name in ("kept_bytes", "saving_bytes")]
+        added.append(after["checkpoint_bytes"] - before["checkpoint_bytes"])
+        return [round(each / before["parts"]["gradients_bytes"]) for each in added]
+
+    assert grown("cpu", average, validates) == [3, 2, 2]
+    # The best weights and the copies for a checkpoint are on the host.
+    assert grown("cuda", average, validates) == [2, 0, 2]
+    assert grown("cuda", validates, "validation.keep=last") == [1, 0, 0]
+    assert grown("cuda", "logging.trackers=[tensorboard]") == [1, 0, 0]
 
 
 def test_gradients_that_wait_are_counted(images):

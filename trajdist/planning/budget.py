@@ -19,12 +19,12 @@ FLOAT = 4
 BATCHES_HELD = 2
 # CUDA memory outside torch's allocator: context, kernels, NCCL. torch does not count it, so it is not in the peaks.
 CUDA_RESERVE = 2**30
-# Overhead factor of the C heap, which keeps freed memory, measured: blocks of many sizes leave unusable gaps.
+# Overhead factor of the C heap, which keeps freed memory, measured: a step's blocks of many sizes leave unusable gaps.
 FRAGMENTATION = 1.7
 # Heap used by oneDNN, file I/O, decoding and the loader in a CPU run, measured.
 HEAP_RESIDUE = 64 * 2**20
-# A checkpoint being written, in multiples of the trained weights: copies of the weights and of both Adam moments.
-SAVING_COPIES = 3
+# In a checkpoint, in multiples of the trained weights: the weights and both Adam moments.
+WEIGHTS_AND_MOMENTS = 3
 LARGEST_BATCH = 2**16
 
 
@@ -59,6 +59,15 @@ def measure_bases(config: Config, phases: list[int]) -> dict[int, int]:
     return bases
 
 
+def saved_copies(config: Config) -> int:
+    """How many times the trained weights' size a checkpoint has: with their moving average and the best ones."""
+    return WEIGHTS_AND_MOMENTS + (config.ema.decay > 0) + _keeps_best(config)
+
+
+def _keeps_best(config: Config) -> bool:
+    return config.validation.every_epochs > 0 and config.validation.keep == "best"
+
+
 def _resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
@@ -76,7 +85,7 @@ class Budget:
     """
 
     def __init__(self, rehearsal: Rehearsal, base_bytes: int, device: str, saves_between: bool = False) -> None:
-        self._rehearsal, self._saves_between = rehearsal, saves_between
+        self._rehearsal, self._saves_between, self._config = rehearsal, saves_between, rehearsal.config
         self._on_cpu = device == "cpu"
         self._base_bytes = base_bytes
         self._fit = rehearsal.fit_peak() if self._on_cpu else 0
@@ -94,21 +103,32 @@ class Budget:
         sizes = self._rehearsal.sizes
         return self._base_bytes + sizes.backbone_bytes + sizes.projection_bytes
 
+    @property
+    def _kept_bytes(self) -> int:
+        """The moving average, the best weights (on the host), and the copy of the model that is validated or drawn."""
+        config = self._config
+        weights = (config.ema.decay > 0) + (self._on_cpu and _keeps_best(config))
+        examined = config.validation.every_epochs > 0 or bool(config.logging.trackers)
+        return weights * self._gradients_bytes + (self._rehearsal.sizes.model_bytes if examined else 0)
+
     def _rest(self, peaks: Peaks) -> int:
         """Bytes held between two steps."""
         sizes = self._rehearsal.sizes
         batches = (BATCHES_HELD - 1) * peaks.images_bytes
         # On an accelerator the next batch is extracted before the current one is trained on.
         batches += 0 if self._on_cpu else peaks.trajectories_bytes
-        return self._frozen + sizes.model_bytes + self._optimizer_bytes + batches
+        return self._frozen + sizes.model_bytes + self._optimizer_bytes + self._kept_bytes + batches
 
-    def _moment(self, rest: int, live: int) -> int:
-        """Peak of one part of the run: what it finds plus what it makes live. The heap is trimmed between parts."""
-        return rest + HEAP_RESIDUE + int(FRAGMENTATION * live) if self._on_cpu else rest + live
+    def _moment(self, rest: int, live: int, copies: int = 0) -> int:
+        """Peak of one part of the run: what it finds, what it makes live, and copies of weights, which leave no gaps.
+
+        The heap is trimmed between parts.
+        """
+        return rest + copies + (HEAP_RESIDUE + int(FRAGMENTATION * live) if self._on_cpu else live)
 
     def _saving(self) -> int:
         """Bytes of a checkpoint while it is written. They are on the host: 0 on an accelerator."""
-        return SAVING_COPIES * self._gradients_bytes if self._on_cpu else 0
+        return saved_copies(self._config) * self._gradients_bytes if self._on_cpu else 0
 
     def statistics(self, peaks: Peaks) -> int:
         """Peak bytes of the statistics pass before Phase 1; 0 in Phase 2."""
@@ -119,9 +139,17 @@ class Budget:
     def training(self, peaks: Peaks) -> int:
         """Peak bytes of training itself: the figure in summary.json."""
         # At the optimizer step all gradients exist; the fused optimizer works in place.
-        step, saving = max(peaks.step, self._gradients_bytes), self._saving()
+        rest, step, saving = self._rest(peaks), max(peaks.step, self._gradients_bytes), self._saving()
         # The last checkpoint is written after the last step, the others while the next steps run.
-        return self._moment(self._rest(peaks), step + saving if self._saves_between else max(step, saving))
+        stepping = self._moment(rest, step, saving if self._saves_between else 0)
+        return max(stepping, self._moment(rest, 0, saving), self._moment(rest, self._validating(peaks)))
+
+    def _validating(self, peaks: Peaks) -> int:
+        """Live bytes of a validation; on labelled images it calibrates as at the end of the phase."""
+        validation = self._config.validation
+        if not validation.every_epochs:
+            return 0
+        return max(peaks.residuals, self._fit if validation.path else 0)
 
     def calibration(self, peaks: Peaks) -> int:
         """Peak bytes of the calibration passes after training."""
@@ -148,6 +176,7 @@ class Budget:
             "model_activations_bytes": max(0, peaks.model - peaks.images_bytes - peaks.trajectories_bytes),
             "gradients_bytes": self._gradients_bytes,
             "optimizer_bytes": self._optimizer_bytes,
+            "kept_bytes": self._kept_bytes,
             "saving_bytes": self._saving(),
             "statistics_bytes": peaks.statistics,
             "calibration_bytes": max(peaks.residuals, self._fit),

@@ -20,7 +20,7 @@ from trajdist.data.cache import TrajectoryCache
 from trajdist.data.loader import resolve_workers
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.planning import probe
-from trajdist.planning.budget import FLOAT, Budget, measure_bases
+from trajdist.planning.budget import FLOAT, Budget, measure_bases, saved_copies
 from trajdist.planning.footprint import Rehearsal, build_modules
 from trajdist.planning.probe import Rates
 from trajdist.planning.task import contrasts
@@ -189,7 +189,9 @@ def _disk(config: Config, rehearsal: Rehearsal, walks: list[Plan], phase: int) -
     """Bytes of a checkpoint (of all domains together), and the most disk space that the phase takes up."""
     sizes = rehearsal.sizes
     weights = FLOAT * sizes.trained_parameters
-    checkpoint = 3 * weights + 4 * ENTRY_BYTES * sizes.trained_tensors + STATE_BYTES * len(walks)
+    copies = saved_copies(config)
+    # AdamW's count of steps is an entry of its own.
+    checkpoint = copies * weights + (copies + 1) * ENTRY_BYTES * sizes.trained_tensors + STATE_BYTES * len(walks)
     entries, places = sum(rehearsal.widths), config.model.spatial_resolution**2
     calibration = FLOAT * entries * (entries + places)
     adopted = sizes.model_bytes + len(walks) * (sizes.projection_bytes + calibration) if len(walks) > 1 else 0
@@ -321,6 +323,7 @@ _PARTS = {
     "model_activations_bytes": "model's activations",
     "gradients_bytes": "gradients",
     "optimizer_bytes": "optimizer",
+    "kept_bytes": "average, best and validated",
     "saving_bytes": "writing a checkpoint",
     "statistics_bytes": "statistics",
     "calibration_bytes": "calibration",
