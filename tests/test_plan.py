@@ -345,6 +345,14 @@ def test_mistakes_are_one_sentence(extra, code, says, images, capsys):
     assert not shown.out
 
 
+def test_on_another_runs_phase_1_phase_2_alone_is_planned(images, capsys):
+    job = ["plan", "debug", *TINY, "phase1=runs/base", "data.imagenet.path=null", "--no-probe", "--json"]
+    assert main([*job, f"data.domain.path={images}"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["phase2"]
+    assert main([*job, "data.domain.path=null"]) == 3
+    assert "data.domain.path is not set" in capsys.readouterr().err
+
+
 def test_some_places_of_both_phases(images):
     """With places that are single pixels of the last map; what the first rehearsal computed must not reach the next."""
     found = plan(images, "model.spatial_resolution=2", "train.cell_fraction=0.25", phases=(1, 2))

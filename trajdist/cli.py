@@ -196,7 +196,9 @@ def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource]
 
     config = load_config(arguments.config, arguments.overrides)
     refuse_moved(arguments.config, arguments.overrides, config.run_dir)
-    phases = list(arguments.phases)
+    # On another run's Phase 1, the job to plan is one for ``adapt``.
+    on_another = arguments.command is _plan and config.phase1 is not None
+    phases = [2] if on_another else list(arguments.phases)
     data, adaptation = config.data, config.domain_adaptation.enabled
     no_domain = not data.domain.path and not data.domains
     if 1 in phases and 2 in phases and (adaptation is False or (adaptation is None and no_domain)):
