@@ -624,6 +624,14 @@ def test_a_rate_that_is_none(debug_run, images, tmp_path, capsys, rate):
     assert "--false-alarm-rate" in capsys.readouterr().err
 
 
+def test_masks_are_not_scored(debug_run, tmp_path, capsys):
+    for part in ("test/good", "ground_truth/hole"):
+        write_images(tmp_path / "set" / part, 2)
+    assert score(debug_run, tmp_path / "set", tmp_path / "out") == 3
+    assert f"name its images ({str(tmp_path / 'set' / 'test')!r})" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------ several adapters
 
 

@@ -251,9 +251,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from trajdist.data.sources import open_source
+    from trajdist.data.sources import open_source, refuse_masks
     from trajdist.data.storage import Access
 
+    refuse_masks(arguments.images, "IMAGES")
     source = open_source(arguments.images, "IMAGES", Access(retries=3))
     from trajdist.scoring.job import open_scoring
     from trajdist.scoring.report import report

@@ -196,6 +196,20 @@ def _refuse_labelled(path: str | None, key: str) -> None:
         )
 
 
+def refuse_masks(path: str, key: str) -> None:
+    """Refuse the root of a labelled set where images to score are wanted.
+
+    Raises:
+        DataError: it has a folder of masks, which would count as images.
+    """
+    folder = os.path.expanduser(path)
+    if os.path.isdir(os.path.join(folder, "ground_truth")):
+        raise DataError(
+            f"{key}={path!r} is a labelled set, and its masks would be scored as images: name its images "
+            f"({os.path.join(folder, 'test')!r}), or use trajdist evaluate."
+        )
+
+
 def find_labelled(folder: str) -> str | None:
     """The folder itself if it is a labelled set in MVTec layout, or the first such folder in it; None without any."""
     if not os.path.isdir(folder):
