@@ -331,6 +331,10 @@ class Config(Section):
     runtime: Runtime = Runtime()
     """Machine."""
 
+    def contrasts(self, phase: int) -> bool:
+        """Whether a phase trains on clean images together with copies that have a defect drawn in."""
+        return phase == 2 and self.domain_adaptation.objective == "contrast"
+
 
 def domain_config(config: Config, name: str) -> Config:
     """What one of several domains is trained with: a whole config, for a run directory below that of ``config``."""

@@ -47,7 +47,6 @@ def decode(raw: bytes, size: int | None = None) -> Image.Image:
     if size is not None:
         # Twice the target size leaves enough detail for the antialiasing filter.
         image.draft("RGB", (2 * size, 2 * size))
-    image.load()
     return to_rgb(upright(image))
 
 

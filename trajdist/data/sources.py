@@ -187,7 +187,7 @@ def _refuse_labelled(path: str | None, key: str) -> None:
     if not path:
         return
     folder = os.path.expanduser(path)
-    if labelled := find_labelled(folder):
+    if labelled := _find_labelled(folder):
         good = os.path.join(labelled, "train", "good")
         what = "is" if labelled == folder else f"contains {labelled!r},"
         raise DataError(
@@ -210,7 +210,7 @@ def refuse_masks(path: str, key: str) -> None:
         )
 
 
-def find_labelled(folder: str) -> str | None:
+def _find_labelled(folder: str) -> str | None:
     """The folder itself if it is a labelled set in MVTec layout, or the first such folder in it; None without any."""
     if not os.path.isdir(folder):
         return None

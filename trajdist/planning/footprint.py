@@ -27,7 +27,7 @@ from trajdist.data.cache import Cached
 from trajdist.data.loader import ImageBatch
 from trajdist.extraction.projection import BlockMoments, pca_whitening
 from trajdist.extraction.trajectory import TrajectoryExtractor, update_moments
-from trajdist.planning.task import autocast, contrasts, plan_task, widths_of
+from trajdist.planning.task import autocast, plan_task, widths_of
 from trajdist.runtime.clock import Clock
 from trajdist.saved import bundle
 from trajdist.scoring.residuals import PlaceMoments, ResidualModel
@@ -141,7 +141,7 @@ class Rehearsal:
         self.extractor.rehearses = True
         for module in (self.extractor.backbone, self.extractor.projection, self.model):
             self._become_fake(module)
-        self.widths, self._contrasts = widths_of(self.extractor.projection), contrasts(config, phase)
+        self.widths, self._contrasts = widths_of(self.extractor.projection), config.contrasts(phase)
         with self._mode:
             self.task = plan_task(config, phase, self.extractor, self.model)
         self.sizes = self._measure_sizes()

@@ -23,7 +23,6 @@ from trajdist.planning import probe
 from trajdist.planning.budget import FLOAT, Budget, measure_bases, saved_copies
 from trajdist.planning.footprint import Rehearsal, build_modules
 from trajdist.planning.probe import Rates
-from trajdist.planning.task import contrasts
 from trajdist.runtime.processes import device_type, precision
 from trajdist.runtime.progress import GIB, Cells, format_seconds, phase_table
 from trajdist.sharding import Plan, Selection
@@ -217,7 +216,7 @@ def _cache(config: Config, trainings: list[PlannedTraining], extractor: Trajecto
     images, size, reads = 0, 0, 0
     for training in trainings:
         # Contrast draws defects into the images themselves.
-        if config.cache.dir is None or contrasts(training.config, training.selection.phase):
+        if config.cache.dir is None or training.config.contrasts(training.selection.phase):
             continue
         shape = (extractor.resolution**2, *extractor.projection.valid_LD.shape)
         cache = TrajectoryCache(Path(config.cache.dir), {}, len(training.source), shape)
@@ -264,7 +263,7 @@ def _passes(config: Config, selection: Selection) -> int:
     """
     most = config.trajectory.statistics_images
     sample, held_out = min(selection.num_train, most), min(selection.num_holdout or selection.num_train, most)
-    return (3 if selection.phase == 1 or contrasts(config, selection.phase) else 2) * sample + held_out
+    return (3 if selection.phase == 1 or config.contrasts(selection.phase) else 2) * sample + held_out
 
 
 def advice(bottleneck: str, workers: int, device: str) -> str:

@@ -14,7 +14,7 @@ from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, SlotDataset, resolve_threads
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.planning.footprint import Modules
-from trajdist.planning.task import PlannedTask, autocast, contrasts, plan_task
+from trajdist.planning.task import PlannedTask, autocast, plan_task
 from trajdist.runtime.allocator import keep_freed_memory
 from trajdist.runtime.processes import to_device
 from trajdist.sharding import Selection, Slots
@@ -92,11 +92,9 @@ def _dataset(
     """The batches of the run: of some places, or with defects drawn, where it has them so."""
     phase, threads = selection.phase, resolve_threads(config.data.num_workers, workers)
     size, fit = config.data.image_size, config.data.of_phase(phase).fit
-    if contrasts(config, phase):
-        defects = DefectDraw(extractor.resolution, config.seed, phase)
-        return SlotDataset(source, selection.train, size, fit, defects=defects, threads=threads)
-    draw = place_draw(config, phase, extractor)
-    return SlotDataset(source, selection.train, size, fit, draw=draw, threads=threads)
+    defects = DefectDraw(extractor.resolution, config.seed, phase) if config.contrasts(phase) else None
+    draw = None if defects else place_draw(config, phase, extractor)
+    return SlotDataset(source, selection.train, size, fit, draw=draw, defects=defects, threads=threads)
 
 
 def _decode_rate(dataset: SlotDataset, num_images: int) -> float | None:

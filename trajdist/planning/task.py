@@ -46,7 +46,7 @@ class PlannedTask:
 
 def plan_task(config: Config, phase: int, extractor: TrajectoryExtractor, model: nn.Module) -> PlannedTask:
     """The task of a phase, on the extractor's device."""
-    if not contrasts(config, phase):
+    if not config.contrasts(phase):
         return PlannedTask(model, reconstruction(config, extractor))
     valid_LD, widths = extractor.projection.valid_LD, widths_of(extractor.projection)
     with valid_LD.device:
@@ -54,11 +54,6 @@ def plan_task(config: Config, phase: int, extractor: TrajectoryExtractor, model:
         valid_F = torch.arange(sum(widths))
         contrast = ContrastModel(model, ResidualModel(widths, extractor.resolution), valid_F)
     return PlannedTask(contrast, DefectContrast(valid_LD))
-
-
-def contrasts(config: Config, phase: int) -> bool:
-    """Whether a phase trains on clean images together with copies that have a defect drawn in."""
-    return phase == 2 and config.domain_adaptation.objective == "contrast"
 
 
 def widths_of(projection: Projection) -> list[int]:

@@ -171,7 +171,7 @@ class RunDir:
             ArtifactError: run.json is damaged or cannot be written.
         """
         facts = self._document("run.json")
-        if replace or facts.get(key) is None:
+        if facts.get(key) is None or (replace and facts[key] != value):
             write_json(self.path / "run.json", {**facts, key: value})
 
     def forget(self, *keys: str) -> None:

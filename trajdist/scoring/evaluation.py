@@ -147,14 +147,16 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     keys = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
     for column in ("", "images", *(key.replace("_", " ") for key in keys)):
         table.add_column(column, justify="right")
+
+    def add(name: str, images: str, values: dict[str, Any]) -> None:
+        table.add_row(name, images, *("-" if values.get(key) is None else f"{values[key]:.3f}" for key in keys))
+
     for name, values in {"all": metrics, **metrics.get("defects", {})}.items():
-        cells = ("-" if values.get(key) is None else f"{values[key]:.3f}" for key in keys)
-        table.add_row(name, str(values.get("num_images", "")), *cells)
-    for number, (name, values) in enumerate(metrics.get("adapters", {}).items()):
-        if not number:
-            table.add_section()
-        cells = ("-" if values.get(key) is None else f"{values[key]:.3f}" for key in keys)
-        table.add_row(f"adapter {name}", f"best for {values['num_best']}", *cells)
+        add(name, str(values.get("num_images", "")), values)
+    if adapters := metrics.get("adapters", {}):
+        table.add_section()
+    for name, values in adapters.items():
+        add(f"adapter {name}", f"best for {values['num_best']}", values)
     if metrics and metrics["pixel_auroc"] is None:
         table.caption = (
             "no mask (ground_truth/<defect>/<name>_mask.png) marks a pixel: there is nothing to measure pixels by"

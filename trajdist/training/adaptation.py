@@ -114,7 +114,7 @@ def _prepare(session: Session, at: Position) -> Adaptation:
     before = fingerprint(lora.base_state(adapted))
     objective = reconstruction(session.config, extractor)
     task = Task(adapted, objective, settings.learning_rate, settings.weight_decay, base_id)
-    if session.config.domain_adaptation.objective == "contrast":
+    if session.config.contrasts(2):
         with session.naming():
             whitened = contrast_residuals(session, selection, extractor, adapted, base_id)
         task = _contrasting(task, session, extractor, whitened)

@@ -149,12 +149,9 @@ class Session:
     def _other_images(self, set_name: str, known: object) -> DataError:
         path, now = self.settings(set_name).path, len(self.sources[set_name])
         count = known.get("num_images") if isinstance(known, dict) else known
-        anew = "start over with --fresh"
-        if set_name == SETS[2]:
-            anew = f"adapt anew with phase1={str(self.rundir.path)!r} in another run_dir"
         return DataError(
             f"data.{set_name}.path={path!r} holds {now} images, the run began with {count} (or their names changed): "
-            f"restore them, or {anew}."
+            f"restore them, or {_anew(self.rundir, set_name == SETS[2])}."
         )
 
     def selection(self, phase: int) -> Selection:
@@ -335,10 +332,13 @@ def _check_same_config(rundir: RunDir, config: Config) -> None:
         # A key that did not exist in the version that began the run counts as its default.
         began = before.get(key, default)
         if not may_change and began != now[key]:
-            anew = "start over with --fresh"
-            if key.startswith(("data.domain.", "domain_adaptation.")):
-                anew = f"adapt anew with phase1={str(rundir.path)!r} in another run_dir"
+            of_phase2 = key.startswith(("data.domain.", "domain_adaptation."))
             raise ConfigError(
                 f"{key}={now[key]!r}, but the run in {str(rundir.path)!r} began with {began!r}: keep the old value, "
-                f"name another run_dir, or {anew}."
+                f"name another run_dir, or {_anew(rundir, of_phase2)}."
             )
+
+
+def _anew(rundir: RunDir, of_phase2: bool) -> str:
+    """How to start over, as the end of a sentence; a finished Phase 1 is kept where only Phase 2 is concerned."""
+    return f"adapt anew with phase1={str(rundir.path)!r} in another run_dir" if of_phase2 else "start over with --fresh"

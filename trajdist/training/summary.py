@@ -70,7 +70,7 @@ def summarise(session: Session, job: Job) -> dict[str, Any]:
 def _facts(session: Session, job: Job, time: dict[str, float], taken: float) -> Facts:
     config, processes = session.config, session.processes
     # It draws new defects every epoch and trains on whole images: neither a cache nor fewer places would help.
-    contrast = job.phase == 2 and config.domain_adaptation.objective == "contrast"
+    contrast = config.contrasts(job.phase)
     workers = resolve_workers(config.data.num_workers, processes.local_world, processes.device.type)
     return Facts(
         seconds=taken,
