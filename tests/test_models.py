@@ -176,3 +176,20 @@ def test_linear_warmup():
 def test_attention_is_torchs_own():
     q, k, v = torch.randn(3, 5, 2, 6, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_attention_on_accelerators_goes_in_parts(monkeypatch):
+    """Grids of CUDA's kernels hold 2**16 - 1 sequences; 2**15 images' places times four heads are more."""
+    found = []
+
+    def fused(q, k, v):
+        found.append(q.shape[0] * q.shape[1])
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
+    assert attend(*torch.empty(3, 2**15, 4, 16, 8, device="meta")).shape == (2**15, 4, 16, 8)
+    assert sum(found) == 2**17
+    assert max(found) < 2**16
+    found.clear()
+    attend(*torch.empty(3, 5, 2, 6, 8, device="meta"))
+    assert found == [10]

@@ -237,6 +237,21 @@ def test_noise_directions_are_not_blown_up():
     assert projection(0, rows[None])[..., 2:].abs().max() < 1e-2
 
 
+@pytest.mark.parametrize("kind", ["pca", "random"])
+@pytest.mark.parametrize("silent", [1, 64])
+def test_channels_silent_in_the_sample_are_not_blown_up(kind, silent):
+    rows = torch.randn(500, 64, generator=torch.Generator().manual_seed(3))
+    rows[:, :silent] = 0.0
+    moments, projection = BlockMoments(64, torch.device("cpu")), Projection([64], 16)
+    moments.update(rows, torch.ones(500))
+    fit_projection(projection, [moments], kind, seed=0)
+    # A block that is silent as a whole has no scale to compare with.
+    largest = 100.0 if silent == 1 else 1e9
+    assert projection.get_buffer("matrix_0").abs().max() < largest
+    rows[:, 0] = 0.1
+    assert projection(0, rows[None]).abs().max() < 0.1 * largest
+
+
 def test_random_projection_is_orthogonal_with_unit_variance(measured):
     rows, moments = measured
     projection = Projection([24], 8)
@@ -326,6 +341,15 @@ def test_in_passes_it_is_the_same(monkeypatch, subcells, images_per_pass):
     images, places = torch.cat([IMAGES, IMAGES.flip(3)])[:5], torch.tensor([[0, 5, 15], [1, 2, 3]] * 3)[:5]
     torch.testing.assert_close(cut(images), whole(images), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(cut.at(images, places), whole.at(images, places), rtol=1e-4, atol=1e-5)
+
+
+def test_an_accelerators_pass_is_no_larger_than_its_kernels_index(backbone):
+    """CUDA's pooling of a channels-last map fails from 2**31 - 1 numbers on."""
+    extractor = TrajectoryExtractor(backbone, random_projection_for(backbone, 8), 2)
+    extractor.suit("cuda")
+    assert len(extractor.passes(20_000)) == 1
+    largest = max(block.channels * block.side**2 for block in backbone.blocks)
+    assert all((part.stop - part.start) * largest < 2**31 - 1 for part in extractor.passes(1_000_000))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

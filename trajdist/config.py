@@ -273,7 +273,7 @@ class Memory(Section):
     """Memory options."""
 
     images_per_pass: PositiveInt | None = Field(None, json_schema_extra=FREE)
-    """Images per backbone pass; null is the whole micro-batch on accelerators, on CPUs as many as 128 MiB hold."""
+    """Images per backbone pass; null: the micro-batch, as far as 32-bit indices reach, on CPUs as 128 MiB hold it."""
     empty_cache_every: Annotated[int, Field(ge=0)] = Field(0, json_schema_extra=FREE)
     """Steps between calls to the allocator's empty_cache; 0 never calls it (references are dropped either way)."""
 

@@ -15,8 +15,9 @@ from trajdist.models.linear import laid_out, linear
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
-# Eigenvalues below this fraction of the mean channel variance are noise: they are not scaled up to unit variance.
-EIGENVALUE_FLOOR = 1e-4
+# Variances below this fraction of the mean channel variance are noise, or those of channels that were silent in the
+# sample: they are not scaled up to unit variance.
+VARIANCE_FLOOR = 1e-4
 
 
 class Projection(nn.Module):
@@ -112,7 +113,7 @@ class BlockMoments:
 def pca_whitening(covariance_CC: torch.Tensor, width: int) -> torch.Tensor:
     """``[C, width]``: the leading principal directions, each scaled to unit variance. The sign is fixed."""
     values, vectors = leading_eigenvectors(covariance_CC.cpu().double(), width)
-    floor = EIGENVALUE_FLOOR * covariance_CC.diagonal().mean().cpu().double()
+    floor = VARIANCE_FLOOR * covariance_CC.diagonal().mean().cpu().double()
     strongest = vectors.abs().argmax(0)
     signs = torch.sign(vectors[strongest, torch.arange(vectors.shape[1])])
     scale = torch.rsqrt(torch.maximum(values, floor).clamp(min=1e-12))
@@ -123,11 +124,12 @@ def random_projection(covariance_CC: torch.Tensor, width: int, seed: int) -> tor
     """``[C, width]``: orthonormal random directions of the standardised channels, each scaled to unit variance."""
     generator = torch.Generator().manual_seed(seed)
     covariance = covariance_CC.cpu().double()
-    deviation = covariance.diagonal().clamp(min=1e-12).sqrt()
+    variance_C = covariance.diagonal()
+    deviation = variance_C.clamp(min=max(VARIANCE_FLOOR * float(variance_C.mean()), 1e-12)).sqrt()
     gaussian = torch.randn(len(deviation), width, generator=generator, dtype=torch.float64)
     directions = torch.linalg.qr(gaussian).Q / deviation[:, None]
     variance = torch.einsum("cd,ce,ed->d", directions, covariance, directions)
-    return directions * torch.rsqrt(variance.clamp(min=1e-12))
+    return directions * torch.rsqrt(variance.clamp(min=VARIANCE_FLOOR))
 
 
 def fit_projection(projection: Projection, moments: list[BlockMoments], kind: str, seed: int) -> None:

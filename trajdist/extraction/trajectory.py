@@ -32,6 +32,8 @@ COMPILED_TOLERANCE, HALF_TOLERANCE = 0.03, 0.5
 # On CPUs a pass through the backbone takes as many images as keep its largest activation within PASS_BYTES: in smaller
 # passes the threads wait for each other more often, larger ones only take more memory (docs/LOG.md).
 PASS_BYTES = 128 * 2**20
+# On accelerators it takes as many as kernels can index: CUDA's pooling counts the numbers of a map in 32 bits.
+INDEXABLE = 2**31 - 1
 # Most input shapes that are compiled; each takes seconds. A run has few, and any beyond these are rare and run eagerly.
 MOST_GRAPHS = 16
 UNLIMITED = 2**16
@@ -143,7 +145,7 @@ class TrajectoryExtractor:
         subcells: sub-cells per side of a place.
 
     Attributes:
-        images_per_pass: how many images go through the backbone at a time; None for the whole batch.
+        images_per_pass: how many images go through the backbone at a time; all until :meth:`suit` is called.
         rehearses: of a batch, only the last pass is computed, to count bytes; the other results are zeros.
     """
 
@@ -163,13 +165,12 @@ class TrajectoryExtractor:
         return self
 
     def suit(self, device_type: str, images_per_pass: int | None = None) -> None:
-        """Choose how many images pass through the backbone at a time; by default the whole batch, on CPUs a few.
+        """Choose how many images pass through the backbone at a time; by default all that kernels index, on CPUs a few.
 
         On CPUs an uncompiled backbone also switches to the kernels of :mod:`trajdist.extraction.cpu_kernels`.
         """
-        if images_per_pass is None and device_type == "cpu":
-            images_per_pass = max(1, PASS_BYTES // self.backbone.largest_bytes)
-        self.images_per_pass = images_per_pass
+        most_bytes = PASS_BYTES if device_type == "cpu" else 4 * INDEXABLE
+        self.images_per_pass = images_per_pass or max(1, most_bytes // self.backbone.largest_bytes)
         # The compiler prepacks weights itself, and reads them from their original place.
         if device_type == "cpu" and not self.compiled:
             cpu_kernels.specialise(self.backbone.network)

@@ -12,11 +12,17 @@ from torch import nn
 from trajdist.models.linear import Linear
 from trajdist.models.reconstruction import Reconstruction
 
+# Trajectories times heads of one call on an accelerator: grids of CUDA's fused kernels end here, and the backward pass
+# of one indexes 128 steps of up to 256 numbers for each in 32 bits.
+MOST_SEQUENCES = 2**16 - 1
+
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1), ``[N, heads, L, width]``."""
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v)
+        inputs = (part.split(max(1, MOST_SEQUENCES // q.shape[1])) for part in (q, k, v))
+        parts = [F.scaled_dot_product_attention(*each) for each in zip(*inputs, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     # On CPUs the fused kernel takes twice as long for such short sequences (the depth of a backbone).
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return scores.softmax(-1) @ v
