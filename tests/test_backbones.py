@@ -7,6 +7,7 @@ import urllib.error
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
@@ -68,6 +69,23 @@ def test_globs_choose_blocks() -> None:
         build("resnet18", 64, ("layer1.0.*",))
     with pytest.raises(ConfigError, match=r"'AuxLogits\.conv0' and others that are not called"):
         build("inception_v3", 96, ("AuxLogits.*",))
+    with pytest.raises(ConfigError, match=r"'stages\.2\.1\.transformer\.0', whose output \(4, 4, 64\) is no map"):
+        build("timm:mobilevit_xxs", 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("mnasnet0_5", 16),
+        ("timm:swinv2_tiny_window8_256", 12),
+        ("timm:vit_small_patch16_dinov3", 12),
+        ("timm:tiny_vit_5m_224", 12),
+    ],
+)
+def test_residual_blocks_have_many_names(name: str, count: int) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(name[5:]) if name.startswith("timm:") else torchvision.models.get_model(name)
+    assert len(find_blocks(network, [])) == count
 
 
 def test_networks_without_blocks_need_globs() -> None:

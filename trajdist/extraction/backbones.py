@@ -29,9 +29,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Class names of residual blocks in torchvision, timm and efficientnet_lite_pytorch; only the outermost match counts.
 BLOCK_CLASS = re.compile(
-    r"^(BasicBlock|Bottleneck|InvertedResidual|(Fused)?MBConv|MBConvBlock|CNBlock|EncoderBlock|MaxVitBlock|EdgeResidual"
-    r"|DepthwiseSeparableConv|ResBottleneckBlock|Block|SwinTransformerBlock(V2)?|ConvNeXtBlock|BottleneckBlock"
-    r"|UniversalInvertedResidual|PreActBottleneck|MetaFormerBlock|VOLOBlock|XCABlock)$"
+    r"^(BasicBlock|Bottleneck|_?InvertedResidual|(Fused)?MBConv|MBConvBlock|CNBlock|EncoderBlock|MaxVitBlock|EdgeResidual"
+    r"|DepthwiseSeparableConv|ResBottleneckBlock|Block|SwinTransformer(V2)?Block|SwinTransformerBlockV2|ConvNeXtBlock"
+    r"|BottleneckBlock|UniversalInvertedResidual|PreActBottleneck|MetaFormerBlock|VOLOBlock|XCABlock|EvaBlock|TinyVitBlock)$"
 )
 
 Visit = Callable[[int, torch.Tensor], None]
@@ -240,6 +240,9 @@ def first_tensor(output: Any) -> torch.Tensor:
 
 
 def _layout(shape: torch.Size, module: nn.Module) -> str | None:
+    """The axes of a module's output for one image; None if that is no map, or several (MobileViT's batch of parts)."""
+    if shape[:1] != (1,):
+        return None
     if len(shape) == 3:
         return "BNC"
     if len(shape) != 4:
@@ -275,7 +278,7 @@ def find_blocks(network: nn.Module, patterns: list[str]) -> list[str]:
     outermost = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
     if not outermost:
         raise ConfigError(
-            f"backbone.blocks is empty and {type(network).__name__} has no residual blocks: "
+            f"backbone.blocks is empty and {type(network).__name__} has no residual blocks of a known class: "
             f"name the modules to observe by globs, for example among {names[:8]}."
         )
     return outermost
