@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,26 @@ def test_what_was_written_is_read(cache):
     assert found.misses.tolist() == [1]
     assert found.numbers.tolist() == [3]
     assert torch.equal(found.trajectories, trajectories[[1, 3, 0]])
+
+
+def test_a_gpus_copies_are_awaited_on_that_gpu(cache, monkeypatch):
+    """Threads begin on the first one."""
+    current = ["cuda:0"]
+
+    @contextmanager
+    def chosen(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", chosen)
+    waited = []
+    copied = SimpleNamespace(device="cuda:3", synchronize=lambda: waited.append(current[-1]))
+    writer = CacheWriter(cache, 100)
+    writer._waiting.put(([(4, 1)], some(1), copied))
+    assert writer.close() == ""
+    assert waited == ["cuda:3"]
+    assert len(cache) == 1
 
 
 def test_chosen_places_of_each_image(cache):

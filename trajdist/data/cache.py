@@ -262,7 +262,9 @@ class CacheWriter:
     ) -> list[tuple[int, int]]:
         """Write what there is room for; returns it as ``(number, version)``."""
         if copied is not None:
-            copied.synchronize()
+            # A thread begins on the first GPU: a mere wait would take memory for a context there, in every process.
+            with torch.cuda.device(copied.device):
+                copied.synchronize()
         written = []
         for (number, version), bits_PLD in zip(images, trajectories_BPLD.view(torch.uint16).numpy(), strict=True):
             if number < 0:
