@@ -54,6 +54,8 @@ def test_default_yaml_shows_the_defaults():
         ("domain_adaptation.enabled=false", "domain_adaptation.enabled", False),
         ("data.num_workers=0", "data.num_workers", 0),
         ("data.num_workers=auto", "data.num_workers", "auto"),
+        ("seed=010", "seed", 10),
+        ("train.max_grad_norm=.inf", "train.max_grad_norm", float("inf")),
     ],
 )
 def test_overrides_are_typed(override, key, value):
@@ -89,7 +91,22 @@ def test_the_last_override_wins_and_a_section_can_be_given_whole():
         ("model.hidden_dim=1.5", ["model.hidden_dim = 1.5"]),
         ("model.type=lstm", ["model.type = 'lstm'", "'autoencoder', 'vae' or 'transformer'"]),
         ("data.imagenet.num_samples=-2", ["data.imagenet.num_samples = -2", "-1"]),
-        ("data.num_workers=-1", ["data.num_workers = -1"]),
+        ("data.num_workers=-1", ["data.num_workers = -1", "should be 'auto' or input should be greater than or equal"]),
+        ("data.num_workers=5000", ["data.num_workers = 5000", "less than or equal to 1024"]),
+        ("data.imagenet.batch_size=99999999999", ["data.imagenet.batch_size = 99999999999", "equal to 65536"]),
+        ("data.domain.gradient_accumulation_steps=99999999999", ["less than or equal to 65536"]),
+        ("domain_adaptation.lora.rank=99999999999", ["less than or equal to 65536"]),
+        ("train.learning_rate=.inf", ["train.learning_rate = inf", "finite number"]),
+        ("domain_adaptation.lora.alpha=inf", ["domain_adaptation.lora.alpha = 'inf'", "finite number"]),
+        ("train.kl_weight=.inf", ["train.kl_weight = inf", "finite number"]),
+        ("data.domain.batch_size=yes", ["data.domain.batch_size = True", "a number, not a yes or no"]),
+        ("ema.decay=off", ["ema.decay = False", "a number, not a yes or no"]),
+        (
+            "backbone.blocks=[1, 2]",
+            ["backbone.blocks = 1 is not possible: input should be a valid string, so write it in"],
+        ),
+        ("seed=" + "1" * 5000, ["seed = '111", "..."]),
+        ("data.domains={a: {path: p}, a: {path: q}}", ["data.domains='{a", "a is there twice, write it once."]),
         ("calibration.holdout_fraction=1", ["calibration.holdout_fraction = 1", "less than 1"]),
         ("train.learning_rate=0", ["train.learning_rate = 0"]),
         ("train.learning_rate=.nan", ["train.learning_rate"]),
@@ -136,6 +153,44 @@ def test_a_file_that_is_no_config(tmp_path, text):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=r"mine\.yaml"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("run_dir: 2026-13-01", "'2026-13-01' is no timestamp"),
+        ("run_dir: 2026-01-01", "run_dir = '2026-01-01' is not possible: .* write it in quotes"),
+        ("backbone: {name: 18}", "backbone.name = 18 is not possible: .* write it in quotes"),
+        ("seed: !!int x", "'x' is no int"),
+        ("seed: !!bool x", "'x' is no bool"),
+        ("seed: !!timestamp x", "'x' is no timestamp"),
+        (f"seed: {'1' * 5000}", "is no int"),
+        ('run_dir: "a\\0b"', r"'a\\x00b' is no text"),
+        ('run_dir: "\\ud800"', r"'\\ud800' is no text"),
+        ("data: &a {domain: *a}", "recursive"),
+        (f"seed: {'[' * 1000}", "nested too deeply"),
+        ("data: {1: 2}", "the config has a key 1, which is no text: "),
+        (f"seed: [{'1, ' * 3000}]", r"seed = \[1, 1, 1, 1, 1, 1, \.\.\.\] is not possible"),
+    ],
+)
+def test_yaml_that_cannot_be_meant(tmp_path, text, words):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("key", ["seed", "surplus"])
+def test_aliases_cannot_make_a_message_of_gigabytes(tmp_path, key):
+    """Ten lines stand for a thousand million words."""
+    levels = [f"a{n}: &a{n} {{{', '.join(f'b{i}: *a{n - 1}' for i in range(9))}}}" for n in range(1, 10)]
+    path = tmp_path / "many.yaml"
+    path.write_text(f"{key}: {{a0: &a0 word, {', '.join(levels)}}}")
+    with pytest.raises(ConfigError, match=key) as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 1000
 
 
 def test_yaml_tags_run_no_code(tmp_path):

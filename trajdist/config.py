@@ -15,12 +15,26 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from trajdist.plugins import BUILT_IN, installed_models, known_model
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Width = Annotated[int, Field(gt=0, le=65536)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+def _no_word(value: object) -> object:
+    """YAML's ``yes`` and ``off`` would count as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("input should be a number, not a yes or no")
+    return value
+
+
+NUMBER = BeforeValidator(_no_word)
+PositiveInt = Annotated[int, Field(gt=0), NUMBER]
+NaturalInt = Annotated[int, Field(ge=0), NUMBER]
+# Of layers and batches: more would only end in a failed allocation.
+Width = Annotated[int, Field(gt=0, le=65536), NUMBER]
+Fraction = Annotated[float, Field(ge=0, lt=1), NUMBER]
+# Infinity switches a limit off; a rate or a weight of it makes every loss infinite.
+Limit = Annotated[float, Field(gt=0), NUMBER]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER]
 # It names a folder of the run directory.
 DomainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-Rate = Annotated[float, Field(gt=0)]
 
 # The image set that each phase trains on, below ``data``.
 SETS = {1: "imagenet", 2: "domain"}
@@ -49,13 +63,13 @@ class ImageSet(Section):
 
     path: str | None = Field(None, json_schema_extra=FREE)
     """A folder (searched recursively), tar shards, `s3://...`, `hf:NAME:SPLIT` or `skimage:NAME`: see docs/data.md."""
-    batch_size: PositiveInt = 32
+    batch_size: Width = 32
     """Images per process and micro-batch."""
-    num_samples: Annotated[int, Field(ge=-1)] = -1
+    num_samples: Annotated[int, Field(ge=-1), NUMBER] = -1
     """Images to train on: a seeded random subset, stratified by class where classes are known; -1 for all."""
     num_epochs: PositiveInt = Field(1, json_schema_extra=FREE)
     """Passes over the images."""
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: Width = 1
     """Micro-batches per optimizer step."""
     fit: Literal["squash", "crop"] = "squash"
     """How images are made square: `squash` ignores the aspect ratio, `crop` takes the largest central square."""
@@ -77,19 +91,19 @@ class Data(Section):
     """Phase 2."""
     domains: dict[DomainName, ImageSet] = Field({}, json_schema_extra=FREE)
     """Several domains by name (`{road: {path: ...}}`), adapted to in one job; unset keys come from `data.domain`."""
-    image_size: Annotated[int, Field(ge=16, le=16384)] = 224
+    image_size: Annotated[int, Field(ge=16, le=16384), NUMBER] = 224
     """Height and width of the backbone's input, in pixels."""
-    num_workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field("auto", json_schema_extra=FREE)
+    num_workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024), NUMBER] = Field("auto", json_schema_extra=FREE)
     """Decoding workers per training process; `auto`: one per spare core (at most 16), or threads if none is spare."""
-    read_retries: Annotated[int, Field(ge=0)] = Field(3, json_schema_extra=FREE)
+    read_retries: NaturalInt = Field(3, json_schema_extra=FREE)
     """How often a read that fails with a transient I/O error is retried, with growing pauses."""
-    shuffle_window: Annotated[int, Field(ge=0)] = 16
+    shuffle_window: NaturalInt = 16
     """Tar shards that are read and shuffled together; 0, or at least the number of shards, shuffles everything."""
     cache_dir: str | None = Field(None, json_schema_extra=FREE)
     """A folder on a local disk for copies of remote shards (not cache.dir); null reads images over the network."""
-    cache_gib: Rate = Field(100.0, json_schema_extra=FREE)
+    cache_gib: Limit = Field(100.0, json_schema_extra=FREE)
     """Maximum size of those copies, in GiB; the least recently used are evicted first."""
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(0.05, json_schema_extra=FREE)
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1), NUMBER] = Field(0.05, json_schema_extra=FREE)
     """Unreadable images are skipped and listed; if they exceed this share of the images, the run stops."""
 
     def of_phase(self, phase: int) -> ImageSet:
@@ -134,13 +148,13 @@ class Model(Section):
     """Width of the hidden layers."""
     latent_dim: Width = 128
     """Width of the bottleneck that a whole trajectory is compressed to."""
-    num_layers: Annotated[int, Field(ge=0, le=256)] = 2
+    num_layers: Annotated[int, Field(ge=0, le=256), NUMBER] = 2
     """Hidden layers in the encoder, and the same number in the decoder; an autoencoder with 0 is linear."""
     num_heads: PositiveInt = 4
     """Attention heads (transformer); must divide hidden_dim."""
     dropout: Fraction = 0.0
     """Dropout in the hidden layers during training."""
-    spatial_resolution: Annotated[int, Field(gt=0, le=1024)] = 7
+    spatial_resolution: Annotated[int, Field(gt=0, le=1024), NUMBER] = 7
     """Grid cells per side: every block's feature map is pooled to this grid."""
     feature_dim: Width = 128
     """Channels that each block is projected to."""
@@ -151,7 +165,7 @@ class Trajectory(Section):
 
     projection: Literal["pca", "random"] = "pca"
     """`pca` whitens along the principal components; `random` projects onto random orthonormal directions."""
-    subcells: Annotated[int, Field(gt=0, le=16)] = 1
+    subcells: Annotated[int, Field(gt=0, le=16), NUMBER] = 1
     """If n > 1, blocks at least n times finer than the grid are used twice: as n x n sub-cells and as their mean."""
     statistics_images: PositiveInt = 10000
     """Maximum number of images in each statistics or calibration pass."""
@@ -162,15 +176,15 @@ class Train(Section):
 
     learning_rate: Rate = 1e-3
     """Peak learning rate of AdamW."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    weight_decay: Weight = 1e-4
     """Decoupled weight decay, on weight matrices only."""
     warmup_fraction: Fraction = 0.05
     """Share of the training over which the learning rate warms up; then it decays along a cosine."""
-    max_grad_norm: Rate = 1.0
+    max_grad_norm: Limit = 1.0
     """Maximum gradient norm (clipping)."""
-    cell_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    cell_fraction: Annotated[float, Field(gt=0, le=1), NUMBER] = 1.0
     """Share of each image's grid cells that a step trains on, redrawn every epoch; scoring uses all of them."""
-    kl_weight: Annotated[float, Field(ge=0)] = 1.0
+    kl_weight: Weight = 1.0
     """Weight of the VAE's KL term; 1 is the evidence lower bound (ELBO)."""
     kl_warmup_fraction: Fraction = 0.2
     """Share of the training over which the KL weight rises from 0."""
@@ -179,7 +193,7 @@ class Train(Section):
 class Lora(Section):
     """The low-rank adapter of Phase 2 (PEFT)."""
 
-    rank: PositiveInt = 8
+    rank: Width = 8
     """Rank of the update of each adapted matrix."""
     alpha: Rate = 16
     """Scale: the update is multiplied by alpha / rank."""
@@ -193,7 +207,7 @@ class Lora(Section):
     """Adapt direction and magnitude separately (DoRA)."""
     learning_rate: Rate = 1e-3
     """Peak learning rate of AdamW in Phase 2."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Weight = 0.0
     """Decoupled weight decay in Phase 2."""
 
 
@@ -220,7 +234,7 @@ class Checkpoint(Section):
 
     every_steps: PositiveInt = Field(1000, json_schema_extra=FREE)
     """Optimizer steps between checkpoints."""
-    every_minutes: Rate = Field(15.0, json_schema_extra=FREE)
+    every_minutes: Limit = Field(15.0, json_schema_extra=FREE)
     """Minutes between checkpoints, if that comes first."""
     keep: PositiveInt = Field(2, json_schema_extra=FREE)
     """How many of the newest checkpoints to keep."""
@@ -229,7 +243,7 @@ class Checkpoint(Section):
 class Validation(Section):
     """Looking at the weights between epochs, on images that they were not trained on."""
 
-    every_epochs: Annotated[int, Field(ge=0)] = 0
+    every_epochs: NaturalInt = 0
     """Epochs between validations (the last epoch is always validated); 0 turns it off. See docs/validation.md."""
     path: str | None = None
     """Labelled images (MVTec layout) to measure AUROC on; image AUROC then decides which weights are best."""
@@ -240,7 +254,7 @@ class Validation(Section):
 class EarlyStopping(Section):
     """An end before the last epoch."""
 
-    patience: Annotated[int, Field(ge=0)] = 0
+    patience: NaturalInt = 0
     """Validations without improvement after which the phase ends; 0 turns it off."""
 
 
@@ -265,7 +279,7 @@ class Cache(Section):
 
     dir: str | None = Field(None, json_schema_extra=FREE)
     """A folder, best on a local disk, for trajectories rounded to bfloat16; null recomputes them every epoch."""
-    max_gib: Rate = Field(100.0, json_schema_extra=FREE)
+    max_gib: Limit = Field(100.0, json_schema_extra=FREE)
     """Maximum size of one image set's trajectories in a folder, in GiB; images beyond it are recomputed."""
 
 
@@ -274,7 +288,7 @@ class Memory(Section):
 
     images_per_pass: PositiveInt | None = Field(None, json_schema_extra=FREE)
     """Images per backbone pass; null: the micro-batch, as far as 32-bit indices reach, on CPUs as 128 MiB hold it."""
-    empty_cache_every: Annotated[int, Field(ge=0)] = Field(0, json_schema_extra=FREE)
+    empty_cache_every: NaturalInt = Field(0, json_schema_extra=FREE)
     """Steps between calls to the allocator's empty_cache; 0 never calls it (references are dropped either way)."""
 
 
@@ -287,7 +301,7 @@ class Runtime(Section):
     """Use deterministic algorithms only (slower on CUDA)."""
     detect_anomaly: bool = Field(False, json_schema_extra=FREE)
     """Autograd names the operation that first produced a NaN gradient (slow)."""
-    timeout_s: Annotated[float, Field(gt=0, le=1e7)] = Field(1800.0, json_schema_extra=FREE)
+    timeout_s: Annotated[float, Field(gt=0, le=1e7), NUMBER] = Field(1800.0, json_schema_extra=FREE)
     """Seconds after which a process waiting for a lost or hung peer gives up."""
 
 
@@ -298,7 +312,7 @@ class Config(Section):
     """Where the run writes all its output."""
     phase1: str | None = Field(None, json_schema_extra=FREE)
     """A run directory (or its phase1 folder) whose Phase 1 `adapt` builds on; null means run_dir's own."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32), NUMBER] = 0
     """Determines the order of the images, the initial weights and all noise."""
     data: Data = Data()
     """Images."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -86,23 +87,60 @@ def _config_folders() -> Iterator[Path]:
             yield folder
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML itself forbids a key that is there twice; PyYAML keeps the last one without a word."""
+class _TwiceError(yaml.composer.ComposerError):
+    """A key that is there twice."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML without what it does in silence or with a traceback."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """YAML itself forbids a key that is there twice; PyYAML keeps the last one."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.composer.ComposerError(None, None, f"{key.value} is there twice", key.start_mark)
+                raise _TwiceError(None, None, f"{key.value} is there twice", key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
         return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """All at once (``deep``), which makes an error of an alias inside of what it stands for."""
+        try:
+            made = super().construct_object(node, deep=True)
+            # No file has a NUL or half a surrogate pair in its name.
+            os.fsencode(made.replace("\0", "\ud800") if isinstance(made, str) else "")
+        except (ValueError, LookupError, AttributeError):
+            kind = node.tag.rpartition(":")[2].replace("str", "text")
+            what = f"{reprlib.repr(node.value)} is no {kind}"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
+        return made
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """010 is ten, as in YAML 1.2 and wherever numbers are padded, and not eight."""
+        is_decimal = re.fullmatch(r"[-+]?[0-9]+", node.value)
+        return int(node.value) if is_decimal else int(super().construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _parse(text: str) -> Any:
+    """What a YAML document says.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that must hold a mapping."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        tree = _parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split()).rstrip("^ :.")
         raise ConfigError(f"the config {str(path)!r} cannot be read as YAML ({reason}): fix the file.") from None
@@ -127,7 +165,9 @@ def _value(key: str, text: str) -> Any:
     if is_text(key) and word not in NULLS and not word.startswith(("'", '"')):
         return word
     try:
-        return yaml.safe_load(text)
+        return _parse(text)
+    except _TwiceError as error:
+        raise ConfigError(f"{key}={text!r} is not possible: {error.problem}, write it once.") from None
     except yaml.YAMLError:
         return text
 

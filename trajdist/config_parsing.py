@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 from pydantic import ValidationError
 
 from trajdist import launcher
-from trajdist.config import Config, Model, fields, flatten
+from trajdist.config import Config, Model, fields
 from trajdist.errors import ConfigError
 
 
@@ -84,36 +86,59 @@ def _check_targets(config: Config) -> None:
 
 def _explain(error: ValidationError, known: list[str]) -> str:
     """The first mistake as one sentence; ``known`` are the dotted keys that there are."""
-    problem = error.errors(include_url=False)[0]
+    problem, *others = error.errors(include_url=False)
     known = [*known, *_of_domain(problem["loc"], known)]
-    # A union's own branches appear in the location; they are no part of the key.
     sections = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
-    parts = [str(part) for part in problem["loc"]]
-    key = parts[0] if parts else "the config"
-    for part in parts[1:]:
-        if key not in sections:
-            break
-        key = f"{key}.{part}"
-    value = problem["input"]
-    if parts[-1:] == ["[key]"]:  # The keys that are free text are names of domains.
+    key, value = _key(problem["loc"], sections), problem["input"]
+    if problem["loc"][-1:] == ("[key]",):  # The keys that are free text are names of domains.
         number = "in quotes, " if problem["type"] == "string_type" else ""
         return (
             f"data.domains has a domain {value!r}: write its name {number}with letters A-Z and a-z, digits, - and _ "
             "alone (at most 64, the first a letter or digit)."
         )
+    if problem["type"] == "invalid_key":
+        return f"the config has a key {value!r}, which is no text: trajdist config lists the keys there are."
     if problem["type"] == "extra_forbidden":
         # A group that there is not: what is in it tells more about what was meant.
-        key, value = next(iter(flatten({key: value}).items()))
+        while isinstance(value, Mapping) and value:
+            inner, value = next(iter(value.items()))
+            key = f"{key}.{inner}"
         shown, close = key if key.isprintable() else ascii(key), _nearest(key, known)
         mend = f"did you mean {close}?" if close else "trajdist config lists the keys there are."
-        return f"unknown config key {shown} (= {value!r}): {mend}"
+        return f"unknown config key {shown} (= {_shown(value)}): {mend}"
     if key in sections:
-        return f"{key} = {value!r} is not a group of keys: write {key}.KEY=VALUE (see trajdist config)."
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+        return f"{key} = {_shown(value)} is not a group of keys: write {key}.KEY=VALUE (see trajdist config)."
+    # Of a key that takes several kinds of values, each kind has something to say.
+    same = [each for each in (problem, *others) if _key(each["loc"], sections) == key and each["input"] is value]
+    message = " or ".join(dict.fromkeys(_said(each["msg"]) for each in same))
     if problem["type"] == "list_type" and isinstance(value, (str, int, float)):
         message += f", as in {key}=[{value}]"
-    return f"{key} = {value!r} is not possible: {message} (see trajdist config --schema)."
+    if problem["type"] == "string_type" and isinstance(value, (int, float, date)):
+        message += ", so write it in quotes"
+    return f"{key} = {_shown(value)} is not possible: {message} (see trajdist config --schema)."
+
+
+def _key(location: tuple[int | str, ...], sections: set[str]) -> str:
+    """The dotted key of a mistake. A union's own branches appear in the location; they are no part of the key."""
+    key, *rest = [str(part) for part in location] or ["the config"]
+    for part in rest:
+        if key not in sections:
+            break
+        key = f"{key}.{part}"
+    return key
+
+
+def _said(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
+
+
+def _shown(value: object) -> str:
+    """A value as it was written, at a length that can be read; aliases make billions of a few lines of YAML."""
+    brief = reprlib.Repr()
+    brief.maxlevel = 2
+    brief.maxstring = brief.maxother = brief.maxlong = 200
+    return repr(str(value)) if isinstance(value, date) else brief.repr(value)
 
 
 def _nearest(key: str, known: list[str]) -> str | None:
