@@ -144,7 +144,9 @@ def test_offline_names_the_file_to_put_where(monkeypatch: pytest.MonkeyPatch, tm
     ("name", "weights", "named"),
     [
         ("resnet51", "none", "did you mean resnet"),
-        ("timm:vit_tinny", "none", "not a timm model"),
+        ("timm:resnet51", "none", "not a timm model: did you mean resnet"),
+        ("timm:", "none", "not a timm model: choose one, such as "),
+        ("../!", "none", "classification model .*: choose one, such as "),
         ("resnet18", "/none.pt", "is not a file"),
     ],
 )

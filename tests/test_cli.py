@@ -101,6 +101,23 @@ def test_a_key_with_dashes_is_told_how_to_be_written(capsys, words):
     assert f"unrecognized arguments: {' '.join(words)}: write keys of the config as key=value, without the" in told
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["score", "run", "images", "--out="],
+        ["evaluate", "run", "images", "--out", ""],
+        ["merge", "run", "--out", ""],
+        ["export", "run", "--format", "onnx", "--out="],
+        ["pack", "images", ""],
+    ],
+)
+def test_an_output_without_a_name_is_not_the_current_folder(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 2
+    assert "the name is empty" in capsys.readouterr().err
+
+
 def test_an_unknown_option_is_no_key(capsys):
     for command in (["train", "debug", "--frehs"], ["inspect", "here", "--seed=1"]):
         with pytest.raises(SystemExit):
@@ -127,7 +144,7 @@ def test_config_prints_what_it_reads(capsys, tmp_path):
 
 def test_debug_shows_the_traceback(tmp_path):
     done = without_torch("run", "debug", "model.type=lstm", "--debug", cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Traceback" in done.stderr
 
 
@@ -192,6 +209,13 @@ def test_a_second_run_does_nothing(debug_run, tmp_path, capsys, fresh_accelerate
     assert (tmp_path / "run" / "summary.json").read_text() == before
     assert main([*command, "model.latent_dim=8"]) == 2
     assert_sentence(capsys.readouterr().err, "model.latent_dim=8", "began with 16", "--fresh")
+
+
+def test_an_output_folder_that_cannot_be_made(debug_run, tmp_path, capsys, fresh_accelerate):
+    images = write_images(tmp_path / "images", 1)
+    (tmp_path / "file").touch()
+    assert main(["score", str(debug_run), str(images), "--out", str(tmp_path / "file" / "out")]) == 4
+    assert_sentence(capsys.readouterr().err, "file/out' cannot be made (Not a directory): name a folder that can be")
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "vae", "transformer"])

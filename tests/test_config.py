@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trajdist.config import Config, fields, flatten, json_schema
 from trajdist.config_files import dump_yaml, find_config, load_config
 from trajdist.config_parsing import parse_config
-from trajdist.errors import ConfigError
+from trajdist.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -269,6 +269,13 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path):
     path.write_text("data: {image_size: 64}\nseed: 1\ndata: {num_workers: 2}\n")
     with pytest.raises(ConfigError, match=r"data is there twice .*line 3"):
         load_config(path)
+
+
+def test_braces_of_billions_are_refused_at_once():
+    from trajdist.data.sources import open_source
+
+    with pytest.raises(DataError, match="more than 1,000,000 shards"):
+        open_source("/data/x-{0..99999999999}.tar", "IMAGES")
 
 
 def test_a_pattern_that_the_shell_has_expanded_is_refused():

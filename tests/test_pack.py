@@ -199,6 +199,7 @@ def test_a_killed_command_goes_on(tmp_path):
         ("foreign shard of our name", 2, "holds 'shard-000000.tar', none of these shards"),
         ("foreign shard beside ours", 2, "holds 'mine.tar', none of these shards"),
         ("foreign shard of our name beside ours", 2, "holds 'shard-000099.tar', none of these shards"),
+        ("into itself", 2, "is SOURCE, and would hold images as well as shards"),
         ("no files", 3, "has no image files to pack"),
         ("a file", 4, "cannot be written"),
         ("gone", 3, "cannot be read"),
@@ -220,6 +221,8 @@ def test_refusals(images, tmp_path, capsys, monkeypatch, what, code, words):
         number = 99 if what.endswith("beside ours") else 0
         foreign = out / (f"shard-{number:06d}.tar" if "of our name" in what else "mine.tar")
         foreign.write_bytes(b"mine")
+    elif what == "into itself":
+        out = images / ".." / images.name
     elif what == "no files":
         source = "skimage:gravel"
     elif what == "a file":

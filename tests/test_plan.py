@@ -359,7 +359,10 @@ def test_some_places_of_both_phases(images):
     assert all(found[phase]["peak_memory_bytes"] > 0 for phase in ("phase1", "phase2"))
 
 
-@pytest.mark.parametrize("extra", [["--memory", "lots"], ["--processes", "0"], ["--images-per-second", "-1"]])
+@pytest.mark.parametrize(
+    "extra",
+    [["--memory", "lots"], ["--processes", "0"], ["--images-per-second", "-1"], ["--images-per-second", "1e-320"]],
+)
 def test_options_are_checked(extra, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["plan", "debug", *extra])

@@ -6,6 +6,13 @@ import argparse
 import re
 
 
+def place(text: str) -> str:
+    """Where something is written: an empty name, as of an unset shell variable, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
 def rate(text: str) -> float:
     """A number between 0 and 1, both excluded."""
     value = float(text)
@@ -23,9 +30,9 @@ def positive(text: str) -> int:
 
 
 def speed(text: str) -> float:
-    """A positive finite number."""
+    """A positive finite number, such that times made of it are finite as well."""
     value = float(text)
-    if not 0 < value < float("inf"):
+    if not 1e-9 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -36,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(command(arguments))
     except UserError as error:
         if arguments.debug:
-            raise
-        _complain(str(error))
+            traceback.print_exc()
+        else:
+            _complain(str(error))
         return _end(error.exit_code)
     except StopRequested as stop:
         # A launcher takes any code but 0 for a crash, and would start the job again.
@@ -84,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     merge = _add(commands, "merge", "an adapter added to its base's weights, as a Phase 1 of its own", _merge)
     merge.add_argument("run_dir", metavar="RUN_DIR")
     merge.add_argument("--adapter", metavar="DIR", help="(RUN_DIR/phase2/adapter)")
-    merge.add_argument("--out", metavar="DIR", required=True, help="a folder that does not exist yet")
+    merge.add_argument("--out", metavar="DIR", type=types.place, required=True, help="a folder that does not exist yet")
     _add_export(commands)
     _add_pack(commands)
     audit = _add(commands, "audit", "proves that each image was seen once per epoch", _audit)
@@ -139,7 +141,7 @@ def _add_plan(commands: Commands) -> None:
 def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> argparse.ArgumentParser:
     parser = _add(commands, name, text, command)
     parser.add_argument("run_dir", metavar="RUN_DIR")
-    parser.add_argument("--out", metavar="DIR", required=True, help="where everything is written")
+    parser.add_argument("--out", metavar="DIR", type=types.place, required=True, help="where everything is written")
     parser.add_argument("--phase", type=int, choices=(1, 2), help="1 for the unadapted model (default: the latest)")
     parser.add_argument(
         "--adapter", metavar="DIR", action="append", default=[], help="another adapter; several are compared"
@@ -160,7 +162,7 @@ def _add_export(commands: Commands) -> None:
     export = _add(commands, "export", "one file, images in, maps and scores out, that needs no trajdist", _export)
     export.add_argument("run_dir", metavar="RUN_DIR")
     export.add_argument("--format", choices=("onnx", "torch"), required=True, help="torch is a program of torch.export")
-    export.add_argument("--out", metavar="FILE", help="(RUN_DIR/export.onnx or .pt2)")
+    export.add_argument("--out", metavar="FILE", type=types.place, help="(RUN_DIR/export.onnx or .pt2)")
     export.add_argument("--phase", type=int, choices=(1, 2), help="1 for the unadapted model (default: the latest)")
     export.add_argument("--adapter", metavar="DIR", help="another adapter than the run's own")
 
@@ -168,7 +170,7 @@ def _add_export(commands: Commands) -> None:
 def _add_pack(commands: Commands) -> None:
     pack = _add(commands, "pack", "a folder of images -> tar shards (WebDataset), verified; goes on by itself", _pack)
     pack.add_argument("source", metavar="SOURCE", help="a folder of images, or shards to pack anew")
-    pack.add_argument("out", metavar="OUT", help="a folder for the shards")
+    pack.add_argument("out", metavar="OUT", type=types.place, help="a folder for the shards")
     pack.add_argument("--shard-size", type=types.size, default=2**28, metavar="SIZE", help="at most (256MiB)")
     pack.add_argument(
         "--short-side", type=types.positive, metavar="PIXELS", help="scale larger images down (keep files)"

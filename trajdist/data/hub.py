@@ -41,7 +41,7 @@ class HubDataset(EncodedSource):
         try:
             data = _load(path.removeprefix("hf:"))
         except Exception as error:  # datasets raises errors of many types.
-            raise DataError(f"{key}={path!r} cannot be loaded ({one_line(error)}).") from None
+            raise DataError(f"{key}={path!r} cannot be loaded ({one_line(error)}): check the name.") from None
         if isinstance(data, datasets.DatasetDict):
             raise DataError(
                 f"{key}={path!r} has splits: add one of {', '.join(data)}, as in {path}:{next(iter(data))}."

@@ -28,6 +28,7 @@ PIECE = 2**23  # bytes per download request
 OPEN_FILES = 16
 LONGEST_PAUSE_S = 30.0
 LOCAL_TAG = "mtime:"
+MOST_SHARDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def _braces(pattern: str) -> Iterator[str]:
     span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if span:
         numbers = range(int(span[1]), int(span[2]) + 1)
+        if int(span[2]) - int(span[1]) >= MOST_SHARDS:
+            raise ValueError(f"{{{match[1]}}} stands for more than {MOST_SHARDS:,} shards")
         choices = [str(number).zfill(len(span[1])) for number in numbers]
     else:
         choices = match[1].split(",")

@@ -314,16 +314,13 @@ Built = tuple[nn.Module, tuple[float, ...], tuple[float, ...]]
 
 
 def _torchvision(name: str, weights: str) -> Built:
-    import difflib
-
     import torchvision.models as zoo
 
     known = zoo.list_models(module=zoo)
     if name not in known:
-        close = ", ".join(difflib.get_close_matches(name, [*known, "efficientnet_lite0"], n=3, cutoff=0.3))
+        mend = _meant(name, [*known, "efficientnet_lite0"])
         raise ConfigError(
-            f"backbone.name={name!r} is not a torchvision classification model: did you mean {close}? "
-            "(timm models are written timm:NAME.)"
+            f"backbone.name={name!r} is not a torchvision classification model (timm's are written timm:NAME): {mend}"
         )
     if weights != "DEFAULT":
         # Inception and GoogLeNet warn unless told how to initialise.
@@ -349,8 +346,7 @@ def _timm(name: str, weights: str) -> Built:
         raise ConfigError(f"backbone.name={name!r} needs timm: pip install 'trajdist[timm]'.") from None
     model_name = name.removeprefix("timm:")
     if not timm.is_model(model_name.split(".")[0]):
-        close = timm.list_models(f"*{model_name.split('.')[0][:6]}*")[:3]
-        raise ConfigError(f"backbone.name={name!r} is not a timm model: did you mean {', '.join(close) or 'another'}?")
+        raise ConfigError(f"backbone.name={name!r} is not a timm model: {_meant(model_name, timm.list_models())}")
     try:
         network: Any = timm.create_model(model_name, pretrained=weights == "DEFAULT")
     except (OSError, RuntimeError) as error:
@@ -375,6 +371,14 @@ def _efficientnet_lite0(weights: str) -> Built:
     return network, IMAGENET_MEAN, IMAGENET_STD
 
 
+def _meant(name: str, known: list[str]) -> str:
+    """The models whose names are most like ``name``."""
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    return f"did you mean {', '.join(close)}?" if close else f"choose one, such as {', '.join(known[:3])}."
+
+
 def _load_weights(network: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise ConfigError(f"backbone.weights={str(path)!r} is not a file: use DEFAULT, none, or a weight file.")
@@ -383,9 +387,11 @@ def _load_weights(network: nn.Module, path: Path) -> None:
     else:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # Damaged archives can raise anything.
-            reason = one_line(error)
-            raise ArtifactError(f"backbone.weights={str(path)!r} is not a readable state dict: {reason}") from None
+        except Exception:  # Damaged archives can raise anything, and PyTorch's words advise to run what is in them.
+            raise ArtifactError(
+                f"backbone.weights={str(path)!r} is no state dict of tensors alone, or is damaged: save "
+                "network.state_dict() with torch.save, or as safetensors."
+            ) from None
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -304,7 +304,9 @@ def _claim_out(job: Scoring) -> None:
     try:
         (job.out / PICTURES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArtifactError(f"--out {str(job.out)!r} cannot be made ({error.strerror}).") from None
+        raise ArtifactError(
+            f"--out {str(job.out)!r} cannot be made ({error.strerror}): name a folder that can be written."
+        ) from None
     job.lock = hold(job.out / ".lock")
     if job.lock is None:
         raise ArtifactError(

@@ -51,6 +51,8 @@ def pack(source: EncodedSource, title: str, out: Path, options: Options, workers
         DataError: a file cannot be read.
         TrainingError: a worker process was killed.
     """
+    if os.path.realpath(os.path.expanduser(title)) == os.path.realpath(out):
+        raise ConfigError(f"OUT={str(out)!r} is SOURCE, and would hold images as well as shards: name another.")
     packing = Packing(out, source, options)
     with _writing(out):
         packing.begin()
