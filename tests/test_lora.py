@@ -125,6 +125,14 @@ def test_saved_and_loaded_is_the_same(tmp_path, options):
     assert not any(weight.requires_grad for weight in ours.parameters())
 
 
+def test_the_config_of_an_adapter_does_not_depend_on_the_process(tmp_path):
+    """PEFT writes the names as they come out of a set, whose order is drawn anew in each process."""
+    lora.save_adapter(attach(base_model("transformer")), tmp_path)
+    names = read_json(tmp_path / "adapter_config.json")["target_modules"]
+    assert names == sorted(names)
+    assert len(names) > 8
+
+
 def test_who_may_read_the_folder_may_use_the_adapter(tmp_path):
     lora.save_adapter(attach(base_model()), tmp_path)
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1

@@ -97,6 +97,11 @@ def is_alive(adapted: PeftModel) -> bool:
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
     """Save in PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
     adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    # PEFT writes a set of names, in another order in each process: equal runs are equal to the byte.
+    document = read_json(folder / ADAPTER_CONFIG)
+    if isinstance(document["target_modules"], list):
+        document["target_modules"].sort()
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True), encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)  # A form to be filled in; the run writes a card at its end.
     # safetensors makes files for the owner's eyes only; others may use the adapter as well.
     with suppress(OSError):  # Not every file system has modes.
