@@ -11,20 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
 from images import write_images
 from jobs import launch
 
 from trajdist.cli import main
 from trajdist.config_files import load_config
 from trajdist.errors import StopRequested
+from trajdist.runtime.processes import start_accelerator
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Order, Selection, Step
 from trajdist.tools.audit import audit
-from trajdist.training import adaptation, loop, passes
+from trajdist.training import adaptation, loop, passes, session
 from trajdist.training.job import Job
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 PLAIN = "runtime.mixed_precision=no"
+ADAPTER = Path("phase2", "adapter", "adapter_model.safetensors")
 
 
 def made(run_dir: Path) -> dict[str, bytes]:
@@ -181,6 +185,22 @@ def test_a_start_that_came_to_nothing_fixes_nothing(subset, tmp_path, monkeypatc
     assert main([*command, "data.imagenet.num_samples=16"]) == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["num_processes"] == 1
     assert not audit(tmp_path / "run").problems
+
+
+def test_the_scale_of_gradients_is_the_same_after_a_restart_between_the_phases(tmp_path, monkeypatch):
+    """fp16's, on a CPU: it has grown in Phase 1, and gradients are clipped as scaled by it."""
+
+    def start(*arguments: object) -> Accelerator:
+        accelerator = start_accelerator(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=2)
+        return accelerator
+
+    monkeypatch.setattr(session, "start_accelerator", start)
+    for name, commands in (("whole", ["run"]), ("parts", ["train", "run"])):
+        for command in commands:
+            assert main([command, "debug", PLAIN, f"run_dir={tmp_path / name}"]) == 0
+    weights = [(tmp_path / name / ADAPTER).read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
 
 
 def test_phase2_goes_on_above_a_phase1_that_was_going_on_to_more_epochs(tmp_path, capsys):

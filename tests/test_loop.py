@@ -17,6 +17,7 @@ from trajdist.cli import main
 from trajdist.extraction.backbones import build_backbone
 from trajdist.models.losses import trajectory_losses
 from trajdist.saved import bundle
+from trajdist.saved.checkpoint import newest_checkpoint
 from trajdist.training import loop, objectives
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
@@ -121,6 +122,26 @@ def test_unreadable_images_leave_the_mean_of_the_others(images, tmp_path, fresh_
         torch.testing.assert_close(weight, final_weights(tmp_path / "good")[name], rtol=1e-3, atol=1e-5)
     named = [json.loads(line)["image"] for line in (tmp_path / "bad" / "bad_images.jsonl").read_text().splitlines()]
     assert named == ["0001.png", "0004.png", "0006.png"]
+
+
+def test_a_gradient_that_is_not_finite_is_in_no_checkpoint(images, tmp_path, monkeypatch, capsys, fresh_accelerate):
+    """The loss of its step is finite, and a checkpoint is due after it."""
+    add_gradients = loop.add_gradients
+
+    def spoilt(job, step, *rest):
+        add_gradients(job, step, *rest)
+        if step.index == 2:
+            next(job.model.parameters()).grad[0] = float("inf")
+
+    monkeypatch.setattr(loop, "add_gradients", spoilt)
+    overrides = [*batches(16, 1), "checkpoint.every_steps=1"]
+    assert main(arguments("train", images, tmp_path / "run", *overrides)) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("trajdist: the gradient of phase 1 was no longer finite at step 3, on the images ")
+    path, _ = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert path is not None
+    assert path.name == "step-00000002"
+    assert all(weight.isfinite().all() for weight in load_file(path / "model.safetensors").values())
 
 
 def live_tensors() -> tuple[int, int]:

@@ -51,7 +51,7 @@ def phase2(session: Session, at: Position) -> None:
     Raises:
         ArtifactError, ConfigError: see :func:`adopt_phase1` and :func:`trajdist.training.train.train`.
         DataError: the images changed, or too many of them could not be read.
-        TrainingError: a loss was not finite, or the trained adapter failed its verification.
+        TrainingError: a loss or a gradient was not finite, or the trained adapter failed its verification.
         StopRequested: a stop was requested; a new start resumes from the checkpoint, if there is one yet.
     """
     at.phase = 2

@@ -42,7 +42,7 @@ class Sums:
         loss, recon, kl: sums of the per-image losses, in units of ``1 / FIXED_POINT``.
         digest: sum of :func:`trajdist.sharding.digest` over the batches.
         failures: images that could not be used.
-        not_finite: images whose loss was not finite.
+        not_finite: images whose loss, and steps whose gradient was not finite.
     """
 
     images: int = 0
@@ -152,7 +152,8 @@ class Journal:
         self._bad_images = BadImages(rundir, processes)
         device = processes.device
         self._device_sums = torch.zeros(len(vars(Sums())), dtype=torch.int64, device=device)
-        self._first_bad_step = torch.full((), NEVER, dtype=torch.int64, device=device)
+        # Of a loss, and of a gradient.
+        self._first_bad_steps = torch.full((2,), NEVER, dtype=torch.int64, device=device)
         self.line, self.epoch, self.total = Sums(), Sums(), Sums()
         self.first_loss: float | None = None
         self.final_loss: float | None = None
@@ -168,14 +169,27 @@ class Journal:
         fixed = [fixed_point(part, weights) for part in losses]
         failures = torch.full((), len(batch.failures), dtype=torch.int64, device=weights.device)
         self._device_sums += torch.stack([counted.sum(), *fixed, batch.digest, failures, bad.sum()])
-        at = torch.where(bad.any(), step.index, NEVER)
-        self._first_bad_step = torch.minimum(self._first_bad_step, at)
+        self._note_bad(0, step, bad.any())
+
+    def check_gradient(self, step: Step, norm: torch.Tensor) -> None:
+        """Count a gradient that is not finite: a finite loss may have one, and it spoils the weights of its step.
+
+        Args:
+            norm: scalar, the norm of the gradient.
+        """
+        bad = ~norm.isfinite()
+        self._device_sums[-1] += bad
+        self._note_bad(1, step, bad)
+
+    def _note_bad(self, which: int, step: Step, bad: torch.Tensor) -> None:
+        at = torch.where(bad, step.index, NEVER)
+        self._first_bad_steps[which] = torch.minimum(self._first_bad_steps[which], at)
 
     def flush(self, step: Step) -> None:
         """Sum the totals over all processes and write the ledger up to ``step``. All processes must call it.
 
         Raises:
-            TrainingError: a loss was not finite.
+            TrainingError: a loss or a gradient was not finite.
             DataError: too many images could not be read.
         """
         sums = Sums(*self._processes.sum(self._device_sums).tolist())
@@ -247,12 +261,14 @@ class Journal:
         }
 
     def _explain_not_finite(self) -> str:
-        index = int(self._processes.minimum(self._first_bad_step).item())
+        loss_at, gradient_at = self._processes.minimum(self._first_bad_steps).tolist()
+        # Of an infinite loss the gradient is none either.
+        what, index = ("gradient", gradient_at) if gradient_at < loss_at else ("loss", loss_at)
         files = self._files_of(index)
         named = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         return (
-            f"the loss of phase {self.phase} was no longer finite at step {index + 1}, on the images {named}: look at "
-            "them, or lower the learning rate; the last checkpoint is from before that step."
+            f"the {what} of phase {self.phase} was no longer finite at step {index + 1}, on the images {named}: look "
+            "at them, or lower the learning rate; the last checkpoint is from before that step."
         )
 
 

@@ -80,11 +80,16 @@ def run(
 
 
 def _run_phases(session: Session, at: Position, phases: Sequence[int]) -> None:
+    scaler = session.accelerator.scaler
+    initial = None if scaler is None else scaler.state_dict()
     with session.watchdog.watching(lambda why: session.record(at, TrainingError(why))):
         for phase in sorted(phases):
             PHASES[phase](session, at)
             # Accelerate keeps all that it prepared: Phase 2 would carry Phase 1's weights and optimizer.
             session.accelerator.free_memory()
+            # A start between the phases does not know how far fp16's scale of the gradients has come.
+            if scaler is not None:
+                scaler.load_state_dict(initial)
         session.accept()
 
 
@@ -106,7 +111,7 @@ def phase1(session: Session, at: Position) -> None:
 
     Raises:
         DataError: the images changed, or too many of them could not be read.
-        TrainingError: a loss was not finite.
+        TrainingError: a loss or a gradient was not finite.
         ArtifactError, ConfigError: see :func:`trajdist.training.train.train`.
         StopRequested: a stop was requested; a new start resumes from the checkpoint, if there is one yet.
     """

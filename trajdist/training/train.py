@@ -107,7 +107,7 @@ def train(extractor: TrajectoryExtractor, trainings: Sequence[Training]) -> list
         ArtifactError: a checkpoint belongs to another model or to other steps, or could not be written.
         ConfigError: fewer epochs are wanted than are done, or ``cache.dir`` cannot be written.
         DataError: there is nothing to validate on, or too many images could not be read.
-        TrainingError: a loss was not finite.
+        TrainingError: a loss or a gradient was not finite.
         StopRequested: a stop was requested; a checkpoint of each job is saved.
     """
     session, phase = trainings[0].session, trainings[0].at.phase
