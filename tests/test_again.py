@@ -15,7 +15,9 @@ import torch
 from accelerate import Accelerator
 from images import write_images
 from jobs import launch
+from torchvision.models import resnet18
 
+from trajdist import load
 from trajdist.cli import main
 from trajdist.config_files import load_config
 from trajdist.errors import StopRequested
@@ -201,6 +203,23 @@ def test_the_scale_of_gradients_is_the_same_after_a_restart_between_the_phases(t
             assert main([command, "debug", PLAIN, f"run_dir={tmp_path / name}"]) == 0
     weights = [(tmp_path / name / ADAPTER).read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1]
+
+
+def test_a_file_of_weights_that_was_moved(tmp_path, capsys):
+    """The same weights under another path go on and score; others are refused."""
+    files = [tmp_path / name for name in ("old.pt", "new.pt", "other.pt")]
+    for seed, file in zip((1, 1, 2), files, strict=True):
+        torch.manual_seed(seed)
+        torch.save(resnet18().state_dict(), file)
+    command = ["debug", PLAIN, f"run_dir={tmp_path / 'run'}"]
+    assert main(["train", *command, f"backbone.weights={files[0]}"]) == 0
+    files[0].unlink()
+    capsys.readouterr()
+    assert main(["train", *command, f"backbone.weights={files[2]}"]) == 2
+    assert f"backbone.weights={str(files[2])!r}, but the run in " in capsys.readouterr().err
+    assert main(["run", *command, f"backbone.weights={files[1]}", "data.domain.num_epochs=1"]) == 0
+    assert load_config(str(tmp_path / "run" / "config.yaml")).backbone.weights == str(files[1])
+    assert len(load(tmp_path / "run").detectors) == 1
 
 
 def test_phase2_goes_on_above_a_phase1_that_was_going_on_to_more_epochs(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 
 def rank() -> int:
@@ -38,6 +39,12 @@ def is_launched() -> bool:
 def has_restarted() -> bool:
     """Whether a launcher or Slurm has restarted the same command, as after a failure."""
     return any(_number(name, 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def job() -> str:
+    """Names what started the process; a restart by it, which :func:`has_restarted` tells, has the same name."""
+    slurm = os.environ.get("SLURM_JOB_ID")
+    return f"Slurm job {slurm}" if slurm else f"process {os.getppid()} on {socket.gethostname()}"
 
 
 def _number(name: str, default: int) -> int:

@@ -178,10 +178,18 @@ def test_fresh_moves_the_old_run_aside(stopped, uninterrupted, capsys):
     assert_identical(stopped, uninterrupted)
 
 
-def test_a_restart_by_the_launcher_is_not_fresh(stopped, monkeypatch, capsys):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+@pytest.mark.parametrize("launched", [{"TORCHELASTIC_RESTART_COUNT": "1"}, {"SLURM_RESTART_COUNT": "1"}])
+def test_a_restart_by_the_launcher_is_not_fresh(launched, stopped, monkeypatch, capsys):
+    """Unless the start before it ended too early to start over: what is there would be another command's."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for name, count in launched.items():
+        monkeypatch.setenv(name, count)
+    with monkeypatch.context() as patch:
+        at_call(patch, loop, "update", 4, send(signal.SIGTERM))
+        assert main([*arguments(stopped), "--fresh"]) == 75
+    assert f"the old run is now {str(stopped.with_name('run.old-1'))!r}" in capsys.readouterr().out
     assert main([*arguments(stopped), "--fresh"]) == 0
-    assert "going on after 24 images" in capsys.readouterr().out
+    assert "going on after 32 images" in capsys.readouterr().out
 
 
 def test_a_run_directory_has_one_run(tmp_path, capsys):

@@ -143,6 +143,17 @@ def save_trajectory(path: Path, extractor: TrajectoryExtractor, document: Trajec
     write_tensors(path, extractor.projection.state_dict(), document.model_dump())
 
 
+def note_weights(path: Path, weights: str) -> None:
+    """Note where the backbone's weights are, for those who load the run without its config; they may have moved.
+
+    Raises:
+        ArtifactError: the file is missing or damaged, or cannot be written.
+    """
+    document = read(path, TrajectoryDocument)
+    if document.weights != weights:
+        write_tensors(path, read_tensors(path), document.model_copy(update={"weights": weights}).model_dump())
+
+
 def load_extractor(path: Path, weights: str | None = None) -> TrajectoryExtractor:
     """Rebuild a run's extractor; ``weights`` overrides where the backbone's weights are read from.
 

@@ -26,6 +26,7 @@ from trajdist.runtime.processes import Processes, StopFlag, start_accelerator
 from trajdist.runtime.progress import make_console
 from trajdist.runtime.trackers import Trackers, check_installed
 from trajdist.runtime.watchdog import Watchdog
+from trajdist.saved import bundle
 from trajdist.saved.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import PlaceDraw, Plan, Selection
@@ -96,7 +97,12 @@ class Session:
         Raises:
             ArtifactError: it cannot be written.
         """
-        self.processes.main_does(lambda: self.rundir.write_config(dump_yaml(self.config)))
+
+        def write() -> None:
+            self.rundir.write_config(dump_yaml(self.config))
+            bundle.note_weights(self.rundir.trajectory, self.config.backbone.weights)
+
+        self.processes.main_does(write)
 
     def of_domain(self, name: str) -> Session:
         """The session of one of several domains: with its own config and images, in its own run directory.
@@ -276,15 +282,18 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
     accelerator = start_accelerator(runtime.mixed_precision, backstop_s, runtime.deterministic, init_method)
     processes = Processes(accelerator)
     add_up(processes)
-    # A restart by the launcher must not apply ``--fresh`` again. Ask all processes: a launcher none of whose own
-    # processes failed does not count the restart.
+    # A restart by the launcher must not apply ``--fresh`` again, if the start before it came so far. Ask all processes:
+    # a launcher none of whose own processes failed does not count the restart.
     restarted = processes.any(launcher.has_restarted())
     rundir, console = RunDir(config.run_dir), make_console(processes.is_main)
 
     def prepare() -> None:
-        if fresh and not restarted and (aside := rundir.move_away()):
+        has_begun = restarted and rundir.recall("fresh_for") == launcher.job()
+        if fresh and not has_begun and (aside := rundir.move_away()):
             console.print(f"starting over: the old run is now {str(aside)!r}")
         _take(rundir, config, processes.world)
+        if fresh:
+            rundir.remember("fresh_for", launcher.job(), replace=True)
 
     processes.main_does(prepare)
     stop = StopFlag(rundir.stop_file, watches_file=processes.is_main)
@@ -331,12 +340,27 @@ def _check_same_config(rundir: RunDir, config: Config) -> None:
     for key, default, _, may_change in fields():
         # A key that did not exist in the version that began the run counts as its default.
         began = before.get(key, default)
-        if not may_change and began != now[key]:
+        if not may_change and began != now[key] and not (key == "backbone.weights" and _have_moved(rundir, now[key])):
             of_phase2 = key.startswith(("data.domain.", "domain_adaptation."))
             raise ConfigError(
                 f"{key}={now[key]!r}, but the run in {str(rundir.path)!r} began with {began!r}: keep the old value, "
                 f"name another run_dir, or {_anew(rundir, of_phase2)}."
             )
+
+
+def _have_moved(rundir: RunDir, weights: str) -> bool:
+    """Whether ``backbone.weights`` names another file than before with the same weights.
+
+    Raises:
+        ConfigError: it is no file.
+    """
+    if weights in ("DEFAULT", "none") or not rundir.trajectory.exists():
+        return False
+    try:
+        bundle.load_extractor(rundir.trajectory, weights)
+    except ArtifactError:
+        return False
+    return True
 
 
 def _anew(rundir: RunDir, of_phase2: bool) -> str:
