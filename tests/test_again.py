@@ -20,12 +20,12 @@ from torchvision.models import resnet18
 from trajdist import load
 from trajdist.cli import main
 from trajdist.config_files import load_config
-from trajdist.errors import StopRequested
+from trajdist.errors import ArtifactError, StopRequested
 from trajdist.runtime.processes import start_accelerator
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Order, Selection, Step
 from trajdist.tools.audit import audit
-from trajdist.training import adaptation, loop, passes, session
+from trajdist.training import adaptation, loop, passes, phases, session
 from trajdist.training.job import Job
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -250,6 +250,24 @@ def test_more_epochs_below_a_phase2_whose_checkpoints_are_damaged(first, capsys)
     assert main(["train", "debug", PLAIN, f"run_dir={first}", "data.imagenet.num_epochs=3"]) == 0
     assert "Phase 2 is built on these" in capsys.readouterr().out
     assert made(first) == before
+
+
+@pytest.mark.parametrize(("phase", "command", "of_set"), [(1, "train", "imagenet"), (2, "adapt", "domain")])
+def test_a_calibration_of_fewer_epochs_does_not_count(phase, command, of_set, tmp_path, monkeypatch, capsys):
+    """A phase that goes on to more epochs and is stopped in its calibration, with its new weights saved."""
+    run_dir = tmp_path / "run"
+    more = ["debug", PLAIN, f"run_dir={run_dir}", f"data.{of_set}.num_epochs=3"]
+    assert main(["run" if phase == 2 else "train", *more[:-1]]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(phases if phase == 1 else adaptation, "calibrate", stop)
+        assert main([command, *more]) == StopRequested.exit_code
+    with pytest.raises(ArtifactError, match=r"calibration.safetensors' does not exist: the run is not finished"):
+        load(run_dir)
+    if phase == 1:
+        assert main(["adapt", "debug", PLAIN, f"run_dir={run_dir}"]) == 4
+        assert "the Phase 1 is not finished" in capsys.readouterr().err
+    assert main([command, *more]) == 0
+    load(run_dir)
 
 
 def test_fresh_leaves_the_phase1_that_is_to_be_adapted(first, capsys):

@@ -85,6 +85,15 @@ class RunDir:
     def calibration(self, phase: int) -> Path:
         return self.path / f"phase{phase}" / "calibration.safetensors"
 
+    def drop_calibration(self, phase: int) -> None:
+        """Remove a phase's calibration, before new weights are saved: one of fewer epochs would pass for theirs.
+
+        Raises:
+            ArtifactError: it cannot be removed.
+        """
+        with _recording(self.calibration(phase)):
+            self.calibration(phase).unlink(missing_ok=True)
+
     def has_begun(self) -> bool:
         """Whether the run has produced anything that depends on its config."""
         return any(any(self.path.glob(made)) for made in ("phase1/*.safetensors", "checkpoints/*", "domains/*"))

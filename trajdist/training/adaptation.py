@@ -128,7 +128,12 @@ def _conclude(adaptation: Adaptation, job: Job, summary: dict[str, Any]) -> None
     session, selection, base_id = adaptation.training.session, adaptation.training.selection, adaptation.base_id
     trained, whitened = trained_model(job), adaptation.training.task.whitened
     trained = trained.model if whitened is not None else trained
-    session.processes.main_does(lambda: lora.save_proven(session.rundir, trained, adaptation.base_before, base_id))
+
+    def save() -> None:
+        session.rundir.drop_calibration(2)
+        lora.save_proven(session.rundir, trained, adaptation.base_before, base_id)
+
+    session.processes.main_does(save)
     adapter_id = lora.adapter_fingerprint(trained, base_id)
     path = session.rundir.calibration(2)
     with session.naming():

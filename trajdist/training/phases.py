@@ -131,7 +131,12 @@ def phase1(session: Session, at: Position) -> None:
     (job,) = train(extractor, [Training(session, at, selection, task)])
     summary = summarise(session, job)
     trained = trained_model(job)
-    session.processes.main_does(lambda: bundle.save_model(session.rundir.model, trained, document))
+
+    def save() -> None:
+        session.rundir.drop_calibration(1)
+        bundle.save_model(session.rundir.model, trained, document)
+
+    session.processes.main_does(save)
     base = bundle.base_fingerprint(trained, document)
     calibrate(session, selection, extractor, trained, session.rundir.calibration(1), base)
     finish(session, 1, summary)
