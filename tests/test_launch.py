@@ -121,6 +121,21 @@ def test_a_job_whose_nodes_do_not_answer_comes_back(stand_ins):
     assert "scontrol requeue 20007_0 OMP" in done.stdout
 
 
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_job_that_was_stopped_comes_back_whatever_the_clocks_say(stopped, stand_ins, tmp_path):
+    """The node that trains has its clock behind; a status of the start before this one does not count."""
+    folder, told = Path(stand_ins["TRAJDIST_VENV"]) / "bin", tmp_path / "status.json"
+    told.write_text('{"status": "stopped", "why": "received SIGTERM", "time": 8.0}\n')
+    (folder / "python").unlink()
+    (folder / "python").symlink_to(sys.executable)
+    (folder / "trajdist").write_text(f"#!/bin/sh\necho run_dir: {tmp_path}\n")
+    told_now = told.read_text().replace("8.0", "9.0") if stopped else told.read_text()
+    (folder / "srun").write_text(f"#!/bin/sh\necho '{told_now}' > {told}\n")
+    done = bash("slurm.sbatch", "debug", env={**stand_ins, **SLURM})
+    assert ("+ scontrol requeue 20007_0 (told by Slurm)" in done.stdout) == stopped
+    assert done.returncode == (75 if stopped else 0), done.stderr
+
+
 def test_each_task_has_its_own_domain(stand_ins, tmp_path):
     """Lines of a file and folders, in their order; an index without one is refused."""
     (tmp_path / "domains.txt").write_text("/data/a b/train\n\n/data/c/train\n")
