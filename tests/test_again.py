@@ -252,6 +252,21 @@ def test_more_epochs_below_a_phase2_whose_checkpoints_are_damaged(first, capsys)
     assert made(first) == before
 
 
+def test_what_a_finished_phase_has_lost_is_made_again(first, capsys):
+    """From its checkpoint, unless a later phase is built on it."""
+    command = ["run", "debug", PLAIN, f"run_dir={first}"]
+    before = made(first)
+    shutil.rmtree(first / "phase2" / "adapter")
+    assert main(command) == 0
+    assert "phase 1 is done (2 epochs): nothing to repeat" in capsys.readouterr().out
+    assert made(first).keys() == before.keys()
+    assert (first / ADAPTER).read_bytes() == before[str(ADAPTER)]
+    lost = first / "phase1" / "model.safetensors"
+    lost.unlink()
+    assert main(command) == 4
+    assert f"{str(lost)!r} is gone, and Phase 2 is built on it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("phase", "command", "of_set"), [(1, "train", "imagenet"), (2, "adapt", "domain")])
 def test_a_calibration_of_fewer_epochs_does_not_count(phase, command, of_set, tmp_path, monkeypatch, capsys):
     """A phase that goes on to more epochs and is stopped in its calibration, with its new weights saved."""

@@ -85,6 +85,11 @@ class RunDir:
     def calibration(self, phase: int) -> Path:
         return self.path / f"phase{phase}" / "calibration.safetensors"
 
+    def lost(self, phase: int) -> Path | None:
+        """A file that a finished phase has made and that is not there, if any."""
+        made = (self.trajectory, self.model) if phase == 1 else (self.adapter / "adapter_model.safetensors",)
+        return next((path for path in (*made, self.calibration(phase)) if not path.is_file()), None)
+
     def drop_calibration(self, phase: int) -> None:
         """Remove a phase's calibration, before new weights are saved: one of fewer epochs would pass for theirs.
 

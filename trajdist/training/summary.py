@@ -6,6 +6,7 @@ from typing import Any
 
 from trajdist.config import SETS
 from trajdist.data.loader import processors, resolve_threads, resolve_workers
+from trajdist.errors import ArtifactError
 from trajdist.runtime.processes import peak_memory_bytes
 from trajdist.training.doctor import Facts, diagnose, split
 from trajdist.training.job import Job
@@ -18,12 +19,17 @@ def is_done(session: Session, phase: int) -> bool:
 
     Raises:
         DataError: it is, but with other images.
+        ArtifactError: its files are gone, and a later phase was built on them.
     """
     rundir = session.rundir
-    done, adapted = session.processes.main_knows(
-        lambda: (rundir.read_summary().get(f"phase{phase}"), rundir.has_adapted())
+    done, adapted, lost = session.processes.main_knows(
+        lambda: (rundir.read_summary().get(f"phase{phase}"), rundir.has_adapted(), rundir.lost(phase))
     )
-    if not done or ("domains" in done and not session.config.data.domains):
+    if done and lost and phase == 1 and adapted:
+        raise ArtifactError(
+            f"{str(lost)!r} is gone, and Phase 2 is built on it: restore it, or start over with --fresh."
+        )
+    if not done or lost or ("domains" in done and not session.config.data.domains):
         return False
     session.check_images(SETS[phase])
     if done.get("validation", {}).get("stopped_early"):
