@@ -328,6 +328,8 @@ def test_what_contrast_measured_before_phase1_went_on_is_measured_anew(tmp_path,
         patched.setattr(adaptation, "train", stop)
         assert main([*command, "data.imagenet.num_epochs=1"]) == StopRequested.exit_code
     assert (tmp_path / "run" / "phase2" / "contrast.safetensors").is_file()
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["phase"], status["step"]) == (2, 0)
     assert main(command) == 0
 
 

@@ -6,13 +6,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from images import write_images
 from jobs import REPOSITORY, Finished, environment, launch
 from outcome import assert_done, assert_same_bits
 
-from trajdist.runtime.preflight import slurm_problem
+from trajdist.errors import ConfigError
+from trajdist.runtime.preflight import add_up, slurm_problem
 
 TESTS = REPOSITORY / "tests"
 HOST = socket.gethostname()
@@ -92,6 +94,18 @@ def test_a_sum_that_does_not_end(tmp_path):
     assert done.returncode != 0
     assert "the first sum over gloo did not end within 5 seconds: check the network" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("local_rank", "mend"), [(None, "set LOCAL_RANK"), ("0", "set ACCELERATE_USE_CPU=true")])
+def test_processes_that_accelerate_takes_for_one_each(local_rank, mend, monkeypatch):
+    """Without a launcher, or on a machine without a GPU."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(ConfigError, match=f"sees 1 processes where WORLD_SIZE is 2: .*{mend}"):
+        add_up(SimpleNamespace(world=1))
 
 
 def test_a_sum_that_is_wrong(tmp_path):

@@ -40,6 +40,7 @@ SAME_FILES = "let all machines see the same files"
 SAME_COMMAND = "start all processes with the same command"
 SAME_VERSION = "install the same version on all machines"
 NETWORK = "check the network between the machines (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+NO_GPU = "torch finds no GPU (nvidia-smi tells what this machine has); set ACCELERATE_USE_CPU=true to use its CPUs"
 FIXES = {
     "trajdist": SAME_VERSION,
     "torch": SAME_VERSION,
@@ -293,10 +294,9 @@ def add_up(processes: Processes) -> None:
     """
     expected = _rank_and_world(os.environ)[1]
     if processes.world < expected:
-        raise ConfigError(
-            f"Accelerate sees {processes.world} processes where WORLD_SIZE is {expected}: set LOCAL_RANK as well, or "
-            "start them by accelerate launch."
-        )
+        # Without a GPU Accelerate takes several processes for one each, unless it is told to use the CPU.
+        mend = NO_GPU if "LOCAL_RANK" in os.environ else "set LOCAL_RANK as well, or start them by accelerate launch"
+        raise ConfigError(f"Accelerate sees {processes.world} processes where WORLD_SIZE is {expected}: {mend}.")
     if processes.world > 1:
         _check_sum(processes, _sum_in_time(processes))
 

@@ -54,7 +54,7 @@ def phase2(session: Session, at: Position) -> None:
         TrainingError: a loss or a gradient was not finite, or the trained adapter failed its verification.
         StopRequested: a stop was requested; a new start resumes from the checkpoint, if there is one yet.
     """
-    at.phase = 2
+    at.phase, at.step = 2, 0
     if session.config.data.domains:
         _adapt_to_all(session, at)
     elif not is_done(session, 2):
