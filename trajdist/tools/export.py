@@ -29,13 +29,13 @@ from trajdist.files import sync_file, sync_folder
 from trajdist.scoring import residuals
 from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.histogram import bins_of, lower_edges
-from trajdist.scoring.scorer import Detector, Scorer
+from trajdist.scoring.scorer import CellScores, Detector, Scorer
 
 Arrays = tuple[np.ndarray[Any, Any], ...]
 INPUT, OUTPUTS = "images", ("maps", "scores", "p_values")
 METADATA = "trajdist"
 FILES = {"onnx": "export.onnx", "torch": "export.pt2"}
-# In standard deviations of clean cell scores. Other kernels round differently; larger differences are errors.
+# In the units of :func:`unit`. Other kernels round differently; larger differences are errors.
 TOLERANCE = 0.01
 TRIALS = (1, 3)
 
@@ -83,7 +83,7 @@ def _table(sketch: QuantileSketch) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 class Export(NamedTuple):
-    """Result of :func:`export`: the file, and its largest absolute differences from the scorer on trial images."""
+    """Result of :func:`export`: the file, and its largest differences from the scorer on trial images, in units."""
 
     path: Path
     map_difference: float
@@ -107,7 +107,8 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
         raise ConfigError(f"--out {str(path)!r} is a folder: name a file, such as {str(path / FILES[kind])!r}.")
     scorer.to("cpu")
     detector = scorer.detectors[0]
-    module = Exported(scorer, detector).eval()
+    # What is run is not trained: outputs that could be differentiated would keep every activation.
+    module = Exported(scorer, detector).eval().requires_grad_(False)
     document = {"version": __version__, "size": scorer.size, "fit": scorer.fit, "input": "uint8 [B, 3, S, S], RGB"}
     document |= {"outputs": list(OUTPUTS), "detector": detector.name, "clean_images": detector.images.count}
     writers = {"onnx": _write_onnx, "torch": _write_torch}
@@ -165,7 +166,16 @@ def _compare(scorer: Scorer, run: Callable[[torch.Tensor], Arrays], images: torc
     own = scorer.detectors[0].images.p_values(torch.from_numpy(np.array(scores))).numpy()
     if not np.allclose(own, p_values, rtol=1e-9):
         raise TrainingError("the exported file gives other p-values for the same scores: please report it.")
-    return float(np.abs(maps - expected_maps).max()), float(np.abs(scores - result.images_B.numpy()).max())
+    differences = np.abs(maps - expected_maps).max(), np.abs(scores - result.images_B.numpy()).max()
+    return float(differences[0] / unit(result)), float(differences[1] / unit(result))
+
+
+def unit(scores: CellScores) -> float:
+    """What differences from these scores are told in: a standard deviation, or 1 % of the largest score if it is more.
+
+    Rounding is in proportion to the scores, which are huge where clean images hardly differ from one another.
+    """
+    return max(1.0, float(scores.cells_BHW.abs().max()) / 100)
 
 
 @contextmanager
