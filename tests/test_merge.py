@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import yaml
 from images import noise
 
 import trajdist
+from trajdist.artifacts import read_document, read_tensors, write_tensors
 from trajdist.cli import main
+from trajdist.config_files import load_config
 from trajdist.saved.bundle import base_fingerprint, load_model
 from trajdist.tools import merge
 
@@ -38,6 +41,36 @@ def test_a_merged_model_is_a_phase_1_to_adapt(debug_run, tmp_path, fresh_acceler
     model, document = load_model(out / "phase1" / "model.safetensors")
     config = json.loads((tmp_path / "run" / "phase2" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == f"trajdist:{base_fingerprint(model, document)}"
+
+
+def test_its_config_goes_on_with_the_merged_model(debug_run, tmp_path, fresh_accelerate):
+    """Not with the run that it came from."""
+    out, before = tmp_path / "merged", (debug_run / "status.json").read_bytes()
+    assert main(["merge", str(debug_run), "--out", str(out)]) == 0
+    command = ["adapt", str(out / "config.yaml"), "data.domain.path=skimage:brick", "data.domain.num_epochs=1"]
+    assert main(command) == 0
+    assert (debug_run / "status.json").read_bytes() == before
+    assert trajdist.load(out, device="cpu").detectors[0].adapted
+
+
+def test_a_merged_model_is_on_no_other_phase_1(debug_run, tmp_path):
+    run = Path(shutil.copytree(debug_run, tmp_path / "domains" / "gravel"))
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"phase1": str(debug_run)}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["merge", str(run), "--out", str(tmp_path / "merged")]) == 0
+    merged = load_config(tmp_path / "merged" / "config.yaml")
+    assert (merged.phase1, merged.run_dir) == (None, str(tmp_path / "merged"))
+
+
+def test_clean_images_that_hardly_differ(debug_run, tmp_path):
+    """The scores of others are huge then, and so is their rounding."""
+    run = Path(shutil.copytree(debug_run, tmp_path / "run"))
+    path = run / "phase2" / "calibration.safetensors"
+    tensors = read_tensors(path)
+    tensors["residual.spread"] /= 1e6
+    write_tensors(path, tensors, read_document(path))
+    assert main(["merge", str(run), "--out", str(tmp_path / "merged")]) == 0
+    assert main(["export", str(run), "--format", "torch"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import yaml
+
+from trajdist.config_files import read_yaml
 from trajdist.errors import ArtifactError, ConfigError, TrainingError
 from trajdist.saved import bundle, lora
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring.scorer import Detector, Scorer, load, own_adapters
-from trajdist.tools.export import TRIALS, trial_images
+from trajdist.tools.export import TRIALS, trial_images, unit
 
-# In standard deviations of clean cell scores; leaves room only for the rounding of W + B A.
+# In the units of :func:`trajdist.tools.export.unit`; leaves room only for the rounding of W + B A.
 TOLERANCE = 1e-3
 
 
@@ -24,7 +27,8 @@ def merge(run_dir: str | Path, adapter: str | Path | None, out: Path) -> float:
         out: a folder that does not exist yet; created atomically.
 
     Returns:
-        The largest absolute difference in cell scores between merged and unmerged model, over trial images.
+        The largest difference in cell scores between merged and unmerged model, over trial images; see
+        :func:`trajdist.tools.export.unit`.
 
     Raises:
         ConfigError: ``out`` exists.
@@ -42,7 +46,7 @@ def merge(run_dir: str | Path, adapter: str | Path | None, out: Path) -> float:
     target = RunDir(out.with_name(f".{out.name}.tmp"))
     shutil.rmtree(target.path, ignore_errors=True)
     try:
-        _write(scorer.detectors[0], source, target)
+        _write(scorer.detectors[0], source, target, out)
         difference = _difference(scorer, load(target.path, phase=1, device="cpu"))
         target.path.rename(out)
     except OSError as error:
@@ -54,25 +58,27 @@ def merge(run_dir: str | Path, adapter: str | Path | None, out: Path) -> float:
     return difference
 
 
-def _write(adapted: Detector, source: RunDir, target: RunDir) -> None:
+def _write(adapted: Detector, source: RunDir, target: RunDir, out: Path) -> None:
     document = bundle.read(source.model, bundle.ModelDocument)
     merged = adapted.with_model("phase1", lora.merged(adapted.model))
     target.create()
-    shutil.copyfile(source.config, target.config)
+    # Its commands are to go on here: not in the run that it came from, nor from the Phase 1 that it was adapted from.
+    config = {**read_yaml(source.config), "run_dir": str(out), "phase1": None}
+    target.write_config(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     shutil.copyfile(source.trajectory, target.trajectory)
     bundle.save_model(target.model, merged.model, document)
     merged.save(target.calibration(1), bundle.base_fingerprint(merged.model, document))
 
 
 def _difference(scorer: Scorer, again: Scorer) -> float:
-    """The largest absolute difference in cell scores, over trial images.
+    """The largest difference in cell scores, over trial images.
 
     Raises:
         TrainingError: it exceeds :data:`TOLERANCE`.
     """
     trials = [trial_images(scorer.size, count) for count in TRIALS]
     pairs = [(scorer.score_batch(images)[0], again.score_batch(images)[0]) for images in trials]
-    difference = max(float((one.cells_BHW - other.cells_BHW).abs().max()) for one, other in pairs)
+    difference = max(float((one.cells_BHW - other.cells_BHW).abs().max()) / unit(one) for one, other in pairs)
     if not difference <= TOLERANCE:
         raise TrainingError(f"the merged model gives other scores (by {difference:.2g}): please report it.")
     return difference
