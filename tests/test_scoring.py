@@ -167,6 +167,15 @@ def test_a_damaged_image_changes_no_other_row(scored, debug_run, images, tmp_pat
     assert both == pytest.approx(alone, rel=1e-4, abs=1e-4)
 
 
+def test_no_more_images_at_once_than_asked(debug_run, images, tmp_path, monkeypatch, fresh_accelerate):
+    """Nor for the pictures of the report."""
+    sizes, plain = [], Scorer.score_batch
+    monkeypatch.setattr(Scorer, "score_batch", lambda self, batch: sizes.append(len(batch)) or plain(self, batch))
+    assert score(debug_run, images, tmp_path / "out", "--batch-size", "3", "--overlays", "none") == 0
+    assert max(sizes) == 3
+    assert len(sizes) == 2 * 4
+
+
 def test_nothing_but_damaged_images(debug_run, tmp_path, capsys, fresh_accelerate):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"")

@@ -125,13 +125,11 @@ def _picture(job: Scoring, scored: Scored, row: Row, labels: Labels | None) -> P
 
 
 def _score_again(job: Scoring, positions: list[int]) -> dict[int, Scored]:
-    """Read and score a few images again, in one batch: nothing of the pictures was kept.
+    """Read and score a few images again: nothing of the pictures was kept.
 
     An image that can no longer be read is left out, as it would be in a scoring.
     """
     numbers = np.array(sorted(set(positions)), np.int64)
-    if not len(numbers):
-        return {}
     images = SlotDataset(
         job.source,
         lambda epoch, slots: numbers[slots],
@@ -139,8 +137,13 @@ def _score_again(job: Scoring, positions: list[int]) -> dict[int, Scored]:
         job.scorer.fit,
         threads=job.drawing_threads,
     )
-    batch = images.__getitems__(Slots(0, 0, len(numbers), len(numbers)))
-    return {scored.position: scored for scored in score_batch(job, batch, numbers.tolist())}
+    found: dict[int, Scored] = {}
+    # No more at once than the user has found to fit the device.
+    for start in range(0, len(numbers), job.options.batch_size):
+        part = numbers[start : start + job.options.batch_size].tolist()
+        batch = images.__getitems__(Slots(0, start, start + len(part), len(part)))
+        found |= {scored.position: scored for scored in score_batch(job, batch, part)}
+    return found
 
 
 def _bars(job: Scoring, labels: Labels | None) -> ScoreBars:
