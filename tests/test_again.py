@@ -333,6 +333,12 @@ def test_what_contrast_measured_before_phase1_went_on_is_measured_anew(tmp_path,
     assert main(command) == 0
 
 
+def test_a_stop_file_that_cannot_be_removed(tmp_path, capsys):
+    (tmp_path / "STOP" / "inside").mkdir(parents=True)
+    assert main(["train", "debug", PLAIN, f"run_dir={tmp_path}"]) == 4
+    assert f"{str(tmp_path / 'STOP')!r} cannot be removed" in capsys.readouterr().err
+
+
 def test_one_bad_image_among_few_that_are_held_out(tmp_path, capsys):
     images = write_images(tmp_path / "images", 60)
     held_out = Selection.draw(60, -1, 0.1, 0, 1).holdout(0, np.arange(6))
@@ -342,7 +348,7 @@ def test_one_bad_image_among_few_that_are_held_out(tmp_path, capsys):
     for number in held_out:
         (images / f"{number:04d}.png").write_bytes(b"spoilt")
     assert main(["train", "debug", *common, f"run_dir={tmp_path / 'all'}"]) == 3
-    assert "6 of 6 images could not be used" in capsys.readouterr().err
+    assert "6 of 6 images could not be used, and none is left" in capsys.readouterr().err
 
 
 def test_held_out_images_of_shards_are_visited_shard_by_shard():

@@ -237,8 +237,10 @@ def test_a_real_run_that_was_tampered_with(debug_run, tmp_path):
 
 
 def test_no_run(tmp_path, capsys):
-    assert main(["audit", str(tmp_path)]) == 4
-    assert "name a run that has begun to train" in capsys.readouterr().err
+    for missing in ("config.yaml", "ledger.jsonl"):
+        assert main(["audit", str(tmp_path)]) == 4
+        assert f"has no {missing}: name a run that has begun to train" in capsys.readouterr().err
+        (tmp_path / missing).write_text("")
 
 
 def test_no_torch_is_needed():

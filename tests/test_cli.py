@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from images import write_images
 from jobs import REPOSITORY, Finished, launch
@@ -18,6 +19,7 @@ from trajdist.artifacts import read_document, read_tensors
 from trajdist.cli import main
 from trajdist.runtime.clock import STAGES
 from trajdist.saved.bundle import TrajectoryDocument
+from trajdist.training import loop
 
 CONTROL = {chr(code) for code in range(32)} - {"\n"}
 
@@ -146,6 +148,42 @@ def test_debug_shows_the_traceback(tmp_path):
     done = without_torch("run", "debug", "model.type=lstm", "--debug", cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "keys", "mend"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), [], "images_per_pass=4 or less and"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GiB)"), ["memory.images_per_pass=6"], "pass=3 or"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+            ["memory.images_per_pass=1"],
+            "begin a run with a small",
+        ),
+        (MemoryError(), [], "(MemoryError): set"),
+    ],
+)
+def test_a_lack_of_memory_is_one_sentence(tmp_path, capsys, monkeypatch, fresh_accelerate, error, keys, mend):
+    def allocate(*_):
+        raise error
+
+    monkeypatch.setattr(loop, "add_gradients", allocate)
+    images = f"data.imagenet.path={write_images(tmp_path / 'images', 8)}"
+    sizes = ["data.imagenet.batch_size=8", "calibration.holdout_fraction=0"]
+    assert main(["train", "debug", f"run_dir={tmp_path}/run", images, *sizes, *keys]) == 1
+    said = capsys.readouterr().err
+    assert_sentence(said, "process 0 ran out of memory on its device, cpu", mend, "data.imagenet.batch_size")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["status"], f"trajdist: {status['why']}\n") == ("failed", said)
+
+
+def test_other_errors_keep_their_traceback(tmp_path, monkeypatch, fresh_accelerate):
+    def fail(*_):
+        raise RuntimeError("a size that does not fit")
+
+    monkeypatch.setattr(loop, "add_gradients", fail)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        main(["train", "debug", f"run_dir={tmp_path}/run"])
 
 
 def test_a_run_on_no_terminal(tmp_path):

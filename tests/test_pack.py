@@ -46,6 +46,14 @@ def images(tmp_path) -> Path:
     return tmp_path / "images"
 
 
+def test_masks_are_not_packed(tmp_path, capsys):
+    for part in ("test/good", "ground_truth/hole"):
+        write_images(tmp_path / "set" / part, 2)
+    assert packed(tmp_path / "set", tmp_path / "out") == 3
+    assert "its masks would be packed as images" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_files_as_they_are_with_class_and_key(images, tmp_path, capsys):
     out = tmp_path / "out"
     assert packed(images, out, "--shard-size", "20KiB") == 0

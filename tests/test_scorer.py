@@ -212,9 +212,10 @@ def test_threads_may_share_a_scorer(scorer, crops):
             assert_same(found, expected)
 
 
-def test_a_batch_of_none_is_refused(scorer, crops):
-    with pytest.raises(ConfigError, match="batch_size=0"):
-        scorer(crops, batch_size=0)
+@pytest.mark.parametrize("size", [0, 2.5, None, "3"])
+def test_a_batch_of_none_is_refused(scorer, crops, size):
+    with pytest.raises(ConfigError, match=f"batch_size={size!r}"):
+        scorer(crops, batch_size=size)
 
 
 NO_PICTURES = {

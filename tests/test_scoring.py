@@ -637,8 +637,24 @@ def test_masks_are_not_scored(debug_run, tmp_path, capsys):
     for part in ("test/good", "ground_truth/hole"):
         write_images(tmp_path / "set" / part, 2)
     assert score(debug_run, tmp_path / "set", tmp_path / "out") == 3
-    assert f"name its images ({str(tmp_path / 'set' / 'test')!r})" in capsys.readouterr().err
+    assert (
+        f"masks would be scored as images: name a folder of images in it, such as {str(tmp_path / 'set' / 'test')!r}"
+        in (capsys.readouterr().err)
+    )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lack_of_memory_is_one_sentence(debug_run, images, tmp_path, capsys, monkeypatch, fresh_accelerate):
+    def allocate(*_):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"
+        )
+
+    monkeypatch.setattr(Scorer, "score_batch", allocate)
+    assert score(debug_run, images, tmp_path / "out", "--batch-size=6") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("trajdist: process 0 ran out of memory on its device, cpu ([enforce fail")
+    assert said.endswith("): name a --batch-size smaller than 6.\n")
 
 
 # ------------------------------------------------------------------------------------------ several adapters

@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -18,7 +19,7 @@ from trajdist.files import user_path
 if TYPE_CHECKING:
     from trajdist.config import Config
     from trajdist.data.base import ImageSource
-    from trajdist.scoring.job import Options
+    from trajdist.scoring.job import Scoring
 
 EPILOG = """\
 Several processes: accelerate launch --config_file accelerate_config.yaml -m trajdist run CONFIG [key=value ...]
@@ -256,20 +257,15 @@ def _score(arguments: argparse.Namespace) -> int:
     from trajdist.data.sources import open_source, refuse_masks
     from trajdist.data.storage import Access
 
-    refuse_masks(arguments.images, "IMAGES")
-    source = open_source(arguments.images, "IMAGES", Access(retries=3))
-    from trajdist.scoring.job import open_scoring
-    from trajdist.scoring.report import report
-    from trajdist.scoring.score import score, score_table, tell_unreadable
+    refuse_masks(arguments.images, "IMAGES", "scored")
+    with _scoring(arguments, open_source(arguments.images, "IMAGES", Access(retries=3))) as job:
+        from trajdist.scoring.report import report
+        from trajdist.scoring.score import score, score_table
 
-    job = open_scoring(arguments.run_dir, source, arguments.images, arguments.out, _scoring_options(arguments))
-    score(job)
-    job.processes.main_does(lambda: report(job))
-    if job.processes.is_main:
-        job.console.print(score_table(job))
-        job.console.print(f"the report is {job.out / 'report.html'}")
-    job.processes.main_does(lambda: tell_unreadable(job))
-    job.close()
+        score(job)
+        job.processes.main_does(lambda: report(job))
+        if job.processes.is_main:
+            job.console.print(score_table(job))
     return 0
 
 
@@ -277,24 +273,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from trajdist.data.labelled import LabelledFolder
 
     dataset = LabelledFolder(user_path(arguments.images), "DATASET", read_retries=3)
-    from trajdist.scoring.evaluation import evaluate, metrics_table
-    from trajdist.scoring.job import open_scoring
-    from trajdist.scoring.score import tell_unreadable
+    with _scoring(arguments, dataset) as job:
+        from trajdist.scoring.evaluation import evaluate, metrics_table
 
-    job = open_scoring(arguments.run_dir, dataset, arguments.images, arguments.out, _scoring_options(arguments))
-    metrics = evaluate(job, dataset)
-    if job.processes.is_main:
-        job.console.print(metrics_table(metrics))
-        job.console.print(f"the report is {job.out / 'report.html'}")
-    job.processes.main_does(lambda: tell_unreadable(job))
-    job.close()
+        metrics = evaluate(job, dataset)
+        if job.processes.is_main:
+            job.console.print(metrics_table(metrics))
     return 0
 
 
-def _scoring_options(arguments: argparse.Namespace) -> Options:
-    from trajdist.scoring.job import Options
+@contextmanager
+def _scoring(arguments: argparse.Namespace, source: ImageSource) -> Iterator[Scoring]:
+    """Open a scoring; after the block, name the report and the images that could not be read."""
+    from trajdist.runtime.processes import naming_memory
+    from trajdist.scoring.job import Options, open_scoring
+    from trajdist.scoring.score import tell_unreadable
 
-    return Options(
+    options = Options(
         adapters=tuple(arguments.adapter),
         phase=arguments.phase,
         false_alarm_rate=arguments.false_alarm_rate,
@@ -302,6 +297,13 @@ def _scoring_options(arguments: argparse.Namespace) -> Options:
         explain=arguments.explain,
         overlays=arguments.overlays,
     )
+    job = open_scoring(arguments.run_dir, source, arguments.images, arguments.out, options)
+    with naming_memory(job.processes, lambda: f"name a --batch-size smaller than {arguments.batch_size}"):
+        yield job
+    if job.processes.is_main:
+        job.console.print(f"the report is {job.out / 'report.html'}")
+    job.processes.main_does(lambda: tell_unreadable(job))
+    job.close()
 
 
 def _merge(arguments: argparse.Namespace) -> int:
@@ -331,13 +333,14 @@ def _export(arguments: argparse.Namespace) -> int:
 def _pack(arguments: argparse.Namespace) -> int:
     from trajdist.data.base import EncodedSource
     from trajdist.data.loader import processors
-    from trajdist.data.sources import open_source
+    from trajdist.data.sources import open_source, refuse_masks
     from trajdist.data.storage import Access
     from trajdist.errors import DataError
     from trajdist.runtime.progress import make_console
     from trajdist.tools.pack import pack
     from trajdist.tools.preparation import Options
 
+    refuse_masks(arguments.source, "SOURCE", "packed")
     source = open_source(arguments.source, "SOURCE", Access(retries=3))
     if not isinstance(source, EncodedSource):
         raise DataError(f"SOURCE={arguments.source!r} has no image files to pack: name a folder of images.")

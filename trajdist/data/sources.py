@@ -196,8 +196,8 @@ def _refuse_labelled(path: str | None, key: str) -> None:
         )
 
 
-def refuse_masks(path: str, key: str) -> None:
-    """Refuse the root of a labelled set where images to score are wanted.
+def refuse_masks(path: str, key: str, use: str) -> None:
+    """Refuse the root of a labelled set where images are wanted, which would be ``use`` such as "scored".
 
     Raises:
         DataError: it has a folder of masks, which would count as images.
@@ -205,8 +205,8 @@ def refuse_masks(path: str, key: str) -> None:
     folder = os.path.expanduser(path)
     if os.path.isdir(os.path.join(folder, "ground_truth")):
         raise DataError(
-            f"{key}={path!r} is a labelled set, and its masks would be scored as images: name its images "
-            f"({os.path.join(folder, 'test')!r}), or use trajdist evaluate."
+            f"{key}={path!r} is a labelled set, and its masks would be {use} as images: name a folder of images in it, "
+            f"such as {os.path.join(folder, 'test')!r} (trajdist evaluate takes the set as it is)."
         )
 
 

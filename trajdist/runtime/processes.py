@@ -344,6 +344,30 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@contextlib.contextmanager
+def naming_memory(processes: Processes, mend: Callable[[], str]) -> Iterator[None]:
+    """Make a lack of memory in the block one sentence, which ends with what ``mend`` gives.
+
+    Raises:
+        TrainingError: there was not enough memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        what = one_line(error) or type(error).__name__
+        raise TrainingError(
+            f"process {processes.rank} ran out of memory on its device, {processes.device} ({what}): {mend()}."
+        ) from error
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """CUDA has a type of error for it; MPS, the libraries of CUDA and torch's allocator for CPUs have but words."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
 def empty_cache(device: torch.device) -> None:
     """Return the allocator's free blocks to the device."""
     if device.type == "cuda":

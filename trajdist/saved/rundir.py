@@ -99,6 +99,19 @@ class RunDir:
         with _recording(self.calibration(phase)):
             self.calibration(phase).unlink(missing_ok=True)
 
+    def forget_stop(self) -> None:
+        """Remove the STOP file, if there is one.
+
+        Raises:
+            ArtifactError: it cannot be removed.
+        """
+        try:
+            self.stop_file.unlink(missing_ok=True)
+        except OSError as error:
+            raise ArtifactError(
+                f"{str(self.stop_file)!r} cannot be removed ({error.strerror}), and would stop the run: remove it."
+            ) from None
+
     def has_begun(self) -> bool:
         """Whether the run has produced anything that depends on its config."""
         return any(any(self.path.glob(made)) for made in ("phase1/*.safetensors", "checkpoints/*", "domains/*"))

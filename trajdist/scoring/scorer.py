@@ -183,11 +183,12 @@ class Scorer:
             batch_size: how many go through the backbone at once.
 
         Raises:
-            ConfigError: a batch size below 1.
+            ConfigError: a batch size that is no whole number, or below 1.
             DataError: what cannot be a picture, or cannot be read.
         """
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} is no batch: name a positive number.")
+        # What has no index is no whole number: a float, text, None.
+        if not hasattr(batch_size, "__index__") or batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size!r} is no batch: name a positive whole number.")
         waiting, parts = enumerate(inputs.several(images)), [self._empty()]
         while batch := list(islice(waiting, batch_size)):
             parts.append(self._score(batch))

@@ -172,10 +172,9 @@ def _domains_done(rundir: RunDir) -> list[str]:
 
 def _audit_one(rundir: RunDir) -> Audit:
     """A run without the domains below it."""
-    if not rundir.config.is_file() or not rundir.ledger.is_file():
-        raise ArtifactError(
-            f"{str(rundir.path)!r} has no config.yaml and ledger.jsonl: name a run that has begun to train."
-        )
+    missing = next((file.name for file in (rundir.config, rundir.ledger) if not file.is_file()), None)
+    if missing is not None:
+        raise ArtifactError(f"{str(rundir.path)!r} has no {missing}: name a run that has begun to train.")
     config = parse_config(read_yaml(rundir.config))
     summary, status = rundir.read_summary(), rundir.read_status()
     phases = dict(_phases(rundir, config))

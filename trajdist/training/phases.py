@@ -10,6 +10,7 @@ import torch
 from trajdist.config import SETS, Config
 from trajdist.data.base import ImageSource
 from trajdist.errors import ConfigError, StopRequested, TrainingError
+from trajdist.runtime.processes import naming_memory
 from trajdist.runtime.progress import summary_table
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
@@ -64,7 +65,8 @@ def run(
     at = Position()
     with session.stop.listening():
         try:
-            _run_phases(session, at, phases)
+            with naming_memory(session.processes, lambda: _smaller(config, at.phase or 1)):
+                _run_phases(session, at, phases)
             _record_end(session, at, None)
         except StopRequested as stop:
             _record_end(session, at, stop)
@@ -93,6 +95,17 @@ def _run_phases(session: Session, at: Position, phases: Sequence[int]) -> None:
         session.accept()
 
 
+def _smaller(config: Config, phase: int) -> str:
+    """How a phase needs less memory, as the end of a sentence."""
+    key, batch_size = f"data.{SETS[phase]}", config.data.of_phase(phase).batch_size
+    half = (config.memory.images_per_pass or batch_size) // 2
+    again = f"set memory.images_per_pass={half} or less and run the same command again, or " if half else ""
+    return (
+        f"{again}begin a run with a smaller {key}.batch_size and as much more {key}.gradient_accumulation_steps "
+        "(trajdist plan --memory tells what fits)"
+    )
+
+
 def _record_end(session: Session, at: Position, error: BaseException | None) -> None:
     session.trackers.finish()
     if not session.processes.is_main:
@@ -102,7 +115,7 @@ def _record_end(session: Session, at: Position, error: BaseException | None) -> 
         session.console.print(summary_table(session.rundir.read_summary()))
         session.say(f"all files are in {session.rundir.path}")
     elif isinstance(error, (StopRequested, KeyboardInterrupt)):
-        session.rundir.stop_file.unlink(missing_ok=True)
+        session.rundir.forget_stop()
         session.say(f"stopped ({error}): run the same command again to go on")
 
 

@@ -317,7 +317,7 @@ def _take(rundir: RunDir, config: Config, world: int) -> None:
     rundir.lock()
     rundir.sweep()
     _check_same_config(rundir, config)
-    rundir.stop_file.unlink(missing_ok=True)
+    rundir.forget_stop()
     if not rundir.has_begun():
         rundir.write_config(dump_yaml(config))
         # From a start that came to nothing: with what it found, nothing was made.
