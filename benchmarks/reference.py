@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +26,8 @@ from trajdist.config import Config
 from trajdist.data.decode import to_square
 from trajdist.data.loader import resolve_workers
 from trajdist.data.sources import open_source
-from trajdist.extraction import backbones
-from trajdist.extraction.backbones import first_tensor, to_grid
+from trajdist.extraction.backbones import Block, first_tensor, to_grid
+from trajdist.extraction.networks import IMAGENET_MEAN, IMAGENET_STD, build_network
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.runtime import allocator
 from trajdist.runtime.processes import device_type
@@ -73,18 +72,13 @@ class Pixels(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         square = np.array(to_square(self._source.load(index, self._size), self._size, self._fit))
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (backbones.IMAGENET_MEAN, backbones.IMAGENET_STD))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return (torch.from_numpy(square).permute(2, 0, 1).contiguous() / 255.0 - mean) / std
 
 
 def plain_network(name: str, weights: str, seed: int) -> nn.Module:
     """The network as its library builds it, without trajdist's modifications."""
-    build: Any = {"efficientnet_lite0": lambda: backbones._efficientnet_lite0(weights)}.get(name)
-    if build is None:
-        library = backbones._timm if name.startswith("timm:") else backbones._torchvision
-        build = lambda: library(name, weights)  # noqa: E731
-    torch.manual_seed(seed)
-    network: nn.Module = build()[0]
+    network = build_network(name, weights, seed).network
     return network.eval().requires_grad_(False)
 
 
@@ -98,7 +92,7 @@ class Reference:
 
     config: Config
     network: nn.Module
-    blocks: list[backbones.Block]
+    blocks: list[Block]
     model: nn.Module
     loader: DataLoader[torch.Tensor]
     device: torch.device

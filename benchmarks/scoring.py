@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trajdist.data.decode import to_square
 from trajdist.data.sources import open_source
-from trajdist.extraction import backbones
+from trajdist.extraction.networks import build_network
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring.job import Options, Scoring, open_scoring
@@ -38,11 +38,7 @@ BATCH = 32
 def plain_network(run_dir: str) -> torch.nn.Module:
     """The run's network as its library builds it, without trajdist's modifications."""
     document = bundle.read(RunDir(run_dir).trajectory, bundle.TrajectoryDocument)
-    build = {"efficientnet_lite0": lambda weights: backbones._efficientnet_lite0(weights)}.get(
-        document.backbone, lambda weights: backbones._torchvision(document.backbone, weights)
-    )
-    torch.manual_seed(document.seed)
-    network, _, _ = build(document.weights)
+    network = build_network(document.backbone, document.weights, document.seed).network
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 

