@@ -22,6 +22,7 @@ from trajdist.cli import main
 from trajdist.config_files import load_config
 from trajdist.errors import ArtifactError, StopRequested
 from trajdist.runtime.processes import start_accelerator
+from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Order, Selection, Step
 from trajdist.tools.audit import audit
@@ -220,6 +221,34 @@ def test_a_file_of_weights_that_was_moved(tmp_path, capsys):
     assert main(["run", *command, f"backbone.weights={files[1]}", "data.domain.num_epochs=1"]) == 0
     assert load_config(str(tmp_path / "run" / "config.yaml")).backbone.weights == str(files[1])
     assert len(load(tmp_path / "run").detectors) == 1
+
+
+def test_a_file_of_weights_that_was_moved_is_found_by_finished_domains(tmp_path):
+    files = [tmp_path / name for name in ("old.pt", "new.pt")]
+    torch.save(resnet18().state_dict(), files[0])
+    command = ["run", "debug", PLAIN, f"run_dir={tmp_path / 'run'}", "data.domain.num_epochs=1"]
+    domain = "data.domains={brick: {path: skimage:brick}}"
+    assert main([*command, "data.domain.path=null", domain, f"backbone.weights={files[0]}"]) == 0
+    files[0].rename(files[1])
+    assert main([*command, "data.domain.path=null", domain, f"backbone.weights={files[1]}"]) == 0
+    assert len(load(tmp_path / "run" / "domains" / "brick").detectors) == 1
+
+
+def test_weights_that_cannot_be_saved_cost_nothing(tmp_path, monkeypatch, capsys):
+    """A finished phase that went on to more epochs: the old model and its calibration are still there, and score."""
+    command = ["train", "debug", PLAIN, f"run_dir={tmp_path}"]
+    assert main(command) == 0
+    before = [(tmp_path / "phase1" / name).read_bytes() for name in ("model.safetensors", "calibration.safetensors")]
+
+    def full(*_):
+        raise ArtifactError("no room.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle, "save_model", full)
+        assert main([*command, "data.imagenet.num_epochs=3"]) == 4
+    after = [(tmp_path / "phase1" / name).read_bytes() for name in ("model.safetensors", "calibration.safetensors")]
+    assert after == before
+    assert len(load(tmp_path).detectors) == 1
 
 
 def test_phase2_goes_on_above_a_phase1_that_was_going_on_to_more_epochs(tmp_path, capsys):

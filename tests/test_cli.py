@@ -17,9 +17,10 @@ from jobs import REPOSITORY, Finished, launch
 
 from trajdist.artifacts import read_document, read_tensors
 from trajdist.cli import main
+from trajdist.config_files import load_config
 from trajdist.runtime.clock import STAGES
 from trajdist.saved.bundle import TrajectoryDocument
-from trajdist.training import loop
+from trajdist.training import loop, phases
 
 CONTROL = {chr(code) for code in range(32)} - {"\n"}
 
@@ -153,14 +154,14 @@ def test_debug_shows_the_traceback(tmp_path):
 @pytest.mark.parametrize(
     ("error", "keys", "mend"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), [], "images_per_pass=4 or less and"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), [], "): lower data.num_workers and"),
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GiB)"), ["memory.images_per_pass=6"], "pass=3 or"),
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
             ["memory.images_per_pass=1"],
             "begin a run with a small",
         ),
-        (MemoryError(), [], "(MemoryError): set"),
+        (MemoryError(), [], "on cpu (MemoryError): lower"),
     ],
 )
 def test_a_lack_of_memory_is_one_sentence(tmp_path, capsys, monkeypatch, fresh_accelerate, error, keys, mend):
@@ -172,9 +173,16 @@ def test_a_lack_of_memory_is_one_sentence(tmp_path, capsys, monkeypatch, fresh_a
     sizes = ["data.imagenet.batch_size=8", "calibration.holdout_fraction=0"]
     assert main(["train", "debug", f"run_dir={tmp_path}/run", images, *sizes, *keys]) == 1
     said = capsys.readouterr().err
-    assert_sentence(said, "process 0 ran out of memory on its device, cpu", mend, "data.imagenet.batch_size")
+    assert_sentence(said, "process 0 ran out of memory on cpu", mend, "data.imagenet.batch_size")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["status"], f"trajdist: {status['why']}\n") == ("failed", said)
+
+
+def test_what_takes_less_memory_depends_on_the_device():
+    small = ["data.imagenet.batch_size=1", "data.num_workers=0"]
+    assert "images_per_pass=16 or less" in phases._smaller(load_config("default"), 1, "cuda")
+    assert "images_per_pass" not in phases._smaller(load_config("default"), 1, "cpu")
+    assert phases._smaller(load_config("default", small), 1, "cuda").startswith("begin a run with a smaller backbone")
 
 
 def test_other_errors_keep_their_traceback(tmp_path, monkeypatch, fresh_accelerate):

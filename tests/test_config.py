@@ -165,6 +165,8 @@ def test_a_file_that_is_no_config(tmp_path, text):
         ("seed: !!bool x", "'x' is no bool"),
         ("seed: !!timestamp x", "'x' is no timestamp"),
         (f"seed: {'1' * 5000}", "is no int"),
+        (f"seed: 0x{'f' * 5000}", "is no int"),
+        ("seed: !!int [1]", "expected a scalar node"),
         ('run_dir: "a\\0b"', r"'a\\x00b' is no text"),
         ('run_dir: "\\ud800"', r"'\\ud800' is no text"),
         ("data: &a {domain: *a}", "recursive"),
@@ -180,6 +182,14 @@ def test_yaml_that_cannot_be_meant(tmp_path, text, words):
         load_config(path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "override", ['run_dir="a\\0b"', "backbone={name: 2026-13-01}", "data.domains={a: {path: !!int x}}"]
+)
+def test_an_override_that_cannot_be_meant(override):
+    with pytest.raises(ConfigError, match=r"is not possible: .* is no (text|timestamp|int), write another value\."):
+        load_config(None, [override])
 
 
 @pytest.mark.parametrize("key", ["seed", "surplus"])
@@ -271,11 +281,12 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path):
         load_config(path)
 
 
-def test_braces_of_billions_are_refused_at_once():
+@pytest.mark.parametrize("pattern", ["x-{0..99999999999}.tar", "{0..99999}/{0..99999}.tar"])
+def test_braces_of_billions_are_refused_at_once(pattern):
     from trajdist.data.sources import open_source
 
     with pytest.raises(DataError, match="more than 1,000,000 shards"):
-        open_source("/data/x-{0..99999999999}.tar", "IMAGES")
+        open_source(f"/data/{pattern}", "IMAGES")
 
 
 def test_a_pattern_that_the_shell_has_expanded_is_refused():

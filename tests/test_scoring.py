@@ -653,8 +653,8 @@ def test_a_lack_of_memory_is_one_sentence(debug_run, images, tmp_path, capsys, m
     monkeypatch.setattr(Scorer, "score_batch", allocate)
     assert score(debug_run, images, tmp_path / "out", "--batch-size=6") == 1
     said = capsys.readouterr().err
-    assert said.startswith("trajdist: process 0 ran out of memory on its device, cpu ([enforce fail")
-    assert said.endswith("): name a --batch-size smaller than 6.\n")
+    assert said.startswith("trajdist: process 0 ran out of memory on cpu ([enforce fail")
+    assert said.endswith("): name a --batch-size below 6.\n")
 
 
 # ------------------------------------------------------------------------------------------ several adapters

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 
+LEAST_SPEED = 1e-9
+
 
 def place(text: str) -> str:
     """Where something is written: an empty name, as of an unset shell variable, would be the current folder."""
@@ -32,8 +34,8 @@ def positive(text: str) -> int:
 def speed(text: str) -> float:
     """A positive finite number, such that times made of it are finite as well."""
     value = float(text)
-    if not 1e-9 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    if not LEAST_SPEED <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above {LEAST_SPEED:g}")
     return value
 
 

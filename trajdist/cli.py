@@ -298,7 +298,7 @@ def _scoring(arguments: argparse.Namespace, source: ImageSource) -> Iterator[Sco
         overlays=arguments.overlays,
     )
     job = open_scoring(arguments.run_dir, source, arguments.images, arguments.out, options)
-    with naming_memory(job.processes, lambda: f"name a --batch-size smaller than {arguments.batch_size}"):
+    with naming_memory(job.processes, lambda device: f"name a --batch-size below {arguments.batch_size}"):
         yield job
     if job.processes.is_main:
         job.console.print(f"the report is {job.out / 'report.html'}")

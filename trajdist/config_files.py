@@ -118,8 +118,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """010 is ten, as in YAML 1.2 and wherever numbers are padded, and not eight."""
-        is_decimal = re.fullmatch(r"[-+]?[0-9]+", node.value)
-        return int(node.value) if is_decimal else int(super().construct_yaml_int(node))
+        text = str(self.construct_scalar(node))
+        number = int(text) if re.fullmatch(r"[-+]?[0-9]+", text) else int(super().construct_yaml_int(node))
+        str(number)  # A ValueError beyond some thousands of digits, whatever base it is written in.
+        return number
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
@@ -168,7 +170,10 @@ def _value(key: str, text: str) -> Any:
         return _parse(text)
     except _TwiceError as error:
         raise ConfigError(f"{key}={text!r} is not possible: {error.problem}, write it once.") from None
-    except yaml.YAMLError:
+    except yaml.YAMLError as error:
+        # What begins like this is YAML; other text is what it says.
+        if isinstance(error, yaml.constructor.ConstructorError) and word.startswith(("{", "[", "'", '"')):
+            raise ConfigError(f"{key}={text!r} is not possible: {error.problem}, write another value.") from None
         return text
 
 

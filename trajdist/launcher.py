@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 
 
 def rank() -> int:
@@ -42,9 +41,12 @@ def has_restarted() -> bool:
 
 
 def job() -> str:
-    """Names what started the process; a restart by it, which :func:`has_restarted` tells, has the same name."""
-    slurm = os.environ.get("SLURM_JOB_ID")
-    return f"Slurm job {slurm}" if slurm else f"process {os.getppid()} on {socket.gethostname()}"
+    """Names what started the process; a restart by it, which :func:`has_restarted` tells, has the same name.
+
+    Not the other way round: torch's launchers give all their jobs one name, unless they are told another.
+    """
+    slurm, launch = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"))
+    return f"Slurm job {slurm}" if slurm else f"launch {launch}"
 
 
 def _number(name: str, default: int) -> int:

@@ -178,12 +178,17 @@ def test_fresh_moves_the_old_run_aside(stopped, uninterrupted, capsys):
     assert_identical(stopped, uninterrupted)
 
 
-@pytest.mark.parametrize("launched", [{"TORCHELASTIC_RESTART_COUNT": "1"}, {"SLURM_RESTART_COUNT": "1"}])
+@pytest.mark.parametrize(
+    "launched",
+    [
+        {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "none"},
+        {"SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "7"},
+    ],
+)
 def test_a_restart_by_the_launcher_is_not_fresh(launched, stopped, monkeypatch, capsys):
     """Unless the start before it ended too early to start over: what is there would be another command's."""
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    for name, count in launched.items():
-        monkeypatch.setenv(name, count)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     with monkeypatch.context() as patch:
         at_call(patch, loop, "update", 4, send(signal.SIGTERM))
         assert main([*arguments(stopped), "--fresh"]) == 75

@@ -11,8 +11,9 @@ import glob
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -65,6 +66,7 @@ def expand(pattern: str) -> list[str]:
     URLs are globbed only if they contain ``*``.
 
     Raises:
+        ValueError: braces that stand for more than :data:`MOST_SHARDS` names.
         Exception: whatever the store raises when a URL is listed.
 
     >>> expand("s3://bucket/set-{08..10}.tar")
@@ -73,7 +75,10 @@ def expand(pattern: str) -> list[str]:
     if not is_url(pattern) and os.path.exists(pattern):
         return [pattern]
     found: set[str] = set()
-    for name in _braces(pattern):
+    names = list(islice(_braces(pattern), MOST_SHARDS + 1))
+    if len(names) > MOST_SHARDS:
+        raise ValueError(f"it stands for more than {MOST_SHARDS:,} shards")
+    for name in names:
         if is_url(name):
             found.update(_remote_glob(name) if "*" in name else [name])
         else:
@@ -90,9 +95,7 @@ def _braces(pattern: str) -> Iterator[str]:
     span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if span:
         numbers = range(int(span[1]), int(span[2]) + 1)
-        if int(span[2]) - int(span[1]) >= MOST_SHARDS:
-            raise ValueError(f"{{{match[1]}}} stands for more than {MOST_SHARDS:,} shards")
-        choices = [str(number).zfill(len(span[1])) for number in numbers]
+        choices: Iterable[str] = (str(number).zfill(len(span[1])) for number in numbers)
     else:
         choices = match[1].split(",")
     for choice in choices:

@@ -345,8 +345,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def naming_memory(processes: Processes, mend: Callable[[], str]) -> Iterator[None]:
-    """Make a lack of memory in the block one sentence, which ends with what ``mend`` gives.
+def naming_memory(processes: Processes, mend: Callable[[str], str]) -> Iterator[None]:
+    """Make a lack of memory in the block one sentence, which ends with what ``mend`` gives for that type of device.
 
     Raises:
         TrainingError: there was not enough memory.
@@ -356,9 +356,11 @@ def naming_memory(processes: Processes, mend: Callable[[], str]) -> Iterator[Non
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise
-        what = one_line(error) or type(error).__name__
+        # Processes that train on a GPU decode images in the memory of the machine.
+        on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        where, what = "cpu" if on_host else str(processes.device), one_line(error) or type(error).__name__
         raise TrainingError(
-            f"process {processes.rank} ran out of memory on its device, {processes.device} ({what}): {mend()}."
+            f"process {processes.rank} ran out of memory on {where} ({what}): {mend(where.partition(':')[0])}."
         ) from error
 
 

@@ -7,6 +7,7 @@ Shape suffixes: L steps, D channels of a trajectory.
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -163,7 +164,9 @@ def load_extractor(path: Path, weights: str | None = None) -> TrajectoryExtracto
     """
     document = read(path, TrajectoryDocument)
     weights = weights or document.weights
-    backbone = build_backbone(document.backbone, weights, document.patterns, document.image_size, document.seed)
+    # By its blocks, not by the patterns: a later version may recognise more of them.
+    blocks = [glob.escape(name) for name in document.blocks]
+    backbone = build_backbone(document.backbone, weights, blocks, document.image_size, document.seed)
     return with_projection(path, backbone, weights)
 
 

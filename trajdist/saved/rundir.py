@@ -91,7 +91,7 @@ class RunDir:
         return next((path for path in (*made, self.calibration(phase)) if not path.is_file()), None)
 
     def drop_calibration(self, phase: int) -> None:
-        """Remove a phase's calibration, before new weights are saved: one of fewer epochs would pass for theirs.
+        """Remove a phase's calibration as soon as new weights are saved: one of fewer epochs would pass for theirs.
 
         Raises:
             ArtifactError: it cannot be removed.

@@ -145,8 +145,9 @@ def _verify(scorer: Scorer, run: Callable[[torch.Tensor], Arrays], path: Path) -
     found = Export(path, *(max(values) for values in zip(*differences, strict=True)))
     if not max(found.map_difference, found.score_difference) <= TOLERANCE:
         raise TrainingError(
-            f"the exported file gives other scores (by {found.score_difference:.2g}, maps {found.map_difference:.2g} "
-            "standard deviations): it was not kept; try --format torch, or another version of the exporter."
+            f"the exported file gives other scores (by {found.score_difference:.2g}, maps {found.map_difference:.2g}, "
+            f"where {TOLERANCE:g} may be rounding): it was not kept; try --format torch, or another version of the "
+            "exporter."
         )
     return found
 

@@ -79,6 +79,8 @@ def _adapt_to_all(session: Session, at: Position) -> None:
         for name, adaptation, job, summary in zip(tuple(under_way), adaptations, jobs, summaries, strict=True):
             _conclude(adaptation, job, summary)
             under_way.pop(name).record(progress[name], ended=True)
+        for domain in domains.values():
+            domain.accept()
         rundirs = {name: domain.rundir for name, domain in domains.items()}
         finish(session, 2, session.processes.main_knows(lambda: combine(_summaries(rundirs))))
     except BaseException as error:
@@ -130,8 +132,8 @@ def _conclude(adaptation: Adaptation, job: Job, summary: dict[str, Any]) -> None
     trained = trained.model if whitened is not None else trained
 
     def save() -> None:
-        session.rundir.drop_calibration(2)
         lora.save_proven(session.rundir, trained, adaptation.base_before, base_id)
+        session.rundir.drop_calibration(2)
 
     session.processes.main_does(save)
     adapter_id = lora.adapter_fingerprint(trained, base_id)

@@ -84,13 +84,15 @@ class BadLimit:
         """
         # By chance, a few images hold a larger share of the bad ones than the set has.
         of_images = max(self.num_images, min(self.set_size, FEW_IMAGES))
-        unused = f"{failures} of {self.num_images} images could not be used"
         if failures == self.num_images:
-            raise DataError(f"{unused}, and none is left: see {str(rundir.bad_images)!r}, and fix them.")
+            raise DataError(
+                f"{failures} of {self.num_images} images could not be used, and none is left: see "
+                f"{str(rundir.bad_images)!r}, and fix them."
+            )
         if failures > self.fraction * of_images:
             raise DataError(
-                f"{unused}, more than data.max_bad_fraction={self.fraction:g} allows: see {str(rundir.bad_images)!r}, "
-                "fix them or raise the fraction."
+                f"{failures} of {self.num_images} images could not be used, more than data.max_bad_fraction="
+                f"{self.fraction:g} allows: see {str(rundir.bad_images)!r}, fix them or raise the fraction."
             )
 
 

@@ -65,7 +65,7 @@ def run(
     at = Position()
     with session.stop.listening():
         try:
-            with naming_memory(session.processes, lambda: _smaller(config, at.phase or 1)):
+            with naming_memory(session.processes, lambda device: _smaller(config, at.phase or 1, device)):
                 _run_phases(session, at, phases)
             _record_end(session, at, None)
         except StopRequested as stop:
@@ -95,14 +95,17 @@ def _run_phases(session: Session, at: Position, phases: Sequence[int]) -> None:
         session.accept()
 
 
-def _smaller(config: Config, phase: int) -> str:
-    """How a phase needs less memory, as the end of a sentence."""
+def _smaller(config: Config, phase: int, device_type: str) -> str:
+    """How a phase needs less memory on such a device, as the end of a sentence."""
     key, batch_size = f"data.{SETS[phase]}", config.data.of_phase(phase).batch_size
-    half = (config.memory.images_per_pass or batch_size) // 2
-    again = f"set memory.images_per_pass={half} or less and run the same command again, or " if half else ""
-    return (
-        f"{again}begin a run with a smaller {key}.batch_size and as much more {key}.gradient_accumulation_steps "
-        "(trajdist plan --memory tells what fits)"
+    # On CPUs the default is less than the batch, by an amount that is not known here.
+    in_a_pass = config.memory.images_per_pass or (1 if device_type == "cpu" else batch_size)
+    mends = [f"set memory.images_per_pass={in_a_pass // 2} or less and run the same command again"] * (in_a_pass > 1)
+    mends += ["lower data.num_workers and run the same command again"] * (device_type == "cpu")
+    if batch_size > 1:
+        mends.append(f"begin a run with a smaller {key}.batch_size and as much more {key}.gradient_accumulation_steps")
+    return ", or ".join(mends or ["begin a run with a smaller backbone or data.image_size"]) + (
+        " (trajdist plan --memory tells what fits)"
     )
 
 
@@ -146,8 +149,8 @@ def phase1(session: Session, at: Position) -> None:
     trained = trained_model(job)
 
     def save() -> None:
-        session.rundir.drop_calibration(1)
         bundle.save_model(session.rundir.model, trained, document)
+        session.rundir.drop_calibration(1)
 
     session.processes.main_does(save)
     base = bundle.base_fingerprint(trained, document)
