@@ -10,6 +10,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 "$venv"/bin/ruff format --check .
 "$venv"/bin/mypy trajdist
 echo "+ pytest $*"
-# Some files mostly wait (Slurm's, which come early): three at a time keep two cores busy. The tests of a file stay
-# together, so that they share one Slurm, one object store and one finished run.
-"$venv"/bin/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder "$@"
+# Many tests wait for jobs that they start: two at a time keep two cores busy. The tests of a file stay together, so that
+# they share one Slurm, one object store and one finished run. In their order the longest files (Slurm's) come early.
+"$venv"/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder "$@"

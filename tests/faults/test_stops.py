@@ -13,6 +13,7 @@ import psutil
 import pytest
 from harness import arguments, assert_identical, begin, status
 
+from trajdist import launcher
 from trajdist.cli import main
 from trajdist.training import loop, passes, phases
 
@@ -189,6 +190,8 @@ def test_a_restart_by_the_launcher_is_not_fresh(launched, stopped, monkeypatch, 
     """Unless the start before it ended too early to start over: what is there would be another command's."""
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
+    # A process of a launcher ends with its command; this one goes on.
+    monkeypatch.setattr(launcher, "is_launched", lambda: False)
     with monkeypatch.context() as patch:
         at_call(patch, loop, "update", 4, send(signal.SIGTERM))
         assert main([*arguments(stopped), "--fresh"]) == 75
