@@ -358,9 +358,10 @@ def naming_memory(processes: Processes, mend: Callable[[str], str]) -> Iterator[
             raise
         # Processes that train on a GPU decode images in the memory of the machine.
         on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
-        where, what = "cpu" if on_host else str(processes.device), one_line(error) or type(error).__name__
+        device = torch.device("cpu") if on_host else processes.device
+        what = one_line(error) or type(error).__name__
         raise TrainingError(
-            f"process {processes.rank} ran out of memory on {where} ({what}): {mend(where.partition(':')[0])}."
+            f"process {processes.rank} ran out of memory on {device} ({what}): {mend(device.type)}."
         ) from error
 
 

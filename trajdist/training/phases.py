@@ -100,13 +100,15 @@ def _smaller(config: Config, phase: int, device_type: str) -> str:
     key, batch_size = f"data.{SETS[phase]}", config.data.of_phase(phase).batch_size
     # On CPUs the default is less than the batch, by an amount that is not known here.
     in_a_pass = config.memory.images_per_pass or (1 if device_type == "cpu" else batch_size)
-    mends = [f"set memory.images_per_pass={in_a_pass // 2} or less and run the same command again"] * (in_a_pass > 1)
-    mends += ["lower data.num_workers and run the same command again"] * (device_type == "cpu")
+    mends = []
+    if in_a_pass > 1:
+        mends.append(f"set memory.images_per_pass={in_a_pass // 2} or less and run the same command again")
+    if device_type == "cpu":
+        mends.append("lower data.num_workers and run the same command again")
     if batch_size > 1:
         mends.append(f"begin a run with a smaller {key}.batch_size and as much more {key}.gradient_accumulation_steps")
-    return ", or ".join(mends or ["begin a run with a smaller backbone or data.image_size"]) + (
-        " (trajdist plan --memory tells what fits)"
-    )
+    chosen = ", or ".join(mends or ["begin a run with a smaller backbone or data.image_size"])
+    return f"{chosen} (trajdist plan --memory tells what fits)"
 
 
 def _record_end(session: Session, at: Position, error: BaseException | None) -> None:
