@@ -45,6 +45,7 @@ def plan(images, *overrides, phases=(1,), **options):
 
 # What is planned and what is then measured, in processes of their own: a plan's base is its own resident set.
 LINEAR = ["quality", "backbone.weights=none", "data.imagenet.num_epochs=1", "data.domain.num_epochs=1"]
+LINEAR += ["data.image_size=160", "model.spatial_resolution=10"]
 TRANSFORMER = [*TINY[:2], "data.image_size=96", "model.type=transformer", "model.hidden_dim=128"]
 KEEPING = [*TINY[:3], "model.hidden_dim=3072", "model.spatial_resolution=4", "ema.decay=0.9"]
 KEEPING += ["validation.every_epochs=1"]

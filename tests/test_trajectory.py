@@ -31,6 +31,12 @@ def backbone() -> Backbone:
     return build_backbone("resnet18", "none", [], 64, seed=0)
 
 
+@pytest.fixture(scope="module")
+def shallow() -> Backbone:
+    """Half of it, with and without stride: what takes minutes to compile takes seconds."""
+    return build_backbone("resnet18", "none", ["layer[12].[01]"], 64, seed=0)
+
+
 def random_projection_for(backbone: Backbone, feature_dim: int, subcells: int = 1) -> Projection:
     generator = torch.Generator().manual_seed(1)
     projection = Projection([step.channels for step in trajectory_steps(backbone.blocks, 4, subcells)], feature_dim)
@@ -355,14 +361,18 @@ def test_an_accelerators_pass_is_no_larger_than_its_kernels_index(backbone):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("images_per_pass", [pytest.param(None, marks=pytest.mark.slow), 2])
-def test_compiled_it_is_the_same(backbone, images_per_pass):
+@pytest.mark.parametrize(
+    ("network", "images_per_pass"), [pytest.param("backbone", None, marks=pytest.mark.slow), ("shallow", 2)]
+)
+def test_compiled_it_is_the_same(network, images_per_pass, request):
     """Of all places and of chosen ones, from memory that ends with the last image as a worker's does."""
+    backbone = request.getfixturevalue(network)
     projection = random_projection_for(backbone, 80)
     plain, compiled = (TrajectoryExtractor(backbone, projection, 4) for _ in range(2))
     compiled.suit("cpu", images_per_pass)
     compiled.compile()
-    images, places = IMAGES.contiguous(memory_format=torch.channels_last).share_memory_(), torch.tensor([[0, 5]] * 3)
+    images = torch.cat([IMAGES, IMAGES[:1].flip(3)]).contiguous(memory_format=torch.channels_last).share_memory_()
+    places = torch.tensor([[0, 5]] * 4)
     for _ in range(2):
         torch.testing.assert_close(compiled(images), plain(images), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(compiled.at(images, places), plain.at(images, places), rtol=1e-4, atol=1e-4)
@@ -401,7 +411,7 @@ def test_a_compiler_that_rounds_elsewhere_is_trusted_in_half_precision_alone(bac
         compiled(outlier)(IMAGES)
 
 
-def test_few_batch_sizes_are_compiled_and_the_others_run(backbone, monkeypatch):
+def test_few_batch_sizes_are_compiled_and_the_others_run(shallow, monkeypatch):
     """More graphs than the limit of torch's compiler, and more sizes than are worth a graph."""
     compile, traced = torch.compile, []
 
@@ -414,7 +424,7 @@ def test_few_batch_sizes_are_compiled_and_the_others_run(backbone, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", without_code)
     monkeypatch.setattr(trajectory, "MOST_GRAPHS", 10)
-    extractor = TrajectoryExtractor(backbone, random_projection_for(backbone, 8), 2).compile()
+    extractor = TrajectoryExtractor(shallow, random_projection_for(shallow, 8), 2).compile()
     for _ in range(2):
         for size in range(1, 13):
             images = IMAGES[:1].expand(size, -1, -1, -1)
