@@ -25,6 +25,9 @@ UInt64s = npt.NDArray[np.uint64]
 _GOLDEN = 0x9E3779B97F4A7C15
 _ROUNDS = 8
 
+# What a seed and a phase are drawn for; each has a random stream of its own, and changing a number changes every run.
+SPLIT, ORDER, PLACES, DRAWING, SAMPLE = range(5)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -154,6 +157,11 @@ def key64(*parts: int) -> int:
     return int(key[0])
 
 
+def seed_of(*parts: int) -> int:
+    """:func:`key64` as a seed of torch's generators, to which small numbers may still be added."""
+    return key64(*parts) >> 1
+
+
 def permute(positions: Int64s, size: int, key: int) -> Int64s:
     """The entries of a shuffled ``range(size)`` at ``positions``, as int64 of the same shape, in constant memory.
 
@@ -276,7 +284,7 @@ class Selection:
 
     def train(self, epoch: int, positions: Int64s) -> Int64s:
         """Image indices at ``positions`` of an epoch."""
-        key = key64(self.seed, self.phase, 1, epoch)
+        key = key64(self.seed, self.phase, ORDER, epoch)
         if self.members is None:
             return self._split(permute(positions, self.num_train, key))
         if self.member_sizes is None:
@@ -292,7 +300,7 @@ class Selection:
         if self.member_sizes is None or count >= self.num_train:
             return self.train
         assert self.members is not None
-        drawn = permute(np.arange(count), self.num_train, key64(self.seed, self.phase, 4))
+        drawn = permute(np.arange(count), self.num_train, key64(self.seed, self.phase, SAMPLE))
         return partial(picked, self.members[np.sort(drawn)])
 
     def holdout(self, epoch: int, positions: Int64s) -> Int64s:
@@ -309,7 +317,7 @@ class Selection:
         return partial(picked, np.sort(self.holdout(0, np.arange(count))))
 
     def _split(self, ranks: Int64s) -> Int64s:
-        return permute(ranks, self.total, key64(self.seed, self.phase, 0))
+        return permute(ranks, self.total, key64(self.seed, self.phase, SPLIT))
 
 
 def picked(images: Int64s, epoch: int, positions: Int64s) -> Int64s:
@@ -344,7 +352,7 @@ class PlaceDraw:
     def __call__(self, slots: Slots) -> Int64s:
         """Sorted indices of the places of each slot, ``[B, K]``: a pure function of the epoch and the position."""
         positions = np.arange(slots.start, slots.start + slots.size, dtype=np.int64).astype(np.uint64)
-        keys = mix64(positions ^ np.uint64(key64(self.seed, self.phase, 2, slots.epoch)))
+        keys = mix64(positions ^ np.uint64(key64(self.seed, self.phase, PLACES, slots.epoch)))
         lots = mix64(keys[:, None] ^ mix64(np.arange(self.total, dtype=np.uint64)))
         return np.sort(np.argsort(lots, axis=1, kind="stable")[:, : self.count], axis=1)
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from trajdist.sharding import key64
+from trajdist.sharding import DRAWING, key64
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -33,7 +33,7 @@ class DefectDraw:
 
     def __call__(self, image_SS3: Pixels, epoch: int, position: int) -> tuple[Pixels, Floats]:
         """The image with a defect, uint8 ``[S, S, 3]``, and the fraction of each place it covers, float32 ``[P]``."""
-        random = np.random.default_rng(key64(self.seed, self.phase, 3, epoch, position))
+        random = np.random.default_rng(key64(self.seed, self.phase, DRAWING, epoch, position))
         drawn_SS3, cover_SS = draw_defect(image_SS3, random)
         share = Image.fromarray(cover_SS).resize((self.resolution, self.resolution), Image.Resampling.BOX)
         return drawn_SS3, np.asarray(share).ravel()

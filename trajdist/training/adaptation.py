@@ -18,11 +18,10 @@ from trajdist.saved import bundle
 from trajdist.saved.card import adapter_card
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring.residuals import ResidualModel
-from trajdist.sharding import Selection, key64
+from trajdist.sharding import Selection, seed_of
 from trajdist.training.job import Job, Position
-from trajdist.training.loop import trained_model
 from trajdist.training.objectives import ContrastModel, DefectContrast
-from trajdist.training.passes import calibrate, contrast_residuals, load_extractor
+from trajdist.training.passes import CleanImages, calibrate, contrast_residuals, load_extractor
 from trajdist.training.session import Session
 from trajdist.training.summary import combine, finish, is_done, summarise
 from trajdist.training.train import Task, Training, reconstruction, train
@@ -111,14 +110,14 @@ def _prepare(session: Session, at: Position) -> Adaptation:
     base_id = bundle.base_fingerprint(base, document)
     settings = session.config.domain_adaptation.lora
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key64(session.config.seed, 2) >> 1)
+        torch.manual_seed(seed_of(session.config.seed, 2))
         adapted = lora.attach(base, settings, base_id)
     before = fingerprint(lora.base_state(adapted))
     objective = reconstruction(session.config, extractor)
     task = Task(adapted, objective, settings.learning_rate, settings.weight_decay, base_id)
     if session.config.contrasts(2):
         with session.naming():
-            whitened = contrast_residuals(session, selection, extractor, adapted, base_id)
+            whitened = contrast_residuals(CleanImages(session, selection, extractor), adapted, base_id)
         task = _contrasting(task, session, extractor, whitened)
     return Adaptation(Training(session, at, selection, task), extractor, before, base_id)
 
@@ -128,7 +127,7 @@ def _conclude(adaptation: Adaptation, job: Job, summary: dict[str, Any]) -> None
     from trajdist.saved import lora
 
     session, selection, base_id = adaptation.training.session, adaptation.training.selection, adaptation.base_id
-    trained, whitened = trained_model(job), adaptation.training.task.whitened
+    trained, whitened = job.trained_model(), adaptation.training.task.whitened
     trained = trained.model if whitened is not None else trained
 
     def save() -> None:
@@ -137,9 +136,9 @@ def _conclude(adaptation: Adaptation, job: Job, summary: dict[str, Any]) -> None
 
     session.processes.main_does(save)
     adapter_id = lora.adapter_fingerprint(trained, base_id)
-    path = session.rundir.calibration(2)
+    clean = CleanImages(session, selection, adaptation.extractor)
     with session.naming():
-        calibrate(session, selection, adaptation.extractor, trained, path, adapter_id, whitened)
+        calibrate(clean, trained, session.rundir.calibration(2), adapter_id, whitened)
     session.processes.main_does(lambda: _write_card(session, selection, base_id, summary))
     finish(session, 2, summary)
 

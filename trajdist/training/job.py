@@ -18,7 +18,7 @@ from trajdist.runtime.trackers import Picture, Trackers
 from trajdist.runtime.watchdog import Watchdog
 from trajdist.saved.checkpoint import CheckpointWriter, Tensors
 from trajdist.saved.rundir import RunDir
-from trajdist.sharding import Plan
+from trajdist.sharding import Plan, Step
 from trajdist.training.feed import Branch
 from trajdist.training.journal import Journal
 from trajdist.training.keeper import Keeper
@@ -128,3 +128,36 @@ class Job:
     last_saved: float = field(default_factory=time.monotonic)
     agreed: tuple[int, float] = (0, 0.0)
     agree_at: int = 0
+
+    def number_of(self, step: Step) -> int:
+        """Steps done, counted across both phases."""
+        return self.steps_before + step.index + 1
+
+    def seconds(self) -> float:
+        """Training time of this phase in seconds, over all restarts."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def trainable_weights(self) -> Tensors:
+        """The weights that are trained, by name."""
+        return trainable_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+
+    def judged_weights(self) -> Tensors:
+        """The weights that validation judges: the moving average, if there is one."""
+        return self.keeper.judged(self.trainable_weights())
+
+    def trained_model(self) -> Any:
+        """The model in eval mode, without the wrappers that training put around it."""
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        return model.eval()
+
+    @torch.no_grad()
+    def settle_weights(self) -> None:
+        """After training, copy the weights that the phase ends with into the model."""
+        weights = self.trainable_weights()
+        for name, weight in self.keeper.final(weights).items():
+            weights[name].copy_(weight)
+
+
+def trainable_weights(model: nn.Module) -> Tensors:
+    """The trainable weights of a model without wrappers, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

@@ -12,16 +12,15 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from torch import nn
 
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import ArtifactError, ConfigError, StopRequested
 from trajdist.runtime.processes import empty_cache, memory_bytes, peak_memory_bytes
-from trajdist.saved.checkpoint import Checkpoint, Tensors, check_fits, optimizer_tensors, restore_optimizer
-from trajdist.sharding import Step, key64
+from trajdist.sharding import Step, seed_of
 from trajdist.training.feed import Pair
 from trajdist.training.job import Job
 from trajdist.training.schedules import warmup_cosine
+from trajdist.training.state import save_checkpoint
 
 # On CUDA, reading a flag waits for the device, so processes agree only every so many steps. But launchers kill a job
 # soon after asking it to stop, so processes with slow steps agree more often.
@@ -67,18 +66,18 @@ def walk(job: Job, cursor: int = 0) -> Iterator[None]:
             if job.keeper.exhausted:
                 return
             begin_step(job, step)
-            images = torch.zeros((), device=job.processes.device)
+            num_used = torch.zeros((), device=job.processes.device)
             for micro_batch in range(job.plan.micro_batches):
                 yield
                 batch, trajectories = next_batch(job)
                 add_gradients(job, step, micro_batch, batch, trajectories)
-                images += batch.weights.sum()
+                num_used += batch.weights.sum()
                 # The next batch is made while these names would keep the last one.
                 del batch, trajectories
             with job.clock("sync"):
-                job.processes.sum(images)
+                job.processes.sum(num_used)
             with job.clock("optimizer"):
-                update(job, step, images)
+                update(job, step, num_used)
             finish_step(job, step)
             job.tick()
 
@@ -119,7 +118,7 @@ def add_gradients(job: Job, step: Step, micro_batch: int, batch: ImageBatch, tra
     Args:
         trajectories: as :class:`trajdist.training.feed.Feed` gives them.
     """
-    torch.manual_seed((key64(job.recipe.seed, job.phase, step.index, job.processes.rank) >> 1) + micro_batch)
+    torch.manual_seed(seed_of(job.recipe.seed, job.phase, step.index, job.processes.rank) + micro_batch)
     # Accelerate counts the micro-batches of one model, but here those of several models may alternate.
     job.accelerator.gradient_accumulation_steps, job.accelerator.step = job.plan.micro_batches, micro_batch
     with job.accelerator.accumulate(job.model), job.clock("model"):
@@ -134,14 +133,14 @@ def gradient_share(job: Job) -> int:
     return job.plan.micro_batches * job.processes.world
 
 
-def update(job: Job, step: Step, images: torch.Tensor) -> None:
+def update(job: Job, step: Step, num_used: torch.Tensor) -> None:
     """Take one optimizer step.
 
     Args:
-        images: scalar, number of images used on all processes. Unreadable images make it smaller than the step's size,
+        num_used: scalar, images used on all processes. Unreadable images make it smaller than the size of the step,
             by which the losses were divided: the gradients are rescaled to the mean over the images used.
     """
-    correction = step.num_images / images.clamp(min=1)
+    correction = step.num_images / num_used.clamp(min=1)
     if step.index == 0:
         check_all_trained(job)
     for parameter in job.model.parameters():
@@ -154,7 +153,7 @@ def update(job: Job, step: Step, images: torch.Tensor) -> None:
     job.optimizer.step()
     job.optimizer.zero_grad()
     if job.keeper.averages:
-        job.keeper.follow(trainable(job))
+        job.keeper.follow(job.trainable_weights())
 
 
 def check_all_trained(job: Job) -> None:
@@ -163,7 +162,7 @@ def check_all_trained(job: Job) -> None:
     Raises:
         ConfigError: names the first one.
     """
-    idle = next((name for name, weight in trainable(job).items() if weight.grad is None), None)
+    idle = next((name for name, weight in job.trainable_weights().items() if weight.grad is None), None)
     if idle is not None:
         raise ConfigError(
             f"the weight {idle!r} takes no part in the loss of phase {job.phase}, so it cannot be trained: use its "
@@ -206,7 +205,7 @@ def close_epoch(job: Job, step: Step) -> bool:
     """Log heat maps and validate. False if a stop was requested meanwhile: the next start validates instead."""
     if job.trackers:
         title = f"phase{job.phase}/heat maps"
-        job.trackers.show(title, job.draw(job.keeper.judged(trainable(job))), number_of(job, step))
+        job.trackers.show(title, job.draw(job.judged_weights()), job.number_of(step))
     try:
         validate_epoch(job, step)
     except StopRequested:
@@ -219,10 +218,10 @@ def validate_epoch(job: Job, step: Step) -> None:
     epoch, every = step.epoch + 1, job.rhythm.validate_every_epochs
     if not every or (epoch % every and epoch < job.plan.num_epochs):
         return
-    weights = job.keeper.judged(trainable(job))
+    weights = job.judged_weights()
     with job.clock("validation"):
         measured = job.validate(weights)
-    found = {"event": "validation", "phase": job.phase, "epoch": epoch, "step": step.index + 1, **measured}
+    found = {**head_of_line(job, step, "validation"), **measured}
     job.keeper.judge(found, weights)
     record(job, step, found)
     figures = ", ".join(f"{name} {found[name]:.4f}" for name in VALIDATED if found.get(name) is not None)
@@ -268,10 +267,7 @@ def write_line(job: Job, step: Step) -> None:
     """Write a step's line of metrics.jsonl and show it on the screen."""
     means = job.journal.take_line().means()
     line = {
-        "event": "step",
-        "phase": job.phase,
-        "epoch": step.epoch + 1,
-        "step": step.index + 1,
+        **head_of_line(job, step, "step"),
         "images": job.plan.cursor_after(step),
         **means,
         "lr": job.optimizer.param_groups[0]["lr"],
@@ -288,10 +284,7 @@ def write_epoch(job: Job, step: Step) -> None:
     """Write the epoch's line of metrics.jsonl."""
     sums = job.journal.end_epoch()
     line = {
-        "event": "epoch",
-        "phase": job.phase,
-        "epoch": step.epoch + 1,
-        "step": step.index + 1,
+        **head_of_line(job, step, "epoch"),
         "images": sums.images,
         **sums.means(),
         "lr": job.optimizer.param_groups[0]["lr"],
@@ -303,89 +296,13 @@ def write_epoch(job: Job, step: Step) -> None:
     record(job, step, line)
 
 
+def head_of_line(job: Job, step: Step, event: str) -> dict[str, Any]:
+    """What every line of metrics.jsonl begins with."""
+    return {"event": event, "phase": job.phase, "epoch": step.epoch + 1, "step": step.index + 1}
+
+
 def record(job: Job, step: Step, line: dict[str, Any]) -> None:
     """Append a line to metrics.jsonl and send it to the trackers."""
     if job.processes.is_main:
         job.rundir.append(job.rundir.metrics, line)
-        job.trackers.log(line, number_of(job, step))
-
-
-def number_of(job: Job, step: Step) -> int:
-    """Steps done, counted across both phases."""
-    return job.steps_before + step.index + 1
-
-
-def seconds(job: Job) -> float:
-    """Training time of this phase in seconds, over all restarts."""
-    return job.seconds_before + time.monotonic() - job.started
-
-
-def trainable(job: Job) -> Tensors:
-    """The trainable weights, by name."""
-    return trainable_weights(job.accelerator.unwrap_model(job.model, keep_torch_compile=False))
-
-
-def trainable_weights(model: nn.Module) -> Tensors:
-    """The trainable weights of a model without wrappers, by name."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def trained_model(job: Job) -> Any:
-    """The model in eval mode, without the wrappers that training put around it."""
-    model = job.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-    return model.eval()
-
-
-def settle_weights(job: Job) -> None:
-    """After training, copy the weights that the phase ends with into the model."""
-    weights = trainable(job)
-    with torch.no_grad():
-        for name, weight in job.keeper.final(weights).items():
-            weights[name].copy_(weight)
-
-
-def save_checkpoint(job: Job, step: Step) -> None:
-    """Hand the state to the checkpoint writer. The journal must have been flushed.
-
-    Raises:
-        ArtifactError: the checkpoint before this one could not be written.
-    """
-    job.last_saved = time.monotonic()
-    if not job.processes.is_main:
-        return
-    scaler = job.accelerator.scaler
-    state = {
-        "base": job.base,
-        "phase": job.phase,
-        "cursor": job.plan.cursor_after(step),
-        "step": step.index + 1,
-        "global_batch": job.plan.global_batch,
-        "num_processes": job.processes.world,
-        "seconds": seconds(job),
-        "stages": job.clock.seconds(),
-        "journal": job.journal.state(),
-        "scaler": scaler.state_dict() if scaler is not None else None,
-        "file_sizes": job.rundir.sync_records(),
-        "validated": job.keeper.state(),
-    }
-    checkpoint = Checkpoint(trainable(job), optimizer_tensors(job.optimizer), state, job.keeper.tensors())
-    job.writer.save(number_of(job, step), checkpoint)
-    job.rundir.write_status("running", job.phase, step.index + 1)
-
-
-def restore(job: Job, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint into the job.
-
-    Raises:
-        ArtifactError: it does not fit the model or the optimizer.
-    """
-    check_fits(checkpoint, trainable(job), job.optimizer)
-    with torch.no_grad():
-        for name, weight in trainable(job).items():
-            weight.copy_(checkpoint.model[name])
-    restore_optimizer(job.optimizer, checkpoint.optimizer)
-    if job.accelerator.scaler is not None and checkpoint.state["scaler"]:
-        job.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-    job.keeper.restore(checkpoint.state["validated"], checkpoint.kept, trainable(job))
-    job.journal.restore(checkpoint.state["journal"])
-    job.seconds_before = checkpoint.state["seconds"]
+        job.trackers.log(line, job.number_of(step))

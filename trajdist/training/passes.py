@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,6 +30,50 @@ from trajdist.training.journal import BadImages, BadLimit
 from trajdist.training.session import Session
 
 
+@dataclass(frozen=True)
+class CleanImages:
+    """A phase's clean images and what makes trajectories of them, for passes without training.
+
+    A pass raises what :func:`clean_batches` raises.
+    """
+
+    session: Session
+    selection: Selection
+    extractor: TrajectoryExtractor
+
+    @property
+    def set_name(self) -> str:
+        """Of the image set that the phase trains on."""
+        return SETS[self.selection.phase]
+
+    @property
+    def num_sampled(self) -> int:
+        """How many of the images trained on a pass takes."""
+        return min(self.selection.num_train, self.session.config.trajectory.statistics_images)
+
+    @property
+    def num_held_out(self) -> int:
+        """How many of the held-out images a pass takes."""
+        return min(self.selection.num_holdout, self.session.config.trajectory.statistics_images)
+
+    def sampled(self, title: str, fit: Fit | None = None) -> Iterator[ImageBatch]:
+        """A pass over a random sample of the images trained on, or over all of them."""
+        index_at, scattered = self.selection.sample(self.num_sampled), self.num_sampled < self.selection.num_train
+        return clean_batches(
+            self.session, self.set_name, index_at, self.num_sampled, title, fit=fit, scattered=scattered
+        )
+
+    def held_out(self, title: str, fit: Fit | None = None, defects: DefectDraw | None = None) -> Iterator[ImageBatch]:
+        """A pass over images held out from training."""
+        index_at = self.selection.held_out(self.num_held_out)
+        return clean_batches(self.session, self.set_name, index_at, self.num_held_out, title, defects, fit)
+
+    def detector(self, name: str, model: nn.Module) -> Detector:
+        """A detector on the device, not yet fitted."""
+        detector = Detector(name, model, self.extractor.projection.valid_LD, self.extractor.resolution)
+        return detector.to(self.session.processes.device)
+
+
 def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtractor:
     """The extractor of Phase 1. Measures the statistics of its projection, unless an earlier attempt saved them.
 
@@ -49,12 +94,13 @@ def _make_projection(session: Session, selection: Selection) -> Backbone:
     with session.processes.main_first():
         extractor = bundle.new_extractor(session.config)
     _move(session, extractor)
-    moments, num_images = measure(session, selection, extractor)
+    clean = CleanImages(session, selection, extractor)
+    moments = measure(clean)
 
     def save() -> None:
         trajectory = session.config.trajectory
         fit_projection(extractor.projection, moments, trajectory.projection, session.config.seed)
-        document = bundle.trajectory_document(session.config, extractor, num_images)
+        document = bundle.trajectory_document(session.config, extractor, clean.num_sampled)
         bundle.save_trajectory(session.rundir.trajectory, extractor, document)
 
     session.processes.main_does(save)
@@ -84,24 +130,21 @@ def _move(session: Session, extractor: TrajectoryExtractor) -> None:
     extractor.to(session.processes.device, session.config.memory.images_per_pass)
 
 
-def measure(session: Session, selection: Selection, extractor: TrajectoryExtractor) -> tuple[list[BlockMoments], int]:
-    """First pass: mean and covariance of every trajectory step over a bounded random sample of the images.
-
-    Returns:
-        The moments of each step, summed over all processes, and the number of images in the sample.
+def measure(clean: CleanImages) -> list[BlockMoments]:
+    """First pass: mean and covariance of every trajectory step over a sample of the images, from all processes.
 
     Raises:
         StopRequested: a stop was requested; the pass is short and starts over next time.
         DataError: too many images could not be read.
     """
-    num_images = min(selection.num_train, session.config.trajectory.statistics_images)
+    session, extractor = clean.session, clean.extractor
     moments = [BlockMoments(channels, session.processes.device) for channels in extractor.projection.channels]
-    for batch in sampled_batches(session, selection, num_images, "statistics"):
+    for batch in clean.sampled("statistics"):
         with session.accelerator.autocast():
             update_moments(moments, extractor, batch.images, batch.weights)
     for moment in moments:
         moment.all_reduce(session.processes.sum)
-    return moments, num_images
+    return moments
 
 
 def clean_batches(
@@ -145,24 +188,13 @@ def clean_batches(
     BadLimit(num_images, len(source), session.config.data.max_bad_fraction).check(len(bad), session.rundir)
 
 
-def sampled_batches(
-    session: Session, selection: Selection, num_images: int, title: str, fit: Fit | None = None
-) -> Iterator[ImageBatch]:
-    """As :func:`clean_batches`, over a random sample of the images trained on, or over all of them."""
-    set_name, scattered = SETS[selection.phase], num_images < selection.num_train
-    index_at = selection.sample(num_images)
-    return clean_batches(session, set_name, index_at, num_images, title, fit=fit, scattered=scattered)
-
-
 def pass_plan(session: Session, set_name: str, num_images: int) -> Plan:
     """The plan by which :func:`clean_batches` walks through its images."""
     batch_size, world = session.settings(set_name).batch_size, session.processes.world
     return Plan(num_images, 1, world * batch_size, world, batch_size)
 
 
-def contrast_residuals(
-    session: Session, selection: Selection, extractor: TrajectoryExtractor, model: nn.Module, base: str
-) -> ResidualModel:
+def contrast_residuals(clean: CleanImages, model: nn.Module, base: str) -> ResidualModel:
     """Statistics of the base model's residuals on the domain. Measured once: resumed runs read the same file.
 
     Raises:
@@ -170,12 +202,13 @@ def contrast_residuals(
         DataError: too many images could not be read.
         ArtifactError: the file is damaged or was made for another model.
     """
+    session = clean.session
     path, checkpoint = session.rundir.contrast, session.newest_checkpoint()
-    detector = new_detector(session, path.parent.name, extractor, model)
-    begun = checkpoint is not None and checkpoint.state["phase"] == selection.phase
+    detector = clean.detector(path.parent.name, model)
+    begun = checkpoint is not None and checkpoint.state["phase"] == clean.selection.phase
     # Before the first checkpoint, Phase 1 may have gone on since these were measured.
     if not session.processes.main_knows(lambda: path.exists() and (begun or _is_of(path, base))):
-        detector.residual.fit(_residual_moments(session, selection, extractor, detector))
+        detector.residual.fit(_residual_moments(clean, detector))
 
         def save() -> None:
             path.parent.mkdir(exist_ok=True)
@@ -192,19 +225,8 @@ def _is_of(path: Path, base: str) -> bool:
     return isinstance(document, dict) and document.get("base") == base
 
 
-def new_detector(session: Session, name: str, extractor: TrajectoryExtractor, model: nn.Module) -> Detector:
-    """A detector on the device, not yet fitted."""
-    return Detector(name, model, extractor.projection.valid_LD, extractor.resolution).to(session.processes.device)
-
-
 def calibrate(
-    session: Session,
-    selection: Selection,
-    extractor: TrajectoryExtractor,
-    model: nn.Module,
-    path: Path,
-    base: str,
-    whitened: ResidualModel | None = None,
+    clean: CleanImages, model: nn.Module, path: Path, base: str, whitened: ResidualModel | None = None
 ) -> None:
     """Learn the distributions of residuals and scores of clean images, and save them to ``path``.
 
@@ -220,25 +242,19 @@ def calibrate(
         DataError: too many images could not be read.
         ArtifactError: ``path`` cannot be written.
     """
-    detector = new_detector(session, path.parent.name, extractor, model)
-    fit_detector(session, selection, extractor, detector, whitened)
-    if not selection.num_holdout:
+    session = clean.session
+    detector = clean.detector(path.parent.name, model)
+    fit_detector(clean, detector, whitened)
+    detector.held_out = clean.selection.num_holdout > 0
+    if not detector.held_out:
         session.say("no images are held out: p-values rest on images that were trained on, and promise too much")
     elif _chose_weights(session):
         session.say("the held-out images also chose the weights: p-values lean a little to the small side")
-    detector.held_out = selection.num_holdout > 0
     cells, images = detector.cells.histogram, detector.images.histogram
-    most = session.config.trajectory.statistics_images
-    held_out = min(selection.num_holdout, most) or min(selection.num_train, most)
     # Make images square as scoring will, however training did it: otherwise these scores and new ones do not compare.
-    fit, set_name = session.config.data.domain.fit, SETS[selection.phase]
-    batches = (
-        clean_batches(session, set_name, selection.held_out(held_out), held_out, "calibration", fit=fit)
-        if detector.held_out
-        else sampled_batches(session, selection, held_out, "calibration", fit)
-    )
-    for batch in batches:
-        scores = detector.score(extractor(batch.images))
+    fit = session.config.data.domain.fit
+    for batch in clean.held_out("calibration", fit) if detector.held_out else clean.sampled("calibration", fit):
+        scores = detector.score(clean.extractor(batch.images))
         cells.update(scores.cells_BHW.cpu(), batch.weights.cpu()[:, None, None].expand_as(scores.cells_BHW))
         images.update(scores.images_B.cpu(), batch.weights.cpu())
     for histogram in (cells, images):
@@ -253,13 +269,7 @@ def _chose_weights(session: Session) -> bool:
     return config.validation.every_epochs > 0 and config.validation.path is None and chosen
 
 
-def fit_detector(
-    session: Session,
-    selection: Selection,
-    extractor: TrajectoryExtractor,
-    detector: Detector,
-    whitened: ResidualModel | None,
-) -> None:
+def fit_detector(clean: CleanImages, detector: Detector, whitened: ResidualModel | None) -> None:
     """Fit the detector's residual model to (a bounded sample of) the images trained on, in two passes.
 
     Args:
@@ -270,32 +280,28 @@ def fit_detector(
     """
     if whitened is not None:
         detector.residual.load_state_dict(whitened.state_dict())
-    moments = _residual_moments(session, selection, extractor, detector)
+    moments = _residual_moments(clean, detector)
     detector.residual.fit(moments, whiten=whitened is None)
-    _fit_places(session, selection, extractor, detector)
+    _fit_places(clean, detector)
 
 
 @torch.no_grad()
-def _residual_moments(
-    session: Session, selection: Selection, extractor: TrajectoryExtractor, detector: Detector
-) -> PlaceMoments:
+def _residual_moments(clean: CleanImages, detector: Detector) -> PlaceMoments:
     """Moments of the residuals of (a bounded sample of) the images trained on: the first pass."""
-    processes, places = session.processes, extractor.resolution**2
-    num_images = min(selection.num_train, session.config.trajectory.statistics_images)
-    moments = PlaceMoments(places, sum(detector.residual.widths), processes.device)
-    for batch in sampled_batches(session, selection, num_images, "residuals"):
+    processes, extractor = clean.session.processes, clean.extractor
+    moments = PlaceMoments(extractor.resolution**2, sum(detector.residual.widths), processes.device)
+    for batch in clean.sampled("residuals"):
         moments.update(detector.residuals(extractor(batch.images)), batch.weights)
     moments.all_reduce(processes.sum)
     return moments
 
 
 @torch.no_grad()
-def _fit_places(session: Session, selection: Selection, extractor: TrajectoryExtractor, detector: Detector) -> None:
+def _fit_places(clean: CleanImages, detector: Detector) -> None:
     """Fit what clean images usually score at each place: the second pass."""
-    processes = session.processes
-    num_images = min(selection.num_train, session.config.trajectory.statistics_images)
+    processes, extractor = clean.session.processes, clean.extractor
     usual = BlockMoments(extractor.resolution**2, processes.device)
-    for batch in sampled_batches(session, selection, num_images, "places"):
+    for batch in clean.sampled("places"):
         usual.update(roots(detector.energies(extractor(batch.images))), batch.weights)
     usual.all_reduce(processes.sum)
     detector.residual.fit_places(usual)

@@ -14,11 +14,10 @@ from trajdist.runtime.processes import naming_memory
 from trajdist.runtime.progress import summary_table
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
-from trajdist.sharding import key64
+from trajdist.sharding import seed_of
 from trajdist.training.adaptation import phase2
 from trajdist.training.job import Position
-from trajdist.training.loop import trained_model
-from trajdist.training.passes import calibrate, prepare_extractor
+from trajdist.training.passes import CleanImages, calibrate, prepare_extractor
 from trajdist.training.session import Session, open_session
 from trajdist.training.summary import finish, is_done, summarise
 from trajdist.training.train import Task, Training, reconstruction, train
@@ -140,7 +139,7 @@ def phase1(session: Session, at: Position) -> None:
     extractor = prepare_extractor(session, selection)
     document = bundle.model_document(session.config, extractor)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key64(session.config.seed, 1) >> 1)
+        torch.manual_seed(seed_of(session.config.seed, 1))
         model = bundle.new_model(document)
     settings = session.config.train
     objective = reconstruction(session.config, extractor)
@@ -148,7 +147,7 @@ def phase1(session: Session, at: Position) -> None:
     task = Task(model, objective, settings.learning_rate, settings.weight_decay, base)
     (job,) = train(extractor, [Training(session, at, selection, task)])
     summary = summarise(session, job)
-    trained = trained_model(job)
+    trained = job.trained_model()
 
     def save() -> None:
         bundle.save_model(session.rundir.model, trained, document)
@@ -156,7 +155,7 @@ def phase1(session: Session, at: Position) -> None:
 
     session.processes.main_does(save)
     base = bundle.base_fingerprint(trained, document)
-    calibrate(session, selection, extractor, trained, session.rundir.calibration(1), base)
+    calibrate(CleanImages(session, selection, extractor), trained, session.rundir.calibration(1), base)
     finish(session, 1, summary)
 
 

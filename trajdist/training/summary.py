@@ -10,7 +10,6 @@ from trajdist.errors import ArtifactError
 from trajdist.runtime.processes import peak_memory_bytes
 from trajdist.training.doctor import Facts, diagnose, split
 from trajdist.training.job import Job
-from trajdist.training.loop import seconds, trainable
 from trajdist.training.session import Session
 
 
@@ -49,7 +48,7 @@ def is_done(session: Session, phase: int) -> bool:
 
 def summarise(session: Session, job: Job) -> dict[str, Any]:
     """The figures of a phase that has just been trained, and what limits its speed. All processes must call it."""
-    journal, taken = job.journal, seconds(job)
+    journal, taken = job.journal, job.seconds()
     time = job.clock.seconds()
     advice = diagnose(_facts(session, job, time, taken))
     session.say(f"phase {job.phase} is {advice}")
@@ -66,7 +65,7 @@ def summarise(session: Session, job: Job) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(job.processes.device),
         "memory_growth_bytes": int(memory[-1] - memory[0]) if memory else 0,
         "num_processes": job.processes.world,
-        "trained_parameters": sum(weight.numel() for weight in trainable(job).values()),
+        "trained_parameters": sum(weight.numel() for weight in job.trainable_weights().values()),
         "time": split(time, taken),
         "doctor": advice,
         **({"validation": validation} if (validation := job.keeper.summary()) else {}),

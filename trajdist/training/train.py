@@ -27,13 +27,15 @@ from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.training.caching import open_cache, open_writer
 from trajdist.training.feed import Branch, Feed, Stream, num_places
-from trajdist.training.job import Job, Position, Recipe, Rhythm
+from trajdist.training.job import Job, Position, Recipe, Rhythm, trainable_weights
 from trajdist.training.journal import BadLimit, Journal
 from trajdist.training.keeper import Keeper
-from trajdist.training.loop import fit, restore, settle_weights, trainable_weights, walk
+from trajdist.training.loop import fit, walk
 from trajdist.training.objectives import Objective, ReconstructionError
 from trajdist.training.optimizer import make_optimizer
+from trajdist.training.passes import CleanImages
 from trajdist.training.session import Session
+from trajdist.training.state import restore
 from trajdist.training.validation import Examiner
 
 
@@ -138,7 +140,7 @@ def train(extractor: TrajectoryExtractor, trainings: Sequence[Training]) -> list
         for job in jobs:
             with clock("checkpoint"):
                 job.processes.main_does(job.writer.finish)
-            settle_weights(job)
+            job.settle_weights()
     return jobs
 
 
@@ -255,9 +257,7 @@ def _examiner(
         )
     model = copy.deepcopy(task.model).eval() if validates or session.trackers else task.model
     return Examiner(
-        session=session,
-        selection=selection,
-        extractor=extractor,
+        clean=CleanImages(session, selection, extractor),
         model=model,
         objective=task.objective,
         defects=task.defects,

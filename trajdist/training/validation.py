@@ -9,30 +9,28 @@ Shape suffixes: B images, H W grid, N rows (places of all images), L steps, D ch
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from trajdist.config import SETS
 from trajdist.data.decode import to_square
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.labelled import GOOD, LabelledFolder
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import TrainingError
-from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.runtime.trackers import Picture
 from trajdist.saved.checkpoint import Tensors
 from trajdist.scoring import pictures, residuals
 from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.metrics import PixelScores, curve
 from trajdist.scoring.residuals import ResidualModel
-from trajdist.sharding import Selection, in_order
+from trajdist.sharding import in_order
 from trajdist.training.journal import FIXED_POINT, fixed_point
 from trajdist.training.objectives import ContrastModel, Objective
-from trajdist.training.passes import clean_batches, fit_detector, new_detector, pass_plan
+from trajdist.training.passes import CleanImages, clean_batches, fit_detector, pass_plan
 from trajdist.training.session import Session
 
 NUM_PICTURES = 4
@@ -43,25 +41,19 @@ class Examiner:
     """Examines a phase's weights between its epochs.
 
     Attributes:
+        clean: the images of the phase.
         model: of the same architecture as the one in training; weights are copied into it.
         defects: draws the defects that the objective needs, if any.
         whitened: supplies the whitening that the model is trained with, if any.
         labelled: the labelled images, or None.
     """
 
-    session: Session
-    selection: Selection
-    extractor: TrajectoryExtractor
+    clean: CleanImages
     model: nn.Module
     objective: Objective
     defects: DefectDraw | None
     whitened: ResidualModel | None
     labelled: LabelledFolder | None
-
-    @property
-    def set_name(self) -> str:
-        """Of the image set that the phase trains on."""
-        return SETS[self.selection.phase]
 
     @torch.no_grad()
     def validate(self, weights: Tensors) -> dict[str, Any]:
@@ -74,7 +66,7 @@ class Examiner:
             SystemExit: a mask could not be read on another process.
         """
         self._load(weights)
-        found = self._held_out() if self.selection.num_holdout else {}
+        found = self._held_out() if self.clean.selection.num_holdout else {}
         return found | (self._told_apart(self.labelled) if self.labelled else {})
 
     @torch.no_grad()
@@ -87,11 +79,12 @@ class Examiner:
         pixels_BSS3 = self._few_images()
         if not len(pixels_BSS3):
             return []
-        images = torch.from_numpy(pixels_BSS3).permute(0, 3, 1, 2).to(self.session.processes.device)
-        trajectories = self.extractor(images)
+        extractor = self.clean.extractor
+        images = torch.from_numpy(pixels_BSS3).permute(0, 3, 1, 2).to(self.clean.session.processes.device)
+        trajectories = extractor(images)
         target_NLD = trajectories.flatten(0, 2)
         error_NLD = target_NLD - self._reconstructing()(target_NLD).output_NLD.float()
-        cells_BHW = error_NLD[:, self.extractor.projection.valid_LD].square().mean(-1).view(trajectories.shape[:3])
+        cells_BHW = error_NLD[:, extractor.projection.valid_LD].square().mean(-1).view(trajectories.shape[:3])
         maps_BSS = residuals.upsample(cells_BHW, pixels_BSS3.shape[1]).cpu().numpy()
         low, high = float(maps_BSS.min()), float(maps_BSS.max())
         panels = zip(pixels_BSS3, maps_BSS, strict=True)
@@ -102,52 +95,54 @@ class Examiner:
         for name, weight in weights.items():
             own[name].copy_(weight)
 
+    def _silently(self) -> CleanImages:
+        return replace(self.clean, session=self.clean.session.silent())
+
     def _reconstructing(self) -> nn.Module:
         return self.model.model if isinstance(self.model, ContrastModel) else self.model
 
     def _held_out(self) -> dict[str, Any]:
-        session = self.session.silent()
-        most = session.config.trajectory.statistics_images
-        count = min(self.selection.num_holdout, most)
-        sums = torch.zeros(5, dtype=torch.int64, device=session.processes.device)
-        index_at = self.selection.held_out(count)
-        for batch in clean_batches(session, self.set_name, index_at, count, "validation", self.defects):
+        clean, processes = self._silently(), self.clean.session.processes
+        sums = torch.zeros(5, dtype=torch.int64, device=processes.device)
+        for batch in clean.held_out("validation", defects=self.defects):
             sums += self._loss_sums(batch)
-        images, bad, *parts = session.processes.sum(sums).tolist()
+        images, bad, *parts = processes.sum(sums).tolist()
         if bad:
             raise TrainingError(
-                f"the loss of {bad} held-out images of data.{self.set_name}.path is not finite: lower the learning "
+                f"the loss of {bad} held-out images of data.{clean.set_name}.path is not finite: lower the learning "
                 "rate and start over with --fresh."
             )
         means = [part / FIXED_POINT / max(1, images) for part in parts]
         return {"images": images, **dict(zip(("loss", "recon", "kl"), means, strict=True))}
 
     def _loss_sums(self, batch: ImageBatch) -> torch.Tensor:
-        losses = self.objective(self.model, self.extractor(batch.images), batch, 1.0)
+        losses = self.objective(self.model, self.clean.extractor(batch.images), batch, 1.0)
         counted = batch.weights > 0
         bad = counted & ~losses.loss.isfinite()
         return torch.stack([counted.sum(), bad.sum(), *(fixed_point(part, batch.weights) for part in losses)])
 
     def _told_apart(self, labelled: LabelledFolder) -> dict[str, Any]:
         """AUROCs after a calibration as at the end of the phase: the figures that ``evaluate`` would report."""
-        session, processes = self.session.silent(), self.session.processes
-        detector = new_detector(session, "validation", self.extractor, self._reconstructing())
-        fit_detector(session, self.selection, self.extractor, detector, self.whitened)
+        clean = self._silently()
+        session = clean.session
+        detector = clean.detector("validation", self._reconstructing())
+        fit_detector(clean, detector, self.whitened)
         counts = _Counts(labelled, session)
         plan = pass_plan(session, "validation", len(labelled))
         batches: Iterable[ImageBatch] = clean_batches(session, "validation", in_order, len(labelled), "validation")
         for step, batch in zip(plan.steps(), batches, strict=True):
-            cells_BHW = detector.score(self.extractor(batch.images)).cells_BHW
-            start = plan.micro_batch(step, 0, processes.rank).start
+            cells_BHW = detector.score(clean.extractor(batch.images)).cells_BHW
+            start = plan.micro_batch(step, 0, session.processes.rank).start
             counts.add(start, cells_BHW, batch.weights)
         return counts.conclude()
 
     def _few_images(self) -> pictures.Pixels:
         """The first readable held-out images (training images if none are held out), uint8 ``[B, S, S, 3]``."""
-        config, source, selection = self.session.config, self.session.sources[self.set_name], self.selection
+        session, selection, set_name = self.clean.session, self.clean.selection, self.clean.set_name
+        source = session.sources[set_name]
         index_at = selection.holdout if selection.num_holdout else selection.train
         most = selection.num_holdout or selection.num_train
-        size, fit = config.data.image_size, self.session.settings(self.set_name).fit
+        size, fit = session.config.data.image_size, session.settings(set_name).fit
         found: list[pictures.Pixels] = []
         for index in index_at(0, np.arange(min(most, 4 * NUM_PICTURES))).tolist():
             try:
