@@ -8,7 +8,7 @@ import torch
 
 from trajdist.data.loader import ImageBatch
 from trajdist.runtime.clock import Clock
-from trajdist.training.feed import Feed, Stream
+from trajdist.training.feed import Branch, Feed, Stream
 
 CPU = torch.device("cpu")
 
@@ -32,15 +32,14 @@ def batches(count: int, first: int) -> list[ImageBatch]:
     ]
 
 
-def feed_of(*streams: list[ImageBatch]) -> tuple[Feed, Extractor]:
+def feed_of(*streams: list[ImageBatch]) -> tuple[list[Branch], Extractor]:
     extractor = Extractor()
-    made = Feed([Stream(loader, None) for loader in streams], extractor, CPU, nullcontext, Clock(CPU))
-    return made, extractor
+    made = Feed(extractor, CPU, nullcontext, Clock(CPU))
+    return [made.add(Stream(loader)) for loader in streams], extractor
 
 
 def test_each_stream_gets_its_own_from_one_pass():
-    made, extractor = feed_of(batches(3, 10), batches(2, 20))
-    one, two = made.of(0), made.of(1)
+    (one, two), extractor = feed_of(batches(3, 10), batches(2, 20))
     found = [(next(one)[1].tolist(), next(two)[1].tolist()) for _ in range(2)]
     assert found == [([[10.0]] * 2, [[20.0]] * 2), ([[11.0]] * 2, [[21.0]] * 2)]
     assert next(one)[1].tolist() == [[12.0]] * 2
@@ -50,7 +49,7 @@ def test_each_stream_gets_its_own_from_one_pass():
 
 def test_a_stream_that_was_closed_before_it_began_is_not_read():
     """As of a domain that had stopped early when its run was killed."""
-    made, extractor = feed_of(batches(3, 10), batches(3, 20))
-    made.of(1).close()
-    assert len(list(made.of(0))) == 3
+    (one, two), extractor = feed_of(batches(3, 10), batches(3, 20))
+    two.close()
+    assert len(list(one)) == 3
     assert extractor.seen == [2, 2, 2]

@@ -216,9 +216,9 @@ class Rehearsal:
             weight.grad = torch.zeros_like(weight) if self._shared_gradients and weight.requires_grad else None
         for _ in range(self._micro_batches):
             live.take()
-            streams = [Stream([batch]) for batch in batches]
-            feed = Feed(streams, self.extractor, device, self._autocast, Clock(device))
-            batch, trajectories = next(feed.of(0))
+            feed = Feed(self.extractor, device, self._autocast, Clock(device))
+            branches = [feed.add(Stream([batch])) for batch in batches]
+            batch, trajectories = next(branches[0])
             trajectories_bytes = trajectories.untyped_storage().nbytes()
             backbone = max(backbone, live.take())
             self.task.loss(trajectories, batch, self._precision).backward()

@@ -58,6 +58,7 @@ class Progress:
             self._task = self._bar.add_task(title, total=total_images, completed=done_images, note="")
 
     def __enter__(self) -> Progress:
+        self._first = self._last = (time.monotonic(), self._first[1])
         if self._bar:
             self._bar.start()
         return self

@@ -68,7 +68,7 @@ class Branch:
 
 
 class Feed:
-    """Pairs the batches of one or several streams with their trajectories, float32.
+    """Pairs the batches of one or several streams with their trajectories, float32. Add all streams before reading.
 
     Trajectories are ``[B, H, W, L, D]``; with chosen places ``[B, K, L, D]``, and with a cache ``[B, P, L, D]`` for
     all places. With drawn defects there are ``2 B`` images, the clean ones first. One pass through the backbone serves
@@ -80,22 +80,23 @@ class Feed:
 
     def __init__(
         self,
-        streams: Sequence[Stream],
         extractor: TrajectoryExtractor,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[None]],
         clock: Clock,
     ) -> None:
-        self._streams, self._extractor = list(streams), extractor
-        self._device, self._autocast, self._clock = device, autocast, clock
-        self._waiting: list[deque[Pair]] = [deque() for _ in streams]
+        self.streams: list[Stream] = []
+        self._extractor, self._device, self._autocast, self._clock = extractor, device, autocast, clock
+        self._waiting: list[deque[Pair]] = []
         self._left: set[int] = set()
         self._rounds = self._read()
         self._passes = self._ahead() if device.type == "cuda" else (self._run(batches) for batches in self._rounds)
 
-    def of(self, number: int) -> Branch:
-        """The batches of stream ``number``. Consume several streams in turn, or batches pile up."""
-        return Branch(self, number)
+    def add(self, stream: Stream) -> Branch:
+        """The batches of one more stream. Consume several streams in turn, or batches pile up."""
+        self.streams.append(stream)
+        self._waiting.append(deque())
+        return Branch(self, len(self.streams) - 1)
 
     def next_of(self, number: int) -> Pair | None:
         """The next batch of a stream, or None at its end."""
@@ -121,7 +122,7 @@ class Feed:
 
     def _read(self) -> Generator[Round, None, None]:
         """Yield the next batch of every stream that is neither exhausted nor closed."""
-        open_streams = {number: iter(stream.loader) for number, stream in enumerate(self._streams)}
+        open_streams = {number: iter(stream.loader) for number, stream in enumerate(self.streams)}
         while open_streams:
             found: Round = {}
             for number in sorted(set(open_streams) - self._left):
@@ -153,7 +154,7 @@ class Feed:
         with self._clock("backbone"), self._autocast():
             seen = dict(zip(moved, self._extract(list(moved.values())), strict=True))
             return {
-                number: (moved[number], self._complete(self._streams[number], batch, moved[number], seen[number]))
+                number: (moved[number], self._complete(self.streams[number], batch, moved[number], seen[number]))
                 for number, batch in batches.items()
             }
 

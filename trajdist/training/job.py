@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class Job:
         draw: heat maps of the given weights, for the trackers.
         say: shows the user a line.
         seconds_before: training time in seconds of earlier starts.
-        started, last_saved: times of ``time.monotonic``, in seconds.
+        started, last_saved: times of ``time.monotonic``, in seconds; the walk begins with both.
         agreed: steps done and time at the last agreement between processes on whether to stop or save.
         agree_at: number of steps done at which the next agreement is due.
     """
@@ -124,8 +124,8 @@ class Job:
     draw: Callable[[Tensors], list[Picture]]
     say: Callable[[str], None]
     seconds_before: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-    last_saved: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    last_saved: float = 0.0
     agreed: tuple[int, float] = (0, 0.0)
     agree_at: int = 0
 

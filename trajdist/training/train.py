@@ -26,7 +26,7 @@ from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter, set_aside_ab
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.training.caching import open_cache, open_writer
-from trajdist.training.feed import Branch, Feed, Stream, num_places
+from trajdist.training.feed import Feed, Stream, num_places
 from trajdist.training.job import Job, Position, Recipe, Rhythm, trainable_weights
 from trajdist.training.journal import BadLimit, Journal
 from trajdist.training.keeper import Keeper
@@ -80,26 +80,6 @@ class Training:
     task: Task
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A training that is set up but has no batches yet.
-
-    Attributes:
-        cursor: images consumed so far, where training continues.
-        model, optimizer: as prepared by Accelerate.
-    """
-
-    training: Training
-    plan: Plan
-    checkpoint: Checkpoint | None
-    cursor: int
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    keeper: Keeper
-    examiner: Examiner
-    stream: Stream
-
-
 def train(extractor: TrajectoryExtractor, trainings: Sequence[Training]) -> list[Job]:
     """Build the jobs of a phase, resume those that have a checkpoint, and run the loop until all of them are done.
 
@@ -112,31 +92,25 @@ def train(extractor: TrajectoryExtractor, trainings: Sequence[Training]) -> list
         TrainingError: a loss or a gradient was not finite.
         StopRequested: a stop was requested; a checkpoint of each job is saved.
     """
-    session, phase = trainings[0].session, trainings[0].at.phase
-    clock = Clock(session.processes.device)
-    prepared = []
-    for training in trainings:
-        with training.session.naming():
-            prepared.append(_make_ready(training, extractor, clock, sharing=len(trainings)))
-            training.session.accept()
-    feed = Feed(
-        [start.stream for start in prepared], extractor, session.processes.device, session.accelerator.autocast, clock
-    )
-    torch.autograd.set_detect_anomaly(session.config.runtime.detect_anomaly)
-    trim()
-    reset_peak_memory(session.processes.device)
+    session = trainings[0].session
+    device, clock = session.processes.device, Clock(session.processes.device)
+    feed = Feed(extractor, device, session.accelerator.autocast, clock)
+    jobs, walks = [], []
     with ExitStack() as stack:
-        stack.callback(_close_caches, prepared)
+        stack.callback(_close_caches, trainings, feed)
         stack.callback(feed.close)
-        tick = stack.enter_context(_profiled(session, phase))
-        jobs = []
-        for number, start in enumerate(prepared):
-            progress = stack.enter_context(_progress(start))
-            jobs.append(_job(start, feed.of(number), clock, nothing if number else tick, progress))
-        if prepared[0].checkpoint:
-            clock.restore(prepared[0].checkpoint.state["stages"])
+        for training in trainings:
+            with training.session.naming():
+                job, cursor = _make_job(training, extractor, feed, clock, sharing=len(trainings))
+                training.session.accept()
+            jobs.append(job)
+            walks.append(_named(training, walk(job, cursor)))
+        torch.autograd.set_detect_anomaly(session.config.runtime.detect_anomaly)
+        trim()
+        reset_peak_memory(device)
+        jobs[0].tick = stack.enter_context(_profiled(session, jobs[0].phase))
         with _projection_timed(session, extractor, clock):
-            fit([_named(start, walk(job, start.cursor)) for job, start in zip(jobs, prepared, strict=True)])
+            fit(walks)
         for job in jobs:
             with clock("checkpoint"):
                 job.processes.main_does(job.writer.finish)
@@ -144,94 +118,94 @@ def train(extractor: TrajectoryExtractor, trainings: Sequence[Training]) -> list
     return jobs
 
 
-def _named(start: Prepared, walk: Iterator[None]) -> Iterator[None]:
+def _named(training: Training, walk: Iterator[None]) -> Iterator[None]:
     """A walk whose user errors name their domain, if there are several."""
-    with start.training.session.naming():
+    with training.session.naming():
         yield from walk
 
 
-def _close_caches(prepared: list[Prepared]) -> None:
-    for start in prepared:
-        if start.stream.writer and (why := start.stream.writer.close()):
-            start.training.session.say(why)
+def _close_caches(trainings: Sequence[Training], feed: Feed) -> None:
+    # Fewer streams than trainings, if one of them could not be set up.
+    for training, stream in zip(trainings, feed.streams, strict=False):
+        if stream.writer and (why := stream.writer.close()):
+            training.session.say(why)
 
 
-def _make_ready(training: Training, extractor: TrajectoryExtractor, clock: Clock, sharing: int) -> Prepared:
-    """Set up a training's model, optimizer, loader and cache; ``sharing`` is how many trainings read at once."""
-    session, phase, selection, task = training.session, training.at.phase, training.selection, training.task
-    config, processes, set_name = session.config, session.processes, SETS[phase]
+def _make_job(
+    training: Training, extractor: TrajectoryExtractor, feed: Feed, clock: Clock, sharing: int
+) -> tuple[Job, int]:
+    """A training's job, restored from its checkpoint if there is one, and the images consumed so far.
+
+    Args:
+        feed: gets a stream of the training's images.
+        sharing: how many trainings read at once.
+    """
+    session, selection, task = training.session, training.selection, training.task
+    config, phase = session.config, selection.phase
     plan = session.plan(phase, selection.num_train)
     checkpoint = _checkpoint_of(session, phase, task.base)
-    cursor = _cursor_of(checkpoint, plan, set_name) if checkpoint else 0
-    model = task.model.to(processes.device)
-    examiner = _examiner(session, phase, selection, extractor, task)
-    optimizer = make_optimizer(model, task.learning_rate, task.weight_decay, processes.device)
-    prepared_model, prepared_optimizer = session.accelerator.prepare(model, optimizer)
-    if isinstance(prepared_model, DistributedDataParallel):
-        prepared_model.register_comm_hook(clock, sum_gradients)
-    if config.backbone.compile and processes.device.type == "cuda":
-        prepared_model = torch.compile(prepared_model, dynamic=False)  # Slower on CPUs (docs/LOG.md).
-    whole = task.defects is not None
-    cache = open_cache(session, set_name, extractor) if config.cache.dir and not whole else None
-    draw = None if whole else place_draw(config, phase, extractor)
-    loader = session.loader(set_name, selection.train, plan, cursor, draw, cache, task.defects, sharing)
-    writer = open_writer(session, cache) if cache is not None else None
-    session.say(_announcement(phase, plan, cursor, model, processes.world))
-    return Prepared(
-        training=training,
-        plan=plan,
-        checkpoint=checkpoint,
-        cursor=cursor,
-        model=prepared_model,
-        optimizer=prepared_optimizer,
-        keeper=_keeper(config, model),
-        examiner=examiner,
-        stream=Stream(loader, writer),
-    )
-
-
-def _progress(start: Prepared) -> Progress:
-    session = start.training.session
-    title = session.titled(f"phase {start.training.at.phase}")
-    return Progress(session.console, title, start.plan.total_images, start.cursor)
-
-
-def _job(start: Prepared, batches: Branch, clock: Clock, tick: Callable[[], None], progress: Progress) -> Job:
-    """The job of a training, restored from its checkpoint if there is one."""
-    training, plan = start.training, start.plan
-    session, phase, task = training.session, training.at.phase, training.task
-    config = session.config
+    cursor = _cursor_of(checkpoint, plan, SETS[phase]) if checkpoint else 0
+    task.model.to(session.processes.device)
+    examiner = _examiner(session, selection, extractor, task)
+    model, optimizer = _wrapped(session, task, clock)
+    stream = _open_stream(training, plan, cursor, extractor, sharing)
+    session.say(_announcement(phase, plan, cursor, task.model, session.processes.world))
     job = Job(
         phase=phase,
         accelerator=session.accelerator,
         processes=session.processes,
         plan=plan,
-        batches=batches,
-        model=start.model,
+        batches=feed.add(stream),
+        model=model,
         objective=task.objective,
-        optimizer=start.optimizer,
+        optimizer=optimizer,
         recipe=_recipe(config, task.learning_rate),
         rhythm=_rhythm(config),
-        journal=_journal(session, phase, plan, training.selection),
+        journal=_journal(session, phase, plan, selection),
         rundir=session.rundir,
         writer=CheckpointWriter(session.rundir.checkpoints, config.checkpoint.keep),
         stop=session.stop,
         watchdog=session.watchdog,
-        progress=progress,
+        progress=Progress(session.console, session.titled(f"phase {phase}"), plan.total_images, cursor),
         clock=clock,
         at=training.at,
         base=task.base,
         steps_before=_steps_before(session, phase),
-        tick=tick,
-        keeper=start.keeper,
+        tick=nothing,
+        keeper=_keeper(config, task.model),
         trackers=session.trackers,
-        validate=start.examiner.validate,
-        draw=start.examiner.draw,
+        validate=examiner.validate,
+        draw=examiner.draw,
         say=session.say,
     )
-    if start.checkpoint:
-        restore(job, start.checkpoint)
-    return job
+    if checkpoint:
+        restore(job, checkpoint)
+        # One clock for all jobs.
+        if len(feed.streams) == 1:
+            clock.restore(checkpoint.state["stages"])
+    return job, cursor
+
+
+def _wrapped(session: Session, task: Task, clock: Clock) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The task's model and its optimizer, as Accelerate prepares them."""
+    device = session.processes.device
+    optimizer = make_optimizer(task.model, task.learning_rate, task.weight_decay, device)
+    model, prepared = session.accelerator.prepare(task.model, optimizer)
+    if isinstance(model, DistributedDataParallel):
+        model.register_comm_hook(clock, sum_gradients)
+    if session.config.backbone.compile and device.type == "cuda":
+        model = torch.compile(model, dynamic=False)  # Slower on CPUs (docs/LOG.md).
+    return model, prepared
+
+
+def _open_stream(training: Training, plan: Plan, cursor: int, extractor: TrajectoryExtractor, sharing: int) -> Stream:
+    """The images that are trained on, from ``cursor`` on, and their cache; ``sharing`` as in :func:`_make_job`."""
+    session, selection, defects = training.session, training.selection, training.task.defects
+    set_name, whole = SETS[selection.phase], defects is not None
+    cache = open_cache(session, set_name, extractor) if session.config.cache.dir and not whole else None
+    draw = None if whole else place_draw(session.config, selection.phase, extractor)
+    loader = session.loader(set_name, selection.train, plan, cursor, draw, cache, defects, sharing)
+    return Stream(loader, open_writer(session, cache) if cache is not None else None)
 
 
 def _keeper(config: Config, model: nn.Module) -> Keeper:
@@ -240,9 +214,7 @@ def _keeper(config: Config, model: nn.Module) -> Keeper:
     )
 
 
-def _examiner(
-    session: Session, phase: int, selection: Selection, extractor: TrajectoryExtractor, task: Task
-) -> Examiner:
+def _examiner(session: Session, selection: Selection, extractor: TrajectoryExtractor, task: Task) -> Examiner:
     """Create the examiner. Must precede Accelerate's wrapping of the model, which is copied if it will be examined.
 
     Raises:
@@ -252,7 +224,7 @@ def _examiner(
     validates = session.config.validation.every_epochs > 0
     if validates and labelled is None and not selection.num_holdout:
         raise DataError(
-            f"data.{SETS[phase]}.path has {selection.total} images, of which calibration.holdout_fraction="
+            f"data.{SETS[selection.phase]}.path has {selection.total} images, of which calibration.holdout_fraction="
             f"{session.config.calibration.holdout_fraction:g} holds none out to validate on: raise the fraction."
         )
     model = copy.deepcopy(task.model).eval() if validates or session.trackers else task.model
