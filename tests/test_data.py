@@ -342,8 +342,8 @@ def test_no_source(path, words):
 
 def batches(folder: ImageFolder, workers: int, plan: Plan, cursor: int = 0, **more) -> list[ImageBatch]:
     selection = Selection.draw(len(folder), -1, 0.0, 0, 1)
-    options = {"size": 32, "fit": "squash", "num_workers": workers, "pin_memory": False, **more}
-    return list(build_loader(folder, selection.train, plan, cursor=cursor, **options))
+    dataset = SlotDataset(folder, selection.train, 32, "squash", **more)
+    return list(build_loader(dataset, plan, cursor=cursor, num_workers=workers, pin_memory=False))
 
 
 def assert_same(left: list[ImageBatch], right: list[ImageBatch]) -> None:

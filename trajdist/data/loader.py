@@ -164,28 +164,15 @@ class SlotSampler(BatchSampler):
 
 
 def build_loader(
-    source: ImageSource,
-    index_at: IndexAt,
-    plan: Plan,
-    *,
-    cursor: int = 0,
-    size: int,
-    fit: Fit,
-    num_workers: int,
-    pin_memory: bool,
-    draw: PlaceDraw | None = None,
-    cache: TrajectoryCache | None = None,
-    defects: DefectDraw | None = None,
-    threads: int = 0,
+    dataset: SlotDataset, plan: Plan, *, cursor: int = 0, num_workers: int, pin_memory: bool
 ) -> DataLoader[ImageBatch]:
     """The loader over all processes' micro-batches, for ``accelerator.prepare`` to shard.
 
     Args:
         cursor: images consumed so far; must lie between two steps.
-        size, fit, draw, cache, defects, threads: as for :class:`SlotDataset`.
     """
     return DataLoader(
-        SlotDataset(source, index_at, size, fit, draw, cache, defects, threads),
+        dataset,
         batch_sampler=SlotSampler(plan, cursor),
         collate_fn=_as_is,
         num_workers=num_workers,

@@ -14,6 +14,7 @@ from rich.console import Console
 from trajdist.data.base import ImageSource
 from trajdist.data.loader import (
     MOST_READERS,
+    SlotDataset,
     build_loader,
     processors,
     resolve_threads,
@@ -112,17 +113,10 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     workers = resolve_workers("auto", processes.local_world, processes.device.type)
 
     def loader_of(plan: Plan, cursor: int, order: Int64s) -> Any:
-        loader = build_loader(
-            source,
-            partial(picked, order),
-            plan,
-            cursor=cursor,
-            size=scorer.size,
-            fit=scorer.fit,
-            num_workers=workers,
-            pin_memory=processes.device.type == "cuda",
-            threads=resolve_threads("auto", workers),
-        )
+        threads = resolve_threads("auto", workers)
+        dataset = SlotDataset(source, partial(picked, order), scorer.size, scorer.fit, threads=threads)
+        pin_memory = processes.device.type == "cuda"
+        loader = build_loader(dataset, plan, cursor=cursor, num_workers=workers, pin_memory=pin_memory)
         return accelerator.prepare_data_loader(loader, device_placement=False)
 
     rates = [options.false_alarm_rate or supported_rate(detector) for detector in scorer.detectors]

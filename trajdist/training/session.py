@@ -18,7 +18,7 @@ from trajdist.data.base import ImageSource
 from trajdist.data.cache import TrajectoryCache
 from trajdist.data.decode import Fit
 from trajdist.data.drawing import DefectDraw
-from trajdist.data.loader import ImageBatch, IndexAt, build_loader, resolve_threads, resolve_workers
+from trajdist.data.loader import ImageBatch, IndexAt, SlotDataset, build_loader, resolve_threads, resolve_workers
 from trajdist.errors import ArtifactError, ConfigError, DataError, StopRequested, UserError
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.runtime.preflight import add_up, compare
@@ -217,20 +217,18 @@ class Session:
         """
         data, source = self.config.data, self.sources[set_name]
         workers = resolve_workers(data.num_workers, self.processes.local_world, self.processes.device.type)
-        loader = build_loader(
+        dataset = SlotDataset(
             source.scattered() if scattered else source,
             index_at,
-            plan,
-            cursor=cursor,
-            size=data.image_size,
-            fit=fit or self.settings(set_name).fit,
-            num_workers=-(-workers // sharing),
-            pin_memory=self.processes.device.type == "cuda",
+            data.image_size,
+            fit or self.settings(set_name).fit,
             draw=draw,
             cache=cache,
             defects=defects,
             threads=resolve_threads(data.num_workers, workers),
         )
+        pin_memory = self.processes.device.type == "cuda"
+        loader = build_loader(dataset, plan, cursor=cursor, num_workers=-(-workers // sharing), pin_memory=pin_memory)
         prepared: DataLoader[ImageBatch] = self.accelerator.prepare_data_loader(loader, device_placement=False)
         return prepared
 
