@@ -76,9 +76,9 @@ class Pixels(Dataset[torch.Tensor]):
         return (torch.from_numpy(square).permute(2, 0, 1).contiguous() / 255.0 - mean) / std
 
 
-def plain_network(name: str, weights: str, seed: int) -> nn.Module:
+def plain_network(name: str, weights: str, seed: int, image_size: int) -> nn.Module:
     """The network as its library builds it, without trajdist's modifications."""
-    network = build_network(name, weights, seed).network
+    network = build_network(name, weights, seed, image_size).network
     return network.eval().requires_grad_(False)
 
 
@@ -155,7 +155,7 @@ def reference(config: Config, extractor: TrajectoryExtractor, folder: Path) -> R
     loader = DataLoader(Pixels(config, folder), config.data.imagenet.batch_size, shuffle=True, num_workers=workers)
     return Reference(
         config,
-        plain_network(settings.name, settings.weights, config.seed).to(device),
+        plain_network(settings.name, settings.weights, config.seed, config.data.image_size).to(device),
         extractor.backbone.blocks,
         bundle.new_model(bundle.model_document(config, extractor)).to(device).train(),
         loader,

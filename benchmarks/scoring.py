@@ -38,7 +38,7 @@ BATCH = 32
 def plain_network(run_dir: str) -> torch.nn.Module:
     """The run's network as its library builds it, without trajdist's modifications."""
     document = bundle.read(RunDir(run_dir).trajectory, bundle.TrajectoryDocument)
-    network = build_network(document.backbone, document.weights, document.seed).network
+    network = build_network(document.backbone, document.weights, document.seed, document.image_size).network
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 

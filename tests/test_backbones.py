@@ -55,6 +55,35 @@ def test_blocks_are_found_and_come_as_maps(name: str, size: int, count: int) -> 
         assert activation.shape[2] == activation.shape[3]
 
 
+@pytest.mark.parametrize(
+    ("name", "patch", "embeddings"),
+    [
+        ("vit_b_32", 32, "encoder.pos_embedding"),
+        ("timm:vit_tiny_patch16_224", 16, "pos_embed"),
+        ("timm:eva02_tiny_patch14_224", 14, "pos_embed"),
+    ],
+)
+def test_position_embeddings_suit_the_images(name: str, patch: int, embeddings: str, tmp_path: Path) -> None:
+    """Those of the weights' own size are interpolated: what varies along one axis still does, the class token stays."""
+    own = build_network(name, "none", 0, 224).network.state_dict()
+    side = 224 // patch
+    own[embeddings] = torch.arange(own[embeddings][0].numel()).view(own[embeddings].shape).float() % side
+    own[embeddings][0, 1:] = torch.arange(side).repeat_interleave(side)[:, None].float()
+    weights = tmp_path / "weights.pt"
+    torch.save(own, weights)
+    larger = build_backbone(name, str(weights), [], 12 * patch, seed=0)
+    found = larger.network.state_dict()[embeddings]
+    assert torch.equal(found[0, 0], own[embeddings][0, 0])
+    rows = found[0, 1:].view(12, 12, -1)
+    torch.testing.assert_close(rows, rows[:, :1, :1].expand_as(rows))
+    assert bool((rows[:, 0, 0].diff() > 0).all())
+    assert observed(larger, 12 * patch)[0].shape[2:] == (12, 12)
+    same = build_backbone(name, str(weights), [], 224, seed=0)
+    assert torch.equal(same.network.state_dict()[embeddings], own[embeddings])
+    with pytest.raises(ConfigError, match=r"data\.image_size=225 does not suit"):
+        build_backbone(name, str(weights), [], 225, seed=0)
+
+
 def test_class_token_is_dropped() -> None:
     maps = observed(build("vit_b_16", 224, ("encoder.layers.encoder_layer_0",)), 224)
     assert maps[0].shape == (2, 768, 14, 14)
@@ -158,7 +187,7 @@ def test_wrong_names(name: str, weights: str, named: str) -> None:
 
 def unfolded(name: str, size: int, seed: int) -> tuple[Backbone, torch.nn.Module]:
     """A backbone whose statistics are not the initial ones, and a copy of its network from before the folding."""
-    network = build_network(name, "none", seed).network
+    network = build_network(name, "none", seed, size).network
     torch.manual_seed(seed)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

@@ -292,5 +292,5 @@ def build_backbone(name: str, weights: str, patterns: list[str], image_size: int
             :class:`Backbone` refuses.
         ArtifactError: a weight file that is damaged or belongs to another network.
     """
-    network, mean, std = build_network(name, weights, seed)
+    network, mean, std = build_network(name, weights, seed, image_size)
     return Backbone(network, patterns, image_size, mean, std)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,12 @@ class Built(NamedTuple):
     std: tuple[float, ...] = IMAGENET_STD
 
 
-def build_network(name: str, weights: str, seed: int) -> Built:
+def build_network(name: str, weights: str, seed: int, image_size: int) -> Built:
     """Build a network; ``name`` and ``weights`` as in ``backbone.name`` and ``backbone.weights``.
 
     Args:
+        image_size: side of the input images, in pixels. A vision transformer whose position embeddings are of another
+            size gets them interpolated, by its own library.
         seed: of random weights, where nothing is loaded; the same on every process.
 
     Raises:
@@ -46,7 +49,41 @@ def build_network(name: str, weights: str, seed: int) -> Built:
             built = _torchvision(name, weights)
     if weights not in ("DEFAULT", "none"):
         _load_weights(built.network, user_path(weights))
-    return built
+    return built._replace(network=_at_size(built.network, name, image_size))
+
+
+def _at_size(network: Any, name: str, image_size: int) -> nn.Module:
+    """The network for images of this size; networks that take any size are returned as they are.
+
+    Raises:
+        ConfigError: the size does not suit the network.
+    """
+    embedding: Any = getattr(network, "patch_embed", None)
+    made_for = getattr(embedding, "img_size", None)
+    try:
+        if name.startswith("vit_"):
+            return _torchvision_vit(network, name, image_size)
+        if made_for in (None, (image_size, image_size)) or not hasattr(network, "set_input_size"):
+            return network
+        # Otherwise timm leaves out what is over at the right and at the bottom.
+        if image_size % max(embedding.patch_size):
+            raise ValueError(f"it is no multiple of the patches' size, {max(embedding.patch_size)}")
+        network.set_input_size(img_size=(image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"data.image_size={image_size} does not suit {name!r}: {one_line(error)}") from None
+    return network
+
+
+def _torchvision_vit(network: Any, name: str, image_size: int) -> nn.Module:
+    from torchvision.models import get_model
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    if network.image_size == image_size:
+        return network
+    resized: nn.Module = get_model(name, weights=None, image_size=image_size)
+    state = interpolate_embeddings(image_size, network.patch_size, OrderedDict(network.state_dict()))
+    resized.load_state_dict(state)
+    return resized
 
 
 def _torchvision(name: str, weights: str) -> Built:
