@@ -20,7 +20,8 @@ from trajdist.cli import main
 from trajdist.config_files import load_config
 from trajdist.runtime.clock import STAGES
 from trajdist.saved.bundle import TrajectoryDocument
-from trajdist.training import loop, phases
+from trajdist.training import loop
+from trajdist.training.doctor import smaller
 
 CONTROL = {chr(code) for code in range(32)} - {"\n"}
 
@@ -180,9 +181,9 @@ def test_a_lack_of_memory_is_one_sentence(tmp_path, capsys, monkeypatch, fresh_a
 
 def test_what_takes_less_memory_depends_on_the_device():
     small = ["data.imagenet.batch_size=1", "data.num_workers=0"]
-    assert "images_per_pass=16 or less" in phases._smaller(load_config("default"), 1, "cuda")
-    assert "images_per_pass" not in phases._smaller(load_config("default"), 1, "cpu")
-    assert phases._smaller(load_config("default", small), 1, "cuda").startswith("begin a run with a smaller backbone")
+    assert "images_per_pass=16 or less" in smaller(load_config("default"), 1, "cuda")
+    assert "images_per_pass" not in smaller(load_config("default"), 1, "cpu")
+    assert smaller(load_config("default", small), 1, "cuda").startswith("begin a run with a smaller backbone")
 
 
 def test_other_errors_keep_their_traceback(tmp_path, monkeypatch, fresh_accelerate):

@@ -340,6 +340,19 @@ def test_a_loss_that_is_lost_names_its_domain(folders, base, tmp_path, monkeypat
     assert why in error
 
 
+def test_a_lack_of_memory_is_told_in_the_domains_as_in_the_run(folders, base, tmp_path, monkeypatch, capsys):
+    def allocate(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(loop, "add_gradients", allocate)
+    assert main(several(folders, tmp_path / "run", base)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("trajdist: process 0 ran out of memory on cpu")
+    for run_dir in (tmp_path / "run", tmp_path / "run" / "domains" / "road"):
+        status = json.loads((run_dir / "status.json").read_text())
+        assert (status["status"], f"trajdist: {status['why']}\n") == ("failed", said)
+
+
 def test_images_that_cannot_be_read_are_listed_where_they_belong(folders, base, tmp_path, capsys):
     bad = {**folders, "bark": shutil.copytree(folders["bark"], tmp_path / "bark")}
     for path in sorted(bad["bark"].iterdir())[:9]:

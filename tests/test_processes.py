@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from trajdist.errors import ConfigError
-from trajdist.runtime.processes import Processes, StopFlag, precision
+from trajdist.runtime.processes import Processes, StopFlag, precision, start_accelerator, supported_precision
 
 
 class OneOfTwo(Processes):
@@ -59,6 +59,15 @@ def test_emulated_bfloat16_is_not_chosen(monkeypatch):
     assert precision("auto", "cuda") == "no"
     assert precision("bf16", "cuda") == "bf16"
     assert precision("auto", "cpu") == "no"
+
+
+def test_fp16_is_not_for_cpus(monkeypatch):
+    """Accelerate would compute in float32 there; what a launcher is set up with gives way."""
+    with pytest.raises(ConfigError, match="mixed_precision='fp16' is not for CPUs, which would compute in float32"):
+        start_accelerator("fp16", timeout_s=60, deterministic=False)
+    assert supported_precision("fp16", "cuda") == "fp16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert (supported_precision("auto", "cpu"), supported_precision("auto", "cuda")) == ("no", "fp16")
 
 
 def ask(processes: Processes, failure: Exception | None) -> int:

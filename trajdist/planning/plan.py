@@ -23,7 +23,7 @@ from trajdist.planning import probe
 from trajdist.planning.budget import FLOAT, Budget, measure_bases, saved_copies
 from trajdist.planning.footprint import Rehearsal, build_modules
 from trajdist.planning.probe import Rates
-from trajdist.runtime.processes import device_type, precision
+from trajdist.runtime.processes import device_type, supported_precision
 from trajdist.runtime.progress import GIB, Cells, format_seconds, phase_table
 from trajdist.sharding import Plan, Selection
 from trajdist.training.selection import draw
@@ -112,7 +112,7 @@ def _plan_phase(
     lead, walk = trainings[number], walks[number]
     local_world = launcher.local_world(world)
     workers = resolve_workers(config.data.num_workers, local_world, torch.device(device).type)
-    mixed_precision = precision(config.runtime.mixed_precision, device)
+    mixed_precision = supported_precision(config.runtime.mixed_precision, device)
 
     modules = build_modules(config, phase)
     rates = Rates(training=options.images_per_s)

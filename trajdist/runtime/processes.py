@@ -50,7 +50,7 @@ def start_accelerator(
         keep_freed_memory()
     try:
         return Accelerator(
-            mixed_precision=precision(mixed_precision),
+            mixed_precision=supported_precision(mixed_precision),
             # The last micro-batch of a step is recognised by counting, never by the end of the loader.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
@@ -80,11 +80,24 @@ def precision(setting: str, device: str | None = None) -> str:
     """
     if setting != "auto":
         return setting
-    on_cuda = (device or device_type()) == "cuda"
+    device = device or device_type()
+    on_cuda = device == "cuda"
     chosen = launcher.mixed_precision() or ("bf16" if on_cuda else "no")
-    # Older GPUs only emulate bfloat16, which is slow. A launcher is set up once, for all kinds of GPUs.
+    # Older GPUs only emulate bfloat16, which is slow. A launcher is set up once, for all kinds of devices.
     emulated = on_cuda and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return "no" if chosen == "bf16" and emulated else chosen
+    return "no" if (chosen == "bf16" and emulated) or (chosen == "fp16" and device == "cpu") else chosen
+
+
+def supported_precision(setting: str, device: str | None = None) -> str:
+    """The same; refuses fp16 on CPUs, where Accelerate computes in float32 without a word.
+
+    Raises:
+        ConfigError: it is fp16 on a CPU.
+    """
+    device, chosen = device or device_type(), precision(setting, device)
+    if (chosen, device) == ("fp16", "cpu"):
+        raise ConfigError("runtime.mixed_precision='fp16' is not for CPUs, which would compute in float32: use no.")
+    return chosen
 
 
 def device_type() -> str:

@@ -14,11 +14,13 @@ from trajdist.data.drawing import DefectDraw
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.files import user_path, write_bytes
+from trajdist.runtime.processes import naming_memory
 from trajdist.saved import bundle
 from trajdist.saved.card import adapter_card
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import Selection, seed_of
+from trajdist.training.doctor import smaller
 from trajdist.training.job import Job, Position
 from trajdist.training.objectives import ContrastModel, DefectContrast
 from trajdist.training.passes import CleanImages, calibrate, contrast_residuals, load_extractor
@@ -71,17 +73,18 @@ def _adapt_to_all(session: Session, at: Position) -> None:
     domains = {name: session.of_domain(name) for name in progress}
     under_way = dict(domains)
     try:
-        under_way = {name: domain for name, domain in domains.items() if not is_done(domain, 2)}
-        adaptations = [_prepare(domain, progress[name]) for name, domain in under_way.items()]
-        jobs = train(extractor, [adaptation.training for adaptation in adaptations]) if adaptations else []
-        summaries = [summarise(domain, job) for domain, job in zip(under_way.values(), jobs, strict=True)]
-        for name, adaptation, job, summary in zip(tuple(under_way), adaptations, jobs, summaries, strict=True):
-            _conclude(adaptation, job, summary)
-            under_way.pop(name).record(progress[name], ended=True)
-        for domain in domains.values():
-            domain.accept()
-        rundirs = {name: domain.rundir for name, domain in domains.items()}
-        finish(session, 2, session.processes.main_knows(lambda: combine(_summaries(rundirs))))
+        with naming_memory(session.processes, lambda device: smaller(session.config, 2, device)):
+            under_way = {name: domain for name, domain in domains.items() if not is_done(domain, 2)}
+            adaptations = [_prepare(domain, progress[name]) for name, domain in under_way.items()]
+            jobs = train(extractor, [adaptation.training for adaptation in adaptations]) if adaptations else []
+            summaries = [summarise(domain, job) for domain, job in zip(under_way.values(), jobs, strict=True)]
+            for name, adaptation, job, summary in zip(tuple(under_way), adaptations, jobs, summaries, strict=True):
+                _conclude(adaptation, job, summary)
+                under_way.pop(name).record(progress[name], ended=True)
+            for domain in domains.values():
+                domain.accept()
+            rundirs = {name: domain.rundir for name, domain in domains.items()}
+            finish(session, 2, session.processes.main_knows(lambda: combine(_summaries(rundirs))))
     except BaseException as error:
         for name, domain in under_way.items():
             domain.record(progress[name], error)

@@ -1,9 +1,11 @@
-"""Which stage limits a run's speed and which setting to change: one sentence, derived from where its time went."""
+"""Which setting to change: for more speed, derived from where a run's time went, and for less memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from trajdist.config import SETS, Config
 
 # The first steps start workers, fill caches and compile, so the timings of a shorter phase are not representative.
 ENOUGH_STEPS = 20
@@ -131,3 +133,19 @@ AVOIDABLE: dict[str, Rule] = {
     "checkpoint": (0.10, "writing checkpoints", lambda _: "raise checkpoint.every_steps and checkpoint.every_minutes"),
     "other": (0.30, "what comes between the steps", lambda _: "raise batch_size and logging.every_steps"),
 }
+
+
+def smaller(config: Config, phase: int, device_type: str) -> str:
+    """How a phase needs less memory on such a device, as the end of a sentence."""
+    key, batch_size = f"data.{SETS[phase]}", config.data.of_phase(phase).batch_size
+    # On CPUs the default is less than the batch, by an amount that is not known here.
+    in_a_pass = config.memory.images_per_pass or (1 if device_type == "cpu" else batch_size)
+    mends = []
+    if in_a_pass > 1:
+        mends.append(f"set memory.images_per_pass={in_a_pass // 2} or less and run the same command again")
+    if device_type == "cpu":
+        mends.append("lower data.num_workers and run the same command again")
+    if batch_size > 1:
+        mends.append(f"begin a run with a smaller {key}.batch_size and as much more {key}.gradient_accumulation_steps")
+    chosen = ", or ".join(mends or ["begin a run with a smaller backbone or data.image_size"])
+    return f"{chosen} (trajdist plan --memory tells what fits)"

@@ -150,7 +150,12 @@ class Journal:
         files_of: FilesOf,
         set_name: str,
         bad_limit: BadLimit,
+        may_skip: int = 0,
     ) -> None:
+        """
+        Args:
+            may_skip: steps in a row whose gradient need not be finite, as fp16 skips them and lowers its scale.
+        """
         self.phase, self._rundir, self._processes = phase, rundir, processes
         self._name_of, self._files_of = name_of, files_of
         self._set_name, self._bad_limit = set_name, bad_limit
@@ -159,6 +164,7 @@ class Journal:
         self._device_sums = torch.zeros(len(vars(Sums())), dtype=torch.int64, device=device)
         # Of a loss, and of a gradient.
         self._first_bad_steps = torch.full((2,), NEVER, dtype=torch.int64, device=device)
+        self._may_skip, self._skipped = may_skip, torch.zeros((), dtype=torch.int64, device=device)
         self.line, self.epoch, self.total = Sums(), Sums(), Sums()
         self.first_loss: float | None = None
         self.final_loss: float | None = None
@@ -182,7 +188,8 @@ class Journal:
         Args:
             norm: scalar, the norm of the gradient.
         """
-        bad = ~norm.isfinite()
+        self._skipped = torch.where(norm.isfinite(), 0, self._skipped + 1)
+        bad = self._skipped > self._may_skip
         self._device_sums[-1] += bad
         self._note_bad(1, step, bad)
 
@@ -269,11 +276,12 @@ class Journal:
         loss_at, gradient_at = self._processes.minimum(self._first_bad_steps).tolist()
         # Of an infinite loss the gradient is none either.
         what, index = ("gradient", gradient_at) if gradient_at < loss_at else ("loss", loss_at)
+        skipped = f" (fp16 has skipped {self._may_skip} before it)" if what == "gradient" and self._may_skip else ""
         files = self._files_of(index)
         named = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         return (
-            f"the {what} of phase {self.phase} was no longer finite at step {index + 1}, on the images {named}: look "
-            "at them, or lower the learning rate; the last checkpoint is from before that step."
+            f"the {what} of phase {self.phase} was no longer finite at step {index + 1}{skipped}, on the images "
+            f"{named}: look at them, or lower the learning rate; the last checkpoint is from before that step."
         )
 
 

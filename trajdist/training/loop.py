@@ -148,9 +148,7 @@ def update(job: Job, step: Step, num_used: torch.Tensor) -> None:
         if parameter.grad is not None:
             parameter.grad.mul_(correction)
     norm = job.accelerator.clip_grad_norm_(job.model.parameters(), job.recipe.max_grad_norm)
-    # With fp16's scale a gradient that is not finite skips its step, and the scale is lowered.
-    if job.accelerator.scaler is None:
-        job.journal.check_gradient(step, norm)
+    job.journal.check_gradient(step, norm)
     job.optimizer.step()
     job.optimizer.zero_grad()
     if job.keeper.averages:

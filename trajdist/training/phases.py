@@ -16,6 +16,7 @@ from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import seed_of
 from trajdist.training.adaptation import phase2
+from trajdist.training.doctor import smaller
 from trajdist.training.job import Position
 from trajdist.training.passes import CleanImages, calibrate, prepare_extractor
 from trajdist.training.session import Session, open_session
@@ -64,7 +65,7 @@ def run(
     at = Position()
     with session.stop.listening():
         try:
-            with naming_memory(session.processes, lambda device: _smaller(config, at.phase or 1, device)):
+            with naming_memory(session.processes, lambda device: smaller(config, at.phase or 1, device)):
                 _run_phases(session, at, phases)
             _record_end(session, at, None)
         except StopRequested as stop:
@@ -92,22 +93,6 @@ def _run_phases(session: Session, at: Position, phases: Sequence[int]) -> None:
             if scaler is not None:
                 scaler.load_state_dict(initial)
         session.accept()
-
-
-def _smaller(config: Config, phase: int, device_type: str) -> str:
-    """How a phase needs less memory on such a device, as the end of a sentence."""
-    key, batch_size = f"data.{SETS[phase]}", config.data.of_phase(phase).batch_size
-    # On CPUs the default is less than the batch, by an amount that is not known here.
-    in_a_pass = config.memory.images_per_pass or (1 if device_type == "cpu" else batch_size)
-    mends = []
-    if in_a_pass > 1:
-        mends.append(f"set memory.images_per_pass={in_a_pass // 2} or less and run the same command again")
-    if device_type == "cpu":
-        mends.append("lower data.num_workers and run the same command again")
-    if batch_size > 1:
-        mends.append(f"begin a run with a smaller {key}.batch_size and as much more {key}.gradient_accumulation_steps")
-    chosen = ", or ".join(mends or ["begin a run with a smaller backbone or data.image_size"])
-    return f"{chosen} (trajdist plan --memory tells what fits)"
 
 
 def _record_end(session: Session, at: Position, error: BaseException | None) -> None:

@@ -38,6 +38,10 @@ from trajdist.training.session import Session
 from trajdist.training.state import restore
 from trajdist.training.validation import Examiner
 
+# fp16 skips a step whose gradient is not finite, and halves the scale of the gradients, which begins at 2**16. After so
+# many in a row it is next to nothing, and so are they: the scale is not to blame.
+MOST_SKIPPED = 30
+
 
 @dataclass(frozen=True)
 class Task:
@@ -337,6 +341,7 @@ def _journal(session: Session, phase: int, plan: Plan, selection: Selection) -> 
         files_of,
         SETS[phase],
         BadLimit(plan.num_images, len(source), session.config.data.max_bad_fraction),
+        0 if session.accelerator.scaler is None else min(MOST_SKIPPED, plan.total_steps) - 1,
     )
 
 
