@@ -16,6 +16,7 @@ from jobs import REPOSITORY
 
 from trajdist.cli import main
 from trajdist.data.sources import open_source
+from trajdist.saved.rundir import FIGURES
 from trajdist.sharding import Plan, Selection, digest
 from trajdist.tools.audit import audit
 
@@ -51,7 +52,8 @@ def write_run(folder: Path, lines: list[dict], done: tuple[int, ...] = (1, 2), s
     (folder / "config.yaml").write_text(CONFIG)
     facts = {"num_processes": 2, "imagenet": {"num_images": 100}, "domain": {"num_images": 23}}
     (folder / "run.json").write_text(json.dumps(facts))
-    (folder / "summary.json").write_text(json.dumps({f"phase{phase}": {"epochs": EPOCHS[phase]} for phase in done}))
+    summary = {f"phase{phase}": {**dict.fromkeys(FIGURES, 1), "epochs": EPOCHS[phase]} for phase in done}
+    (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "status.json").write_text(json.dumps({"status": status}))
     (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from trajdist.cli import main
 from trajdist.config_files import load_config
 from trajdist.runtime.clock import STAGES
 from trajdist.saved.bundle import TrajectoryDocument
+from trajdist.saved.rundir import RunDir
+from trajdist.screen import READER_GONE
 from trajdist.training import loop
 from trajdist.training.doctor import smaller
 
@@ -258,6 +261,47 @@ def test_a_second_run_does_nothing(debug_run, tmp_path, capsys, fresh_accelerate
     assert_sentence(capsys.readouterr().err, "model.latent_dim=8", "began with 16", "--fresh")
 
 
+@pytest.mark.parametrize("command", [["config"], ["inspect", "{run}"], ["audit", "{run}"]])
+def test_what_is_printed_to_a_full_disk_or_to_nobody(debug_run, monkeypatch, capsys, command):
+    words = [word.format(run=debug_run) for word in command]
+    with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", full)
+        assert main(words) == 4
+    assert_sentence(capsys.readouterr().err, "what the command prints cannot be written (No space left on device)")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", gone)
+        assert main(words) == READER_GONE
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("phase2", "lacks"),
+    [(3, "figures"), ({"epochs": 2}, "images"), ({"domains": {"road": {}}}, "images"), ({"domains": 3}, "figures")],
+)
+def test_a_damaged_summary_is_one_sentence(debug_run, tmp_path, capsys, fresh_accelerate, phase2, lacks):
+    summary = json.loads((debug_run / "summary.json").read_text())
+    run_dir = shutil.copytree(debug_run, tmp_path / "run")
+    whole = summary["phase2"] if "domains" in (phase2 if isinstance(phase2, dict) else {}) else {}
+    changed = {**whole, **phase2} if isinstance(phase2, dict) else phase2
+    (run_dir / "summary.json").write_text(json.dumps({**summary, "phase2": changed}))
+    for command in (["run", "debug", f"run_dir={run_dir}", "runtime.mixed_precision=no"], ["inspect", f"{run_dir}"]):
+        assert main(command) == 4
+        assert_sentence(capsys.readouterr().err, "summary.json' is damaged", f"its phase2 has no {lacks}; restore")
+    assert main(["audit", str(run_dir)]) == 4
+
+
+def test_damaged_sizes_of_the_records_truncate_nothing(debug_run, tmp_path, capsys, fresh_accelerate):
+    run_dir = shutil.copytree(debug_run, tmp_path / "run")
+    shutil.rmtree(run_dir / "phase2")
+    shutil.rmtree(run_dir / "checkpoints")
+    RunDir(run_dir).remember("records_after_phase1", {"metrics.jsonl": "2 KiB"}, replace=True)
+    assert main(["adapt", "debug", f"run_dir={run_dir}", "runtime.mixed_precision=no"]) == 4
+    assert_sentence(capsys.readouterr().err, "run.json' is damaged: records_after_phase1=", "2 KiB")
+    assert (run_dir / "metrics.jsonl").read_bytes() == (debug_run / "metrics.jsonl").read_bytes()
+
+
 def test_an_output_folder_that_cannot_be_made(debug_run, tmp_path, capsys, fresh_accelerate):
     images = write_images(tmp_path / "images", 1)
     (tmp_path / "file").touch()
@@ -418,10 +462,13 @@ def test_a_key_that_an_older_version_did_not_know(debug_run, tmp_path, capsys, f
     assert main(command) == 0
 
 
-def test_runs_from_before_there_were_subcells(debug_run):
+def test_files_of_older_versions_can_be_read(debug_run):
+    """From before there were sub-cells, and with globs that nothing reads any more."""
     document = read_document(debug_run / "phase1" / "trajectory.safetensors")
     assert document.pop("subcells") == 1
-    assert TrajectoryDocument.model_validate(document).subcells == 1
+    read = TrajectoryDocument.model_validate({**document, "patterns": ["layer*"]})
+    assert read.subcells == 1
+    assert "patterns" not in {**document, **read.model_dump()}
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

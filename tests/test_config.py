@@ -160,6 +160,7 @@ def test_a_file_that_is_no_config(tmp_path, text):
     [
         ("run_dir: 2026-13-01", "'2026-13-01' is no timestamp"),
         ("run_dir: 2026-01-01", "run_dir = '2026-01-01' is not possible: .* write it in quotes"),
+        ("backbone: {weights: }", "backbone.weights = None is not possible: .* random weights are the word none"),
         ("backbone: {name: 18}", "backbone.name = 18 is not possible: .* write it in quotes"),
         ("seed: !!int x", "'x' is no int"),
         ("seed: !!bool x", "'x' is no bool"),

@@ -110,6 +110,11 @@ def test_no_test_folder(tmp_path):
         LabelledFolder(tmp_path, "DATASET")
 
 
+def test_a_bucket_is_named_as_it_was_written():
+    with pytest.raises(DataError, match=r"^DATASET='s3://bucket/tile' is no folder of this machine: copy it to"):
+        LabelledFolder("s3://bucket/tile", "DATASET")
+
+
 def test_no_images(tmp_path):
     (tmp_path / "test").mkdir()
     with pytest.raises(DataError, match="no images"):

@@ -18,6 +18,8 @@ from trajdist.errors import ArtifactError, ConfigError
 from trajdist.files import read_json, write_json
 from trajdist.models.registry import build_model
 from trajdist.saved import bundle, lora
+from trajdist.saved.rundir import RunDir
+from trajdist.scoring.scorer import load
 
 SIZES = {"length": 4, "width": 6, "hidden_dim": 16, "latent_dim": 8, "num_layers": 1, "num_heads": 2, "dropout": 0.0}
 SETTINGS = {"rank": 2, "alpha": 4}
@@ -174,6 +176,21 @@ def test_adapter_of_a_run_is_the_base_plus_b_times_a(debug_run):
             plain.get_submodule(module).weight.data += update
         torch.testing.assert_close(adapted(x).output_NLD, plain(x).output_NLD, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(untouched, plain(x).output_NLD, atol=1e-4)
+
+
+@pytest.mark.parametrize("broken", ["write_json", "load_adapter"])
+def test_an_adapter_that_cannot_be_saved_leaves_nothing_behind(debug_run, tmp_path, monkeypatch, broken):
+    run = RunDir(shutil.copytree(debug_run, tmp_path / "run"))
+    adapted = load(run.path, device="cpu").detectors[0].model
+
+    def fail(*_):
+        raise ArtifactError("it cannot be written")
+
+    monkeypatch.setattr(lora, broken, fail)
+    base = fingerprint(lora.base_state(adapted))
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        lora.save_proven(run, adapted, base, "base")
+    assert sorted(path.name for path in (run.path / "phase2").iterdir()) == ["adapter", "calibration.safetensors"]
 
 
 def test_a_run_keeps_its_base(debug_run, tmp_path):

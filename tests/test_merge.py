@@ -80,6 +80,7 @@ def test_clean_images_that_hardly_differ(debug_run, tmp_path):
         ("other base", 4, "was trained on another base"),
         ("other scores", 1, "gives other scores"),
         ("a full disk", 4, "cannot be written (No space left on device)"),
+        ("a file above", 4, "--out '{out}' cannot be written (Not a directory): free some space or name another"),
     ],
 )
 def test_refusals_leave_nothing(debug_run, tmp_path, monkeypatch, capsys, what, code, words):
@@ -95,6 +96,9 @@ def test_refusals_leave_nothing(debug_run, tmp_path, monkeypatch, capsys, what, 
     elif what == "other scores":
         unadapted = load_model(debug_run / "phase1" / "model.safetensors")[0].eval()
         monkeypatch.setattr(merge.lora, "merged", lambda model: unadapted)
+    elif what == "a file above":
+        (tmp_path / "notes").write_text("mine")
+        out = tmp_path / "notes" / "merged"
     else:
         monkeypatch.setattr(
             merge.shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -102,7 +106,7 @@ def test_refusals_leave_nothing(debug_run, tmp_path, monkeypatch, capsys, what, 
     before = set(tmp_path.iterdir())
     assert main(["merge", str(debug_run), "--adapter", str(adapter), "--out", str(out)]) == code
     told = capsys.readouterr().err
-    assert words in told
+    assert words.format(out=out) in told
     assert told.count("\n") == 1
     assert set(tmp_path.iterdir()) == before
 

@@ -15,6 +15,7 @@ from trajdist import __version__, launcher
 from trajdist import argument_types as types
 from trajdist.errors import StopRequested, UserError
 from trajdist.files import user_path
+from trajdist.screen import guarded_stdout
 
 if TYPE_CHECKING:
     from trajdist.config import Config
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     command: Command = arguments.command
     try:
-        return _end(command(arguments))
+        with guarded_stdout():
+            return _end(command(arguments))
     except UserError as error:
         if arguments.debug:
             traceback.print_exc()
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A launcher takes any code but 0 for a crash, and would start the job again.
         return _end(0 if launcher.is_launched() else stop.exit_code)
     except SystemExit as end:
-        # Another process has said what is wrong.
+        # Another process has said what is wrong, or nobody reads what is printed.
         return _end(end.code if isinstance(end.code, int) else 1)
     except KeyboardInterrupt:
         return 130
@@ -126,10 +128,7 @@ def _add_plan(commands: Commands) -> None:
         "--memory", type=types.size, metavar="SIZE", help="such as 80GiB: finds the largest batch that fits"
     )
     plan.add_argument(
-        "--processes",
-        type=types.positive,
-        metavar="N",
-        help="in the whole job (default: the launcher's, or 1)",
+        "--processes", type=types.positive, metavar="N", help="in the whole job (default: the launcher's, or 1)"
     )
     plan.add_argument("--device", choices=("cpu", "cuda"), help="to plan for (default: what a run would use here)")
     plan.add_argument(
@@ -221,7 +220,7 @@ def _labelled(config: Config) -> dict[str, ImageSource]:
     path = config.validation.path
     if path is None:
         return {}
-    labelled = LabelledFolder(user_path(path), "validation.path", config.data.read_retries)
+    labelled = LabelledFolder(path, "validation.path", config.data.read_retries)
     if len(labelled.kinds) == 1:
         raise DataError(f"validation.path={path!r} has good images alone: add some with defects, or leave it out.")
     return {"validation": labelled}
@@ -272,7 +271,7 @@ def _score(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from trajdist.data.labelled import LabelledFolder
 
-    dataset = LabelledFolder(user_path(arguments.images), "DATASET", read_retries=3)
+    dataset = LabelledFolder(arguments.images, "DATASET", read_retries=3)
     with _scoring(arguments, dataset) as job:
         from trajdist.scoring.evaluation import evaluate, metrics_table
 

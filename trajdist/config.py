@@ -296,7 +296,7 @@ class Runtime(Section):
     """The machine."""
 
     mixed_precision: Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(_yaml_no)] = "auto"
-    """`auto` takes Accelerate's setting, or else bf16 on CUDA; float32 where bf16 is emulated, or fp16 meant for a CPU."""
+    """`auto` takes Accelerate's setting, or else bf16 on CUDA; float32 where bf16 is emulated, and for fp16 on CPUs."""
     deterministic: bool = Field(False, json_schema_extra=FREE)
     """Use deterministic algorithms only (slower on CUDA)."""
     detect_anomaly: bool = Field(False, json_schema_extra=FREE)

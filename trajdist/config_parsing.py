@@ -115,6 +115,8 @@ def _explain(error: ValidationError, known: list[str]) -> str:
         message += f", as in {key}=[{value}]"
     if problem["type"] == "string_type" and isinstance(value, (int, float, date)):
         message += ", so write it in quotes"
+    if (key, value) == ("backbone.weights", None):
+        message += ", and random weights are the word none"
     return f"{key} = {_shown(value)} is not possible: {message} (see trajdist config --schema)."
 
 

@@ -21,6 +21,7 @@ from trajdist.data.decode import Fit, open_image, reason, to_square, upright
 from trajdist.data.sources import ImageFolder
 from trajdist.data.storage import read_bytes
 from trajdist.errors import DataError
+from trajdist.files import user_path
 
 GOOD = "good"
 # Orientations of EXIF that exchange width and height.
@@ -32,7 +33,7 @@ class LabelledFolder(EncodedSource):
     """The test images, sorted by path, with their defect kinds and masks.
 
     Args:
-        root: the folder that contains ``test`` and ``ground_truth``.
+        path: the folder that contains ``test`` and ``ground_truth``, as the user wrote it.
         key: the argument that it came from, for error messages.
         read_retries: how often a read is retried after a transient I/O error.
 
@@ -41,11 +42,14 @@ class LabelledFolder(EncodedSource):
         has_masks: whether there is a folder ground_truth.
 
     Raises:
-        DataError: no test folder, no good images, an image that is not directly in a class folder, or a defect image
-            without a mask although there is a folder ground_truth.
+        DataError: no folder of this machine, no test folder, no good images, an image that is not directly in a class
+            folder, or a defect image without a mask although there is a folder ground_truth.
     """
 
-    def __init__(self, root: Path, key: str, read_retries: int = 0) -> None:
+    def __init__(self, path: str | Path, key: str, read_retries: int = 0) -> None:
+        root = user_path(path)
+        if "://" in str(path):
+            raise DataError(f"{key}={str(path)!r} is no folder of this machine: copy it to one that holds {LAYOUT}.")
         if not os.path.isdir(root / "test"):
             raise DataError(f"{key}={str(root)!r} has no folder test: name the folder that holds {LAYOUT}.")
         self._root, self._retries = root, read_retries

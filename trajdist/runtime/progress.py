@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from io import TextIOWrapper
 from typing import Any
 
 from rich.console import Console
@@ -23,9 +22,9 @@ def make_console(is_main: bool, bars: bool = True) -> Console:
         bars: False shows progress as lines even on a terminal.
     """
     width = None if sys.stdout.isatty() else 120
-    if isinstance(sys.stdout, TextIOWrapper):
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
         # A name that the terminal cannot encode must not end the job.
-        sys.stdout.reconfigure(errors="replace")
+        reconfigure(errors="replace")
     terminal = None if bars else False
     return Console(
         quiet=not is_main,

@@ -42,7 +42,8 @@ class TrajectoryDocument(Document):
     kind: Literal["trajectory"] = "trajectory"
     backbone: str
     weights: str
-    patterns: list[str]
+    # Older files have them; the blocks that they chose are what counts.
+    patterns: list[str] = Field([], exclude=True)
     seed: int
     image_size: int = Field(ge=16, le=16384)
     fit: Literal["squash", "crop"]
@@ -96,7 +97,6 @@ def trajectory_document(config: Config, extractor: TrajectoryExtractor, num_imag
     return TrajectoryDocument(
         backbone=config.backbone.name,
         weights=config.backbone.weights,
-        patterns=config.backbone.blocks,
         seed=config.seed,
         image_size=config.data.image_size,
         fit=config.data.domain.fit,

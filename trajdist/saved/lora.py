@@ -16,10 +16,10 @@ from torch import nn
 from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.config import Config, Lora
 from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
-from trajdist.files import read_json, sync_file, sync_folder
+from trajdist.files import read_json, sync_file, sync_folder, write_json
 from trajdist.models.registry import MODELS
 from trajdist.saved.bundle import load_model, untrained_model
-from trajdist.saved.rundir import RunDir
+from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
 
 # The adapter's config names its base by this prefix and the base's fingerprint.
 BASE_PREFIX = "trajdist:"
@@ -101,11 +101,11 @@ def save_adapter(adapted: PeftModel, folder: Path) -> None:
     document = read_json(folder / ADAPTER_CONFIG)
     if isinstance(document["target_modules"], list):
         document["target_modules"].sort()
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True), encoding="utf-8")
+    write_json(folder / ADAPTER_CONFIG, document)
     (folder / "README.md").unlink(missing_ok=True)  # A form to be filled in; the run writes a card at its end.
     # safetensors makes files for the owner's eyes only; others may use the adapter as well.
     with suppress(OSError):  # Not every file system has modes.
-        shutil.copymode(folder / ADAPTER_CONFIG, folder / "adapter_model.safetensors")
+        shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
 
 
 def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftModel:
@@ -115,7 +115,7 @@ def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftM
         ArtifactError: no adapter there, a damaged one, or one that was trained on another base.
     """
     check_base(folder, base_fingerprint)
-    read_tensors(folder / "adapter_model.safetensors")  # Damage is named before PEFT sees it.
+    read_tensors(folder / ADAPTER_WEIGHTS)  # Damage is named before PEFT sees it.
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -170,20 +170,30 @@ def save_proven(rundir: RunDir, adapted: nn.Module, base_before: str, base_id: s
         save_adapter(adapted, temporary)
         for path in temporary.iterdir():
             sync_file(path)
+        _check_saved(temporary, adapted, rundir.model, base_id)
+        shutil.rmtree(rundir.adapter, ignore_errors=True)
+        temporary.rename(rundir.adapter)
     except (OSError, SafetensorError) as error:
         reason = one_line(error)
-        shutil.rmtree(temporary, ignore_errors=True)
         raise ArtifactError(
             f"the adapter {str(rundir.adapter)!r} cannot be written ({reason}): free some space or make the folder "
             "writable and run the same command again."
         ) from None
-    base, document = load_model(rundir.model)
-    again = load_adapter(base, temporary, base_id).eval()
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(rundir.adapter.parent)
+
+
+def _check_saved(folder: Path, adapted: PeftModel, model: Path, base_id: str) -> None:
+    """Load the adapter in ``folder`` on the base model in the file ``model``: it must do what ``adapted`` does.
+
+    Raises:
+        TrainingError: it does something else.
+    """
+    base, document = load_model(model)
+    again = load_adapter(base, folder, base_id).eval()
     probe_NLD = torch.randn(64, document.length, document.width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        outputs = [model.to("cpu")(probe_NLD).output_NLD for model in (adapted, again)]
+        outputs = [each.to("cpu")(probe_NLD).output_NLD for each in (adapted, again)]
     if not torch.equal(*outputs):
         raise TrainingError("the saved adapter gives other outputs than the trained one: the file system is not sound.")
-    shutil.rmtree(rundir.adapter, ignore_errors=True)
-    temporary.rename(rundir.adapter)
-    sync_folder(rundir.adapter.parent)

@@ -14,6 +14,12 @@ from typing import Any
 from trajdist.errors import ArtifactError
 from trajdist.files import hold, is_held, read_object, user_path, write_bytes, write_json
 
+# What every summary of a phase has: whatever reads it counts on these.
+FIGURES: tuple[str, ...] = ("images", "failures", "epochs", "steps", "seconds", "images_per_s", "first_loss")
+FIGURES += ("final_loss", "peak_memory_bytes", "memory_growth_bytes", "num_processes", "trained_parameters")
+# PEFT's name of the file with an adapter's weights.
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
 
 class RunDir:
     """Paths and records of one run."""
@@ -87,7 +93,7 @@ class RunDir:
 
     def lost(self, phase: int) -> Path | None:
         """A file that a finished phase has made and that is not there, if any."""
-        made = (self.trajectory, self.model) if phase == 1 else (self.adapter / "adapter_model.safetensors",)
+        made = (self.trajectory, self.model) if phase == 1 else (self.adapter / ADAPTER_WEIGHTS,)
         return next((path for path in (*made, self.calibration(phase)) if not path.is_file()), None)
 
     def drop_calibration(self, phase: int) -> None:
@@ -201,6 +207,18 @@ class RunDir:
         if facts.get(key) is None or (replace and facts[key] != value):
             write_json(self.path / "run.json", {**facts, key: value})
 
+    def records_after(self, phase: int) -> dict[str, int]:
+        """The sizes of the metrics and ledger in bytes when a phase was done, by name; empty if it is not.
+
+        Raises:
+            ArtifactError: run.json is damaged.
+        """
+        key = f"records_after_phase{phase}"
+        sizes = self.recall(key) or {}
+        if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
+            raise ArtifactError(f"{str(self.path / 'run.json')!r} is damaged: {key}={sizes!r} are no sizes of files.")
+        return sizes
+
     def forget(self, *keys: str) -> None:
         """Remove keys from run.json.
 
@@ -288,7 +306,14 @@ class RunDir:
         Raises:
             ArtifactError: summary.json is damaged.
         """
-        return self._document("summary.json")
+        summary = self._document("summary.json")
+        for phase, figures in summary.items():
+            if lacks := _lacking(figures):
+                raise ArtifactError(
+                    f"{str(self.path / 'summary.json')!r} is damaged: its {phase} has no {lacks}; restore it, or start "
+                    "over with --fresh."
+                )
+        return summary
 
     def write_summary(self, phase: str, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", {**self.read_summary(), phase: summary})
@@ -302,3 +327,12 @@ def _recording(file: Path) -> Iterator[None]:
         raise ArtifactError(
             f"{str(file)!r} cannot be written ({error.strerror}): free some space or make it writable."
         ) from None
+
+
+def _lacking(figures: Any) -> str | None:
+    """The first number that a phase's summary or one of its domains' should have and does not, if any."""
+    domains = figures.get("domains", {}) if isinstance(figures, dict) else None
+    if not isinstance(domains, dict):
+        return "figures"
+    own = next((name for name in FIGURES if not isinstance(figures.get(name), (int, float))), None)
+    return own or next(filter(None, map(_lacking, domains.values())), None)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -159,15 +158,10 @@ def audit(run_dir: str | Path) -> Audit:
         [f"{name}{line}" for name, part in parts.items() for line in getattr(part, kind)]
         for kind in ("facts", "replaced", "problems")
     )
-    gone = set(_domains_done(rundir)) - {path.name for path in rundir.domains()}
+    done = rundir.read_summary().get("phase2", {}).get("domains", {})
+    gone = set(done) - {path.name for path in rundir.domains()}
     problems += [f"{name}: its folder {str(rundir.path / 'domains' / name)!r} is gone" for name in sorted(gone)]
     return Audit(rundir.told_status(), facts, replaced, problems)
-
-
-def _domains_done(rundir: RunDir) -> list[str]:
-    done = rundir.read_summary().get("phase2")
-    domains = done.get("domains") if isinstance(done, dict) else None
-    return list(domains) if isinstance(domains, dict) else []
 
 
 def _audit_one(rundir: RunDir) -> Audit:
@@ -178,7 +172,7 @@ def _audit_one(rundir: RunDir) -> Audit:
     config = parse_config(read_yaml(rundir.config))
     summary, status = rundir.read_summary(), rundir.read_status()
     phases = dict(_phases(rundir, config))
-    epochs = {phase: _epochs_done(summary, phase) for phase in phases}
+    epochs = {phase: summary.get(f"phase{phase}", {}).get("epochs") for phase in phases}
     problems = []
     for number, line in enumerate(_lines(rundir.ledger), start=1):
         stretch = _parse(line)
@@ -220,12 +214,6 @@ def _names_of_set(rundir: RunDir, config: Config, phase: int) -> Callable[[int],
         return opened.name(image) if opened is not None else f"image number {image}"
 
     return name_of
-
-
-def _epochs_done(summary: dict[str, Any], phase: int) -> int | None:
-    done = summary.get(f"phase{phase}")
-    epochs = done.get("epochs") if isinstance(done, dict) else None
-    return epochs if isinstance(epochs, int) else None
 
 
 def _lines(path: Path) -> Iterator[bytes]:

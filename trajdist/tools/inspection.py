@@ -17,7 +17,7 @@ from rich.text import Text
 from trajdist.artifacts import METADATA_KEY
 from trajdist.errors import ArtifactError
 from trajdist.files import read_object
-from trajdist.saved.rundir import RunDir
+from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
 
 # The safetensors format itself allows no longer header.
 LARGEST_HEADER = 100_000_000
@@ -101,7 +101,7 @@ def _inspect_adapter(path: Path) -> Iterator[RenderableType]:
     shown = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
     facts = {key: document.get(key) for key in (*shown, "base_model_name_or_path")}
     yield _facts(f"adapter {path}", facts)
-    yield from _inspect_safetensors(path / "adapter_model.safetensors")
+    yield from _inspect_safetensors(path / ADAPTER_WEIGHTS)
 
 
 def _inspect_checkpoint(path: Path) -> Iterator[RenderableType]:

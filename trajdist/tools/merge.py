@@ -46,6 +46,7 @@ def merge(run_dir: str | Path, adapter: str | Path | None, out: Path) -> float:
     target = RunDir(out.with_name(f".{out.name}.tmp"))
     shutil.rmtree(target.path, ignore_errors=True)
     try:
+        target.path.mkdir(parents=True)
         _write(scorer.detectors[0], source, target, out)
         difference = _difference(scorer, load(target.path, phase=1, device="cpu"))
         target.path.rename(out)
