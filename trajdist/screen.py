@@ -41,13 +41,14 @@ def guarded_stdout() -> Iterator[None]:
         SystemExit: nobody reads it any more.
     """
     before = sys.stdout
-    # There is none where the shell closed it (``>&-``).
-    sys.stdout = guarded = _Guarded(before or open(os.devnull, "w"))
-    try:
-        yield
-        guarded.flush()
-    finally:
-        sys.stdout = before
+    with open(os.devnull, "w") as nowhere:
+        # There is none where the shell closed it (``>&-``).
+        sys.stdout = guarded = _Guarded(before or nowhere)
+        try:
+            yield
+            guarded.flush()
+        finally:
+            sys.stdout = before
 
 
 @contextmanager
