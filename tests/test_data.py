@@ -220,33 +220,41 @@ def test_bad_files_are_empty_slots_with_reasons(spoilt):
     assert not any("\n" in reason or "0x" in reason for reason in reasons.values())
 
 
-def failing_read(times: int, number: int):
-    """``Path.read_bytes`` that fails ``times`` times; and the list of its calls."""
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "endless.png")
+    with pytest.raises(OSError, match="no regular file"):
+        ImageFolder(tmp_path, "key").read(0)
+
+
+def failing_open(times: int, number: int):
+    """``os.open`` that fails ``times`` times; and the list of its calls."""
     calls: list[Path] = []
 
-    def read(path: Path) -> bytes:
+    def opened(path: Path, flags: int) -> int:
         calls.append(path)
         if len(calls) <= times:
             raise OSError(number, os.strerror(number))
-        return b"whole"
+        return os.open(path, flags)
 
-    return read, calls
+    return opened, calls
 
 
 @pytest.mark.parametrize(
     ("times", "number", "tries", "succeeds"),
     [(2, errno.EIO, 3, True), (3, errno.ESTALE, 4, True), (4, errno.EIO, 4, False), (1, errno.ENOENT, 1, False)],
 )
-def test_passing_errors_are_tried_again(monkeypatch, times, number, tries, succeeds):
-    read, calls = failing_read(times, number)
+def test_passing_errors_are_tried_again(tmp_path, monkeypatch, times, number, tries, succeeds):
+    (tmp_path / "x").write_bytes(b"whole")
+    opened, calls = failing_open(times, number)
     pauses: list[float] = []
-    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr("trajdist.data.storage._without_waiting", opened)
     monkeypatch.setattr("time.sleep", pauses.append)
     if succeeds:
-        assert read_bytes(Path("x"), retries=3) == b"whole"
+        assert read_bytes(tmp_path / "x", retries=3) == b"whole"
     else:
         with pytest.raises(OSError, match=os.strerror(number)):
-            read_bytes(Path("x"), retries=3)
+            read_bytes(tmp_path / "x", retries=3)
     assert len(calls) == tries
     assert pauses == sorted(set(pauses)), "pauses grow"
     assert len(pauses) == tries - 1

@@ -10,6 +10,7 @@ import functools
 import glob
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -125,8 +126,8 @@ def version(name: str) -> Version:
         Exception: it is missing or cannot be reached.
     """
     if not is_url(name):
-        stat = os.stat(name)
-        return Version(stat.st_size, f"{LOCAL_TAG}{stat.st_mtime_ns}")
+        found = os.stat(name)
+        return Version(found.st_size, f"{LOCAL_TAG}{found.st_mtime_ns}")
     info = _filesystem(name).info(name)
     tags = (info.get(key) for key in ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created"))
     return Version(int(info.get("size") or 0), str(next((tag for tag in tags if tag), "")).strip('"'))
@@ -237,9 +238,22 @@ def read_bytes(path: Path, retries: int) -> bytes:
     """The contents of a local file, with retries after transient errors.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no file: a pipe would be waited for, and a device may have no end.
     """
-    return retrying(path.read_bytes, retries)
+
+    def once() -> bytes:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
+            os.set_blocking(file.fileno(), True)  # Hierarchical storage does not recall a file for one that won't wait.
+            return file.read()
+
+    return retrying(once, retries)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """``os.open`` that returns at once even if the file is a pipe that nobody writes to."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 class _File:
