@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import pickle
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ from trajdist.cli import main
 from trajdist.config_files import load_config
 from trajdist.data.sources import open_source
 from trajdist.errors import ArtifactError, ConfigError, DataError, UserError
+from trajdist.extraction import backbones
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring.scorer import Scorer, Scores, _names
 from trajdist.training.selection import draw
@@ -210,6 +215,59 @@ def test_threads_may_share_a_scorer(scorer, crops):
     with ThreadPoolExecutor(4) as pool:
         for found, expected in zip(pool.map(lambda crop: scorer([crop]), crops), alone, strict=True):
             assert_same(found, expected)
+
+
+@contextmanager
+def default(change: Callable[[object], None], value: object, usual: object) -> Iterator[None]:
+    change(value)
+    try:
+        yield
+    finally:
+        change(usual)
+
+
+AROUND = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "dtype": lambda: default(torch.set_default_dtype, torch.float64, torch.float32),
+    "device": lambda: default(torch.set_default_device, "meta", None),
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_scores_do_not_depend_on_the_program_around(debug_run, scorer, crops, around):
+    expected = scorer(crops[:4])
+    with AROUND[around]():
+        random = torch.get_rng_state()
+        loaded = trajdist.load(debug_run, device="cpu")
+        assert torch.equal(random, torch.get_rng_state())
+        inside = [scorer(crops[:4]), loaded(crops[:4])]
+    for scores in (*inside, loaded(crops[:4])):
+        assert_same(scores, expected, 1e-6)
+        np.testing.assert_array_equal(scores.p_values, expected.p_values)
+
+
+def test_random_weights_are_the_runs_in_whatever_thread(debug_run, scorer, crops, monkeypatch):
+    """Several threads that load at once would draw from one generator."""
+    inside: list[int] = []
+
+    def seeing(*arguments):
+        inside.append(len(inside))
+        time.sleep(0.05)
+        assert inside.pop() == 0
+        return build_network(*arguments)
+
+    build_network = backbones.build_network
+    monkeypatch.setattr(backbones, "build_network", seeing)
+    with ThreadPoolExecutor(3) as pool:
+        for loaded in pool.map(lambda _: trajdist.load(debug_run, device="cpu"), range(3)):
+            assert_same(loaded(crops[:2]), scorer(crops[:2]))
+
+
+@pytest.mark.parametrize("make", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_scorer_is_loaded_where_it_is_needed(scorer, make):
+    with pytest.raises(TypeError, match=r"call trajdist\.load there"):
+        make(scorer)
 
 
 @pytest.mark.parametrize("size", [0, 2.5, None, "3"])

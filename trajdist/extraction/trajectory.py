@@ -240,7 +240,8 @@ class TrajectoryExtractor:
     def _empty(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
         length, width = self.projection.valid_LD.shape
         places = self.resolution**2 if places_BK is None else places_BK.shape[1]
-        return torch.zeros(images_BCSS.shape[0], places, length, width, device=images_BCSS.device)
+        shape = images_BCSS.shape[0], places, length, width
+        return torch.zeros(shape, dtype=torch.float32, device=images_BCSS.device)
 
     def _trajectories(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
         """Trajectories of one pass, ``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
@@ -268,7 +269,7 @@ class TrajectoryExtractor:
         device = images_BCSS.device.type
 
         def reduce_at_once(block: int, map_BCHW: torch.Tensor) -> None:
-            with _full_precision(device):
+            with full_precision(device):
                 for number, step in enumerate(self.steps):
                     if step.block == block:
                         visit(number, self._pool(map_BCHW, step, places_BK))
@@ -302,7 +303,7 @@ def update_moments(
         extractor.observe(images_BCSS[part], visit)
 
 
-def _full_precision(device_type: str) -> AbstractContextManager[object]:
+def full_precision(device_type: str) -> AbstractContextManager[object]:
     """Turns autocast off; does nothing while exporting, as exported programs have no autocast."""
     exporting = torch.compiler.is_exporting()
     return nullcontext() if exporting else torch.autocast(device_type, enabled=False)

@@ -6,12 +6,13 @@ Shape suffixes: B images, H W grid, L steps, D channels, S pixels per side.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from torch import nn
 from trajdist.artifacts import load_state, read_document, read_tensors, write_tensors
 from trajdist.data.decode import reason, to_square
 from trajdist.errors import ArtifactError, ConfigError, DataError, one_line
-from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.extraction.trajectory import TrajectoryExtractor, full_precision
 from trajdist.files import user_path
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
@@ -32,6 +33,7 @@ from trajdist.scoring.histogram import ScoreHistogram
 # What to do about a file that a phase makes at its end, and that is not there.
 GO_ON = "the run is not finished; wait for it, or give its command again, which goes on"
 COPY = "finish the adapter's run, or copy the file from there"
+_LOADING = Lock()
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,9 @@ class Scorer:
         # A backbone hands out its activations to whoever has called it last: one batch at a time.
         self._extracting = Lock()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a scorer cannot be copied or sent to another process: call trajdist.load there.")
+
     def to(self, device: torch.device | str) -> Scorer:
         """Move to a device."""
         self.device = torch.device(device)
@@ -169,9 +174,11 @@ class Scorer:
     @torch.no_grad()
     def score_batch(self, images_BCSS: torch.Tensor) -> list[CellScores]:
         """uint8 ``[B, 3, S, S]`` on the device -> one :class:`CellScores` per detector."""
-        with self._extracting:
-            trajectories = self.extractor(images_BCSS)
-        return [detector.score(trajectories) for detector in self.detectors]
+        # As calibrated, even within a program's autocast.
+        with full_precision(images_BCSS.device.type):
+            with self._extracting:
+                trajectories = self.extractor(images_BCSS)
+            return [detector.score(trajectories) for detector in self.detectors]
 
     def __call__(self, images: Any, batch_size: int = 32) -> Scores:
         """Score files, PIL images, arrays or tensors with the first detector.
@@ -223,6 +230,23 @@ class Scorer:
         return np.zeros((0, self.size, self.size), np.float32), np.zeros(0, np.float32), np.zeros(0, np.float64)
 
 
+@contextmanager
+def _own_defaults() -> Iterator[None]:
+    """PyTorch as it starts, whatever the program around has set: new tensors are float32 and on the CPU.
+
+    Random numbers go on as if nothing had been loaded. One thread at a time: the default dtype and the generator that
+    random weights are drawn from are the process's.
+    """
+    with _LOADING, torch.random.fork_rng(devices=[]), torch.device("cpu"), full_precision("cpu"):
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+@_own_defaults()
 def load(
     run_dir: str | Path,
     adapter: str | Path | Sequence[str | Path] | None = None,
