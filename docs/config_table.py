@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from trajdist.config import fields
+from trajdist.config_schema import fields
 
 PREFACE = """\
 # Configuration

@@ -10,9 +10,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trajdist.config import Config, fields, flatten, json_schema
+from trajdist.config import Config
 from trajdist.config_files import dump_yaml, find_config, load_config
 from trajdist.config_parsing import parse_config
+from trajdist.config_schema import fields, flatten, json_schema
 from trajdist.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from trajdist.config import fields
+from trajdist.config_schema import fields
 from trajdist.runtime.clock import STAGES
 from trajdist.training.doctor import AVOIDABLE, ENOUGH_STEPS, Facts, diagnose, shares, split
 

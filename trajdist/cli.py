@@ -201,10 +201,9 @@ def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource]
     # On another run's Phase 1, the job to plan is one for ``adapt``.
     on_another = arguments.command is _plan and config.phase1 is not None
     phases = [2] if on_another else list(arguments.phases)
-    data, adaptation = config.data, config.domain_adaptation.enabled
-    no_domain = not data.domain.path and not data.domains
-    if 1 in phases and 2 in phases and (adaptation is False or (adaptation is None and no_domain)):
-        phases.remove(2)
+    if phases == [1, 2] and not config.adapts:
+        phases = [1]
+    data = config.data
     several = {f"domains.{name}": domain.path for name, domain in data.domains.items()}
     wanted = {1: {"imagenet": data.imagenet.path}, 2: several or {"domain": data.domain.path}}
     access = Access(data.read_retries, data.cache_dir, data.cache_gib, data.shuffle_window)
@@ -369,8 +368,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from trajdist.config import json_schema
     from trajdist.config_files import dump_yaml, load_config
+    from trajdist.config_schema import json_schema
 
     overrides = list(arguments.overrides)
     source = arguments.config

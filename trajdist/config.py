@@ -6,10 +6,9 @@ Config objects stop at the builders: classes elsewhere take plain keyword argume
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -345,6 +344,12 @@ class Config(Section):
     runtime: Runtime = Runtime()
     """Machine."""
 
+    @property
+    def adapts(self) -> bool:
+        """Whether `run` goes on to Phase 2: where it is not said, if there is a domain."""
+        enabled = self.domain_adaptation.enabled
+        return bool(self.data.domain.path or self.data.domains) if enabled is None else enabled
+
     def contrasts(self, phase: int) -> bool:
         """Whether a phase trains on clean images together with copies that have a defect drawn in."""
         return phase == 2 and self.domain_adaptation.objective == "contrast"
@@ -355,43 +360,3 @@ def domain_config(config: Config, name: str) -> Config:
     data = config.data.model_copy(update={"domain": config.data.domains[name], "domains": {}})
     run_dir = str(Path(config.run_dir) / "domains" / name)
     return config.model_copy(update={"run_dir": run_dir, "phase1": config.run_dir, "data": data})
-
-
-def json_schema() -> str:
-    """JSON Schema of the config file, for editors."""
-    schema = Config.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return json.dumps(schema, indent=2)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> ``{"a.b": value}``."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str, bool]]:
-    """Walk the schema: (dotted key, default, description, may change on resume) for every leaf."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.default, Section):
-            yield from fields(type(field.default), f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field.default, field.description or "", field.json_schema_extra == FREE
-
-
-def is_text(key: str) -> bool:
-    """Whether the value of a dotted key is text (or null), and nothing else."""
-    kind: Any = Config
-    for part in key.split("."):
-        if get_origin(kind) is dict:  # data.domains.NAME
-            kind = get_args(kind)[1]
-        elif isinstance(kind, type) and issubclass(kind, Section) and part in kind.model_fields:
-            kind = kind.model_fields[part].annotation
-        else:
-            return False
-    return kind is str or set(get_args(kind)) == {str, type(None)}

@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from trajdist.config import Config, is_text
+from trajdist.config import Config
 from trajdist.config_parsing import parse_config
+from trajdist.config_schema import is_text
 from trajdist.errors import ConfigError
 from trajdist.files import user_path
 

@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from trajdist import launcher
-from trajdist.config import Config, Model, fields
+from trajdist.config import Config, Model
+from trajdist.config_schema import fields
 from trajdist.errors import ConfigError
 
 

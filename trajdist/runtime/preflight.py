@@ -25,7 +25,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from trajdist import __version__
-from trajdist.config import Config, flatten
+from trajdist.config import Config
+from trajdist.config_schema import flatten
 from trajdist.data.base import ImageSource
 from trajdist.errors import ConfigError, TrainingError, one_line
 from trajdist.runtime.processes import Processes, device_type, named, precision

@@ -12,8 +12,9 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from trajdist import launcher
-from trajdist.config import SETS, Config, ImageSet, domain_config, fields, flatten
+from trajdist.config import SETS, Config, ImageSet, domain_config
 from trajdist.config_files import dump_yaml, read_yaml
+from trajdist.config_schema import fields, flatten
 from trajdist.data.base import ImageSource
 from trajdist.data.cache import TrajectoryCache
 from trajdist.data.decode import Fit
