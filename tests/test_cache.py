@@ -24,7 +24,7 @@ from outcome import assert_done
 from test_loop import arguments, assert_same_training, batches, losses
 
 from trajdist.cli import main
-from trajdist.data.cache import CacheWriter, TrajectoryCache, look_up, padded
+from trajdist.data.trajectory_cache import CacheWriter, TrajectoryCache, look_up, padded
 from trajdist.errors import ConfigError
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.training.caching import open_writer
@@ -195,7 +195,7 @@ def test_a_last_sync_that_fails_ends_the_caching_and_nothing_else(cache, monkeyp
             time.sleep(0.01)
         write(*args)
 
-    monkeypatch.setattr("trajdist.data.cache.SYNC", full)
+    monkeypatch.setattr("trajdist.data.trajectory_cache.SYNC", full)
     monkeypatch.setattr(TrajectoryCache, "write", write_while_it_is_closed)
     writer, closed = CacheWriter(cache, 100), []
     writer.add(torch.tensor([1]), torch.tensor([1]), some(1))

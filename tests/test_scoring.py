@@ -31,8 +31,8 @@ from trajdist.artifacts import read_document, read_tensors, write_tensors
 from trajdist.cli import main
 from trajdist.data.sources import open_source
 from trajdist.scoring.calibration import QuantileSketch
-from trajdist.scoring.files import most_anomalous, picture_name
 from trajdist.scoring.histogram import ScoreHistogram
+from trajdist.scoring.output import most_anomalous, picture_name
 from trajdist.scoring.pictures import outline, overlay
 from trajdist.scoring.report import GALLERY, calmest_besides
 from trajdist.scoring.residuals import upsample

@@ -21,7 +21,7 @@ from trajdist.artifacts import write_tensors
 from trajdist.cli import main
 from trajdist.files import write_json
 from trajdist.saved import bundle, checkpoint, lora
-from trajdist.scoring import files as score_files
+from trajdist.scoring import output
 from trajdist.training import loop
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -180,7 +180,7 @@ def test_a_full_disk_while_scoring(uninterrupted, tmp_path, monkeypatch, capsys)
     images = write_images(tmp_path / "images", 5)
     command = ["score", str(uninterrupted), str(images), "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        fill_disk(patch, score_files.MapsFile, "write", 1, 300)
+        fill_disk(patch, output.MapsFile, "write", 1, 300)
         assert main(command) == 4
     error = capsys.readouterr().err
     assert f"--out {str(tmp_path / 'out')!r} cannot be written" in error

@@ -19,9 +19,9 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from trajdist.data.base import ImageSource
-from trajdist.data.cache import Cached, TrajectoryCache, look_up, padded
 from trajdist.data.decode import Fit, reason, to_square
 from trajdist.data.drawing import DefectDraw
+from trajdist.data.trajectory_cache import Cached, TrajectoryCache, look_up, padded
 from trajdist.sharding import Int64s, PlaceDraw, Plan, Slots, digest
 
 IndexAt = Callable[[int, Int64s], Int64s]

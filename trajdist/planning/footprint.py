@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trajdist.config import Config
-from trajdist.data.cache import Cached
 from trajdist.data.loader import ImageBatch
+from trajdist.data.trajectory_cache import Cached
 from trajdist.extraction.projection import BlockMoments, pca_whitening
 from trajdist.extraction.trajectory import TrajectoryExtractor, update_moments
 from trajdist.planning.task import autocast, plan_task, widths_of

@@ -16,8 +16,8 @@ from rich.table import Table
 from trajdist import launcher
 from trajdist.config import SETS, Config, domain_config
 from trajdist.data.base import ImageSource
-from trajdist.data.cache import TrajectoryCache
 from trajdist.data.loader import resolve_workers
+from trajdist.data.trajectory_cache import TrajectoryCache
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.planning import probe
 from trajdist.planning.budget import FLOAT, Budget, measure_bases, saved_copies

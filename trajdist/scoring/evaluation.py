@@ -15,10 +15,10 @@ from rich.table import Table
 from trajdist.data.labelled import GOOD, LabelledFolder
 from trajdist.errors import DataError
 from trajdist.files import write_json
-from trajdist.scoring.files import read_rows
 from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.job import Scoring
 from trajdist.scoring.metrics import Curve, PixelScores, bootstrap_interval, curve
+from trajdist.scoring.output import read_rows
 from trajdist.scoring.report import Labels, defect_scores, report
 from trajdist.scoring.score import Scored, map_of, score
 

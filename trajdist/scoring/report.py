@@ -17,10 +17,10 @@ from trajdist.data.loader import SlotDataset
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring import pictures
-from trajdist.scoring.files import Row, least_anomalous, most_anomalous, read_rows, unreadable
 from trajdist.scoring.histogram import ScoreHistogram, plot_bins
 from trajdist.scoring.job import Scoring
 from trajdist.scoring.metrics import PixelScores, curve
+from trajdist.scoring.output import Row, least_anomalous, most_anomalous, read_rows, unreadable
 from trajdist.scoring.page import (
     CurvePair,
     DefectKind,

@@ -28,7 +28,8 @@ from trajdist.files import hold, read_object, write_json
 from trajdist.runtime.processes import Processes, to_device
 from trajdist.runtime.progress import Progress
 from trajdist.scoring import pictures, residuals
-from trajdist.scoring.files import (
+from trajdist.scoring.job import Scoring
+from trajdist.scoring.output import (
     MapsFile,
     Row,
     count_rows,
@@ -40,7 +41,6 @@ from trajdist.scoring.files import (
     replace_rows,
     unreadable,
 )
-from trajdist.scoring.job import Scoring
 from trajdist.scoring.scorer import CellScores, Detector
 from trajdist.sharding import Int64s, Plan
 

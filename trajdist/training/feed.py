@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from trajdist.config import Config
-from trajdist.data.cache import CacheWriter
 from trajdist.data.loader import ImageBatch
+from trajdist.data.trajectory_cache import CacheWriter
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.runtime.clock import Clock
 from trajdist.runtime.processes import to_device

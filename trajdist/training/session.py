@@ -16,10 +16,10 @@ from trajdist.config import SETS, Config, ImageSet, domain_config
 from trajdist.config_files import dump_yaml, read_yaml
 from trajdist.config_schema import fields, flatten
 from trajdist.data.base import ImageSource
-from trajdist.data.cache import TrajectoryCache
 from trajdist.data.decode import Fit
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, IndexAt, SlotDataset, build_loader, resolve_threads, resolve_workers
+from trajdist.data.trajectory_cache import TrajectoryCache
 from trajdist.errors import ArtifactError, ConfigError, DataError, StopRequested, UserError
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.runtime.preflight import add_up, compare
