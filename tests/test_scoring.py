@@ -877,10 +877,14 @@ def test_the_advised_rate_is_enough(clean_run, tmp_path, capsys, fresh_accelerat
 
 def test_unreadable_images_are_named(debug_run, tmp_path, capsys, fresh_accelerate):
     images = write_images(tmp_path / "images", 3)
-    (images / "zz.png").write_text("no picture")
+    (images / "0001.png").rename(images / "\x1b[2J\n.png")
+    (images / "\x1bzz.png").write_text("no picture")
     assert score(debug_run, images, tmp_path / "out") == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "1 of 4 images could not be read: zz.png (UnidentifiedImageError" in said
+    written = capsys.readouterr().out
+    assert "\x1b" not in written, "no terminal clears its screen because of a name"
+    said = " ".join(written.split())
+    assert r"\x1b[2J\n.png" in said
+    assert r"1 of 4 images could not be read: \x1bzz.png (UnidentifiedImageError" in said
     page = (tmp_path / "out" / "report.html").read_text()
     assert '"num_unreadable": 1' in page
     assert "zz.png" in page

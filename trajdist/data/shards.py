@@ -21,7 +21,7 @@ from rich.progress import track
 
 from trajdist import launcher
 from trajdist.data import storage
-from trajdist.data.base import EXTENSIONS, EncodedSource, Names, numbered, version_of
+from trajdist.data.base import EXTENSIONS, EncodedSource, Names, numbered, on_screen, version_of
 from trajdist.data.shard_cache import GIB, ShardCache
 from trajdist.data.shard_index import BLOCK, ShardIndex, load_index
 from trajdist.data.storage import Access, Version
@@ -207,7 +207,7 @@ def _tell_left_out(paths: list[str], shards: list[_Shard]) -> None:
     if launcher.rank():
         return
     lines = [
-        f"{path}: {name} is left out: {reason}"
+        on_screen(f"{path}: {name} is left out: {reason}")
         for path, shard in zip(paths, shards, strict=True)
         for name, reason in shard.left_out.items()
     ]

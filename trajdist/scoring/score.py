@@ -18,6 +18,7 @@ import torch
 from rich.table import Table
 
 from trajdist.artifacts import fingerprint
+from trajdist.data.base import on_screen
 from trajdist.data.loader import (
     ImageBatch,
     in_threads,
@@ -344,7 +345,7 @@ def tell_unreadable(job: Scoring) -> None:
     rows, count = unreadable(job.out, SHOWN)
     if not count:
         return
-    named = "; ".join(f"{row['image']} ({row['error']})" for row in rows)
+    named = "; ".join(f"{on_screen(row['image'])} ({row['error']})" for row in rows)
     more = f"; and {count - SHOWN} more, see scores.jsonl" if count > SHOWN else ""
     if count == len(job.source):
         raise DataError(f"none of the {count} images of {job.images_title!r} could be read: {named}{more}.")
@@ -361,5 +362,5 @@ def score_table(job: Scoring) -> Table:
         table.add_column(column, overflow="fold")
     for _, row in most_anomalous(job.out, 10):
         alarm = "anomalous" if row["is_anomalous"] else ""
-        table.add_row(row["image"], f"{row['score']:.3f}", f"{row['p_value']:.4f}", alarm)
+        table.add_row(on_screen(row["image"]), f"{row['score']:.3f}", f"{row['p_value']:.4f}", alarm)
     return table

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trajdist.config import SETS, Config
 from trajdist.config_files import read_yaml
 from trajdist.config_parsing import parse_config
-from trajdist.data.base import ImageSource
+from trajdist.data.base import ImageSource, on_screen
 from trajdist.data.sources import open_source
 from trajdist.errors import ArtifactError, UserError
 from trajdist.saved.rundir import RunDir
@@ -211,7 +211,7 @@ def _names_of_set(rundir: RunDir, config: Config, phase: int) -> Callable[[int],
 
     def name_of(image: int) -> str:
         opened = source()
-        return opened.name(image) if opened is not None else f"image number {image}"
+        return on_screen(opened.name(image)) if opened is not None else f"image number {image}"
 
     return name_of
 
