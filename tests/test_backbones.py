@@ -100,7 +100,9 @@ def test_globs_choose_blocks() -> None:
     with pytest.raises(ConfigError, match=r"'AuxLogits\.conv0' and others that are not called"):
         build("inception_v3", 96, ("AuxLogits.*",))
     with pytest.raises(ConfigError, match=r"'stages\.2\.1\.transformer\.0', whose output \(4, 4, 64\) is no map"):
-        build("timm:mobilevit_xxs", 32)
+        build("timm:mobilevit_xxs", 32, ("stages.*.transformer.[0-9]",))
+    with pytest.raises(ConfigError, match=r"whose output \(1, 16, 196, 96\) is no map of the image"):
+        build("timm:nest_tiny_jx", 224, ("levels.0.transformer_encoder.0",))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,21 @@ def test_globs_choose_blocks() -> None:
         ("timm:swinv2_tiny_window8_256", 12),
         ("timm:vit_small_patch16_dinov3", 12),
         ("timm:tiny_vit_5m_224", 12),
+        ("timm:mobilevit_xxs", 10),
+        # Blocks of other classes stand between those that were known.
+        ("timm:mobilenetv4_hybrid_medium", 31),
+        ("timm:botnet26t_256", 8),
+        ("timm:csatv2", 18),
+        ("timm:swiftformer_xs", 16),
+        ("timm:efficientvit_b0", 11),
+        ("timm:rdnet_tiny", 21),
+        ("timm:cspnext_tiny", 4),
+        # Families without a known one.
+        ("timm:nf_regnet_b0", 16),
+        ("timm:davit_tiny", 12),
+        ("timm:levit_128s", 9),
+        ("timm:mambaout_femto", 18),
+        ("timm:resnetv2_18", 8),
     ],
 )
 def test_residual_blocks_have_many_names(name: str, count: int) -> None:
@@ -121,6 +138,24 @@ def test_residual_blocks_have_many_names(name: str, count: int) -> None:
 def test_networks_without_blocks_need_globs() -> None:
     with pytest.raises(ConfigError, match=r"backbone\.blocks is empty"):
         find_blocks(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), [])
+
+
+@pytest.mark.parametrize("name", ["lowformer_b0", "cpubone_nano"])
+def test_networks_of_which_some_blocks_are_unknown_need_globs(name: str) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    with pytest.raises(ConfigError, match=r"such as 'stages\.2\.1': name the modules to observe by globs"):
+        find_blocks(network, [])
+
+
+def test_maps_as_deep_as_they_are_wide_keep_their_layout() -> None:
+    blocks = build("timm:mambaout_femto", 192).blocks
+    assert {block.layout for block in blocks} == {"BHWC"}
+    assert (blocks[0].side, blocks[0].channels) == (48, 48)
+
+
+def test_weights_of_five_dimensions() -> None:
+    assert len(build("timm:lambda_resnet26t", 256).blocks) == 8
 
 
 def test_train_is_inert_and_statistics_do_not_drift() -> None:

@@ -26,9 +26,20 @@ from trajdist.models.linear import use_fast_linear
 # Class names of residual blocks in torchvision, timm and efficientnet_lite_pytorch; only the outermost match counts.
 BLOCK_CLASS = re.compile(
     r"^(BasicBlock|Bottleneck|_?InvertedResidual|(Fused)?MBConv|MBConvBlock|CNBlock|EncoderBlock|MaxVitBlock|EdgeResidual"
-    r"|DepthwiseSeparableConv|ResBottleneckBlock|Block|SwinTransformer(V2)?Block|SwinTransformerBlockV2|ConvNeXtBlock"
-    r"|BottleneckBlock|UniversalInvertedResidual|PreActBottleneck|MetaFormerBlock|VOLOBlock|XCABlock|EvaBlock|TinyVitBlock)$"
+    r"|DepthwiseSeparableConv|ResBottleneckBlock|Block|SwinTransformer(V2|V2Cr)?Block|SwinTransformerBlockV2|ConvNeXtBlock"
+    r"|BottleneckBlock|UniversalInvertedResidual|PreActBottleneck|MetaFormerBlock|VOLOBlock|XCABlock|EvaBlock|TinyVitBlock"
+    r"|AttentionBlock|BlockESE|Bottle2neck|ChannelBlock|ConvBlock|ConvEncoder|CspNextBlock|DarkBlock|Dla(Basic|Bottleneck|Bottle2neck)"
+    r"|DualPathBlock|EdgeBlock|EfficientFormerV2Block|EfficientViMBlock|EfficientVitBlock|FocalNetBlock|GatedConvBlock"
+    r"|(Rep)?GhostBottleneck(V[23])?|GlobalContextVitBlock|HighPerfGpuBlock|LayerScaleBlock|LevitBlock|LinearBottleneck"
+    r"|(Parallel)?MaxxVitBlock|MbConvBlock|MetaBlock[12]d|MetaNeXtBlock|MixerBlock|MobileAttention|MobileVit(V2)?Block"
+    r"|Next(Conv|Transformer)Block|NormFreeBlock|OsaBlock|Parallel(Scaling|Things)Block|PreActBasic|PreBottleneck"
+    r"|(ResPost)?RelPosBlock|RepDepthwiseSeparable|RepMixerBlock|RepVggBlock|RepViTBlock|ResBlock|ResNestBottleneck"
+    r"|ResPostBlock|ResidualBlock|SEBottleneck|SERes(Net|NeXt)(Block|Bottleneck)|SelectiveKernel(Basic|Bottleneck)"
+    r"|SelfAttnBlock|Sequencer2dBlock|SpatialBlock|SpatialGatingBlock|SplitTransposeBlock|TransformerBlock(2d)?"
+    r"|(Pre)?XceptionModule)$"
 )
+# Those that give [B, H, W, C], which only the sizes tell otherwise.
+CHANNELS_LAST = re.compile("Swin|GatedConv|GlobalContextVit|Sequencer2d|TinyVit")
 
 Visit = Callable[[int, torch.Tensor], None]
 
@@ -96,7 +107,9 @@ class Backbone(nn.Module):
         self.fingerprint = fingerprint(self.network.state_dict(), {"blocks": names})
         fold_batchnorm(self.network, names, lambda: self._outputs(names, image_size))
         use_fast_linear(self.network)
-        self.network.to(memory_format=torch.channels_last)
+        for tensor in (*self.network.parameters(), *self.network.buffers()):
+            if tensor.ndim == 4:  # ``network.to(memory_format=...)`` fails where there are any of five dimensions.
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         for number, block in enumerate(self.blocks):
             self.network.get_submodule(block.name).register_forward_hook(self._hook(number))
         # Modules inside the last block would not be called, so none of them may be observed.
@@ -155,7 +168,7 @@ class Backbone(nn.Module):
         try:
             shapes = {name: output.shape for name, output in self._run_once(names, image_size, calls).items()}
         except (RuntimeError, AssertionError, ValueError) as error:
-            reason = one_line(error)
+            reason = one_line(error) or type(error).__name__
             raise ConfigError(f"data.image_size={image_size} does not suit this backbone: {reason}") from None
         if not shapes:
             raise ConfigError(
@@ -243,8 +256,9 @@ def _layout(shape: torch.Size, module: nn.Module) -> str | None:
         return "BNC"
     if len(shape) != 4:
         return None
-    channels_last = shape[1] == shape[2] and (shape[3] != shape[2] or "Swin" in type(module).__name__)
-    return "BHWC" if channels_last else "BCHW"
+    if shape[1] == shape[2] and (shape[3] != shape[2] or CHANNELS_LAST.search(type(module).__name__)):
+        return "BHWC"
+    return "BCHW" if shape[2] == shape[3] else None
 
 
 def to_grid(output: torch.Tensor, layout: str) -> torch.Tensor:
@@ -262,7 +276,7 @@ def find_blocks(network: nn.Module, patterns: list[str]) -> list[str]:
     """Names of the modules to observe: those that match ``patterns``, or without any the outermost residual blocks.
 
     Raises:
-        ConfigError: no module matches.
+        ConfigError: no module matches, or only some of the blocks are of a known class.
     """
     names = [name for name, _ in network.named_modules() if name]
     if patterns:
@@ -277,7 +291,26 @@ def find_blocks(network: nn.Module, patterns: list[str]) -> list[str]:
             f"backbone.blocks is empty and {type(network).__name__} has no residual blocks of a known class: "
             f"name the modules to observe by globs, for example among {names[:8]}."
         )
+    if unknown := _unknown_beside(network, outermost):
+        raise ConfigError(
+            f"backbone.blocks is empty and {type(network).__name__} has blocks of a class that is not known between "
+            f"others, such as {unknown!r}: name the modules to observe by globs, for example among {outermost[:8]}."
+        )
     return outermost
+
+
+def _unknown_beside(network: nn.Module, blocks: list[str]) -> str | None:
+    """The first module in a list with blocks that has several layers with weights as well, but is none of them."""
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in blocks):
+        module = network.get_submodule(parent)
+        if not isinstance(module, (nn.Sequential, nn.ModuleList)):
+            continue
+        for name, child in module.named_children():
+            full = f"{parent}.{name}" if parent else name
+            layers = sum(isinstance(each, (nn.Conv2d, nn.Linear)) for each in child.modules())
+            if full not in blocks and layers > 1:
+                return full
+    return None
 
 
 def build_backbone(name: str, weights: str, patterns: list[str], image_size: int, seed: int) -> Backbone:
