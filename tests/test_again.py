@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from images import write_images
 from jobs import launch
+from PIL import Image
 from torchvision.models import resnet18
 
 from trajdist import load
@@ -204,6 +205,19 @@ def test_the_scale_of_gradients_is_the_same_after_a_restart_between_the_phases(t
             assert main([command, "debug", PLAIN, f"run_dir={tmp_path / name}"]) == 0
     weights = [(tmp_path / name / ADAPTER).read_bytes() for name in ("whole", "parts")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(("largest", "told"), [(4095, 1), (65535, 0)])
+def test_images_of_a_12_bit_camera_are_told_of_once(tmp_path, capsys, largest, told):
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        grey = np.random.default_rng(number).integers(0, largest + 1, (48, 48)).astype(np.uint16)
+        Image.fromarray(grey).save(tmp_path / "images" / f"{number}.png")
+    path = f"data.imagenet.path={tmp_path / 'images'}"
+    command = ["train", "debug", PLAIN, f"run_dir={tmp_path / 'run'}", path, "data.imagenet.num_samples=-1"]
+    for epochs in (1, 2):
+        assert main([*command, f"data.imagenet.num_epochs={epochs}"]) == 0
+    assert capsys.readouterr().out.count("as of a 12-bit camera, and come out dark: multiply them by 16.") == told
 
 
 def test_a_file_of_weights_that_was_moved(tmp_path, capsys):

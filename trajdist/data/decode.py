@@ -22,6 +22,8 @@ Fit = Literal["squash", "crop"]
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
 # The largest value of an image of floats in 0..1.
 OVERSHOOT = 1.5
+# Of the values of a 12-bit camera, which are often stored as they are in files of 16 bits.
+TWELVE_BITS = 2**12
 # Bump whenever decoding or resizing produces different pixels: it invalidates trajectory caches.
 TRANSFORM = 3
 # Warning filters are process-global, hence the lock. It is held briefly: opening reads only the header.
@@ -102,6 +104,18 @@ def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     elif pixels.dtype.itemsize == 2 or values.max(initial=0.0) > 255:
         values /= 257.0
     return np.rint(values.clip(0, 255)).astype(np.uint8)
+
+
+def is_dim(raw: bytes) -> bool:
+    """Whether an image has grey values of 16 bits of which it uses twelve at most: they are taken for nearly black.
+
+    Raises:
+        Exception: whatever Pillow raises.
+    """
+    image = open_image(raw)
+    if not (image.mode.startswith("I;16") or image.mode == "I"):
+        return False
+    return 255 < int(np.asarray(image).max()) < TWELVE_BITS
 
 
 def to_square(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
+import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -15,8 +16,8 @@ from trajdist import launcher
 from trajdist.config import SETS, Config, ImageSet, domain_config
 from trajdist.config_files import dump_yaml, read_yaml
 from trajdist.config_schema import fields, flatten
-from trajdist.data.base import ImageSource
-from trajdist.data.decode import Fit
+from trajdist.data.base import EncodedSource, ImageSource
+from trajdist.data.decode import Fit, is_dim
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, IndexAt, SlotDataset, build_loader, resolve_threads, resolve_workers
 from trajdist.data.trajectory_cache import TrajectoryCache
@@ -36,6 +37,8 @@ from trajdist.training.selection import draw, facts, keep
 
 # How much longer than runtime.timeout_s the process group itself waits for a lost process.
 GRACE_S = 60.0
+# How many images are looked at before training, where they may be those of a 12-bit camera.
+FIRST_IMAGES = 4
 
 
 @dataclass
@@ -175,9 +178,23 @@ class Session:
         if before not in (None, found) and self._has_begun(phase):
             raise self._other_images(set_name, before)
         if self.processes.is_main:
+            if before is None:
+                self._tell_of_dim(set_name, selection)
             keep(self.rundir, set_name, selection)
             self.rundir.remember(set_name, found, replace=True)
         return selection
+
+    def _tell_of_dim(self, set_name: str, selection: Selection) -> None:
+        """Say so if the first images are those of a 12-bit camera in files of 16 bits."""
+        source, first = self.sources[set_name], selection.train(0, np.arange(min(FIRST_IMAGES, selection.num_train)))
+        if not isinstance(source, EncodedSource):
+            return
+        with suppress(Exception):  # What cannot be read is told of where it is trained on.
+            if all(is_dim(source.read(index)) for index in first.tolist()):
+                self.say(
+                    f"data.{set_name}.path={self.settings(set_name).path!r}: the first images have grey values of 16 "
+                    "bits that are all below 4096, as of a 12-bit camera, and come out dark: multiply them by 16."
+                )
 
     def _has_begun(self, phase: int) -> bool:
         """Whether a phase has made anything of its images."""
