@@ -24,20 +24,23 @@ from trajdist.extraction.networks import IMAGENET_MEAN, IMAGENET_STD, build_netw
 from trajdist.models.linear import use_fast_linear
 
 # Class names of residual blocks in torchvision, timm and efficientnet_lite_pytorch; only the outermost match counts.
-BLOCK_CLASS = re.compile(
-    r"^(BasicBlock|Bottleneck|_?InvertedResidual|(Fused)?MBConv|MBConvBlock|CNBlock|EncoderBlock|MaxVitBlock|EdgeResidual"
-    r"|DepthwiseSeparableConv|ResBottleneckBlock|Block|SwinTransformer(V2|V2Cr)?Block|SwinTransformerBlockV2|ConvNeXtBlock"
-    r"|BottleneckBlock|UniversalInvertedResidual|PreActBottleneck|MetaFormerBlock|VOLOBlock|XCABlock|EvaBlock|TinyVitBlock"
-    r"|AttentionBlock|BlockESE|Bottle2neck|ChannelBlock|ConvBlock|ConvEncoder|CspNextBlock|DarkBlock|Dla(Basic|Bottleneck|Bottle2neck)"
-    r"|DualPathBlock|EdgeBlock|EfficientFormerV2Block|EfficientViMBlock|EfficientVitBlock|FocalNetBlock|GatedConvBlock"
-    r"|(Rep)?GhostBottleneck(V[23])?|GlobalContextVitBlock|HighPerfGpuBlock|LayerScaleBlock|LevitBlock|LinearBottleneck"
-    r"|(Parallel)?MaxxVitBlock|MbConvBlock|MetaBlock[12]d|MetaNeXtBlock|MixerBlock|MobileAttention|MobileVit(V2)?Block"
-    r"|Next(Conv|Transformer)Block|NormFreeBlock|OsaBlock|Parallel(Scaling|Things)Block|PreActBasic|PreBottleneck"
-    r"|(ResPost)?RelPosBlock|RepDepthwiseSeparable|RepMixerBlock|RepVggBlock|RepViTBlock|ResBlock|ResNestBottleneck"
-    r"|ResPostBlock|ResidualBlock|SEBottleneck|SERes(Net|NeXt)(Block|Bottleneck)|SelectiveKernel(Basic|Bottleneck)"
-    r"|SelfAttnBlock|Sequencer2dBlock|SpatialBlock|SpatialGatingBlock|SplitTransposeBlock|TransformerBlock(2d)?"
-    r"|(Pre)?XceptionModule)$"
-)
+_BLOCKS = """
+_InvertedResidual AttentionBlock BasicBlock Block BlockESE Bottle2neck Bottleneck BottleneckBlock ChannelBlock
+CNBlock ConvBlock ConvEncoder ConvNeXtBlock CspNextBlock DarkBlock DepthwiseSeparableConv DlaBasic DlaBottle2neck
+DlaBottleneck DualPathBlock EdgeBlock EdgeResidual EfficientFormerV2Block EfficientViMBlock EfficientVitBlock
+EncoderBlock EvaBlock FocalNetBlock FusedMBConv GatedConvBlock GhostBottleneck GhostBottleneckV3
+GlobalContextVitBlock HighPerfGpuBlock InvertedResidual LayerScaleBlock LevitBlock LinearBottleneck MaxVitBlock
+MaxxVitBlock MBConv MBConvBlock MbConvBlock MetaBlock1d MetaBlock2d MetaFormerBlock MetaNeXtBlock MixerBlock
+MobileAttention MobileVitBlock MobileVitV2Block NextConvBlock NextTransformerBlock NormFreeBlock OsaBlock
+ParallelMaxxVitBlock ParallelScalingBlock ParallelThingsBlock PreActBasic PreActBottleneck PreBottleneck
+PreXceptionModule RelPosBlock RepDepthwiseSeparable RepGhostBottleneck RepMixerBlock RepVggBlock RepViTBlock
+ResBlock ResBottleneckBlock ResidualBlock ResNestBottleneck ResPostBlock ResPostRelPosBlock SEBottleneck
+SelectiveKernelBasic SelectiveKernelBottleneck SelfAttnBlock Sequencer2dBlock SEResNetBlock SEResNetBottleneck
+SEResNeXtBottleneck SpatialBlock SpatialGatingBlock SplitTransposeBlock SwinTransformerBlock SwinTransformerBlockV2
+SwinTransformerV2Block SwinTransformerV2CrBlock TinyVitBlock TransformerBlock TransformerBlock2d
+UniversalInvertedResidual XCABlock XceptionModule
+"""
+BLOCK_CLASSES = frozenset(_BLOCKS.split())
 # Those that give [B, H, W, C], which only the sizes tell otherwise.
 CHANNELS_LAST = re.compile("Swin|GatedConv|GlobalContextVit|Sequencer2d|TinyVit")
 
@@ -284,7 +287,7 @@ def find_blocks(network: nn.Module, patterns: list[str]) -> list[str]:
         if not chosen:
             raise ConfigError(f"backbone.blocks={patterns} matches no module; there are, for example, {names[:8]}.")
         return chosen
-    blocks = [name for name, module in network.named_modules() if BLOCK_CLASS.match(type(module).__name__)]
+    blocks = [name for name, module in network.named_modules() if type(module).__name__ in BLOCK_CLASSES]
     outermost = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
     if not outermost:
         raise ConfigError(
