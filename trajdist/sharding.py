@@ -80,8 +80,8 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """Slots per process and micro-batch: no more than there are images, which the first process takes first."""
-        return min(-(-self.global_batch // (self.world * self.micro_batches)), max(1, self.num_images))
+        """Slots per process and micro-batch."""
+        return -(-self.global_batch // (self.world * self.micro_batches))
 
     @property
     def steps_per_epoch(self) -> int:

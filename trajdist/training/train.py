@@ -321,8 +321,7 @@ def _announcement(phase: int, plan: Plan, cursor: int, model: nn.Module, world: 
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     text = (
         f"phase {phase}: {plan.num_images:,} images x {plan.num_epochs} epochs, {trained:,} weights, "
-        f"{min(plan.global_batch, plan.num_images)} images per step ({world} processes x {plan.slots} x "
-        f"{plan.micro_batches} micro-batches)"
+        f"{plan.global_batch} images per step ({world} processes x {plan.slots} x {plan.micro_batches} micro-batches)"
     )
     return text + (f"; going on after {cursor:,} images" if cursor else "")
 
