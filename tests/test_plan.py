@@ -305,7 +305,7 @@ def test_the_last_pass_of_a_batch_stands_for_all(images):
     found = []
     for rehearses in (False, True):
         modules = build_modules(config, 1)
-        modules.extractor.suit("cpu")
+        modules.extractor.choose_pass_size("cpu")
         rehearsal = Rehearsal(config, 1, modules, precision="no", micro_batches=1, shared_gradients=False)
         rehearsal.extractor.rehearses = rehearses
         batch_size = 3 * rehearsal.extractor.images_per_pass

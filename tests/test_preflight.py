@@ -14,7 +14,7 @@ from jobs import REPOSITORY, Finished, environment, launch
 from outcome import assert_done, assert_same_bits
 
 from trajdist.errors import ConfigError
-from trajdist.runtime.preflight import add_up, slurm_problem
+from trajdist.runtime.preflight import check_all_reduce, slurm_problem
 
 TESTS = REPOSITORY / "tests"
 HOST = socket.gethostname()
@@ -105,7 +105,7 @@ def test_processes_that_accelerate_takes_for_one_each(local_rank, mend, monkeypa
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     with pytest.raises(ConfigError, match=f"sees 1 processes where WORLD_SIZE is 2: .*{mend}"):
-        add_up(SimpleNamespace(world=1))
+        check_all_reduce(SimpleNamespace(world=1))
 
 
 def test_a_sum_that_is_wrong(tmp_path):

@@ -290,7 +290,7 @@ def test_of_few_places_the_last_block_computes_only_what_they_show(monkeypatch, 
     """A place is a pixel of the last map, or all of them, and then nothing can be left out."""
     backbone = build_backbone("resnet18", "none", [], 64, seed=0)
     extractor = TrajectoryExtractor(backbone, random_projection_for(backbone, 80), resolution)
-    extractor.suit("cpu")
+    extractor.choose_pass_size("cpu")
     whole, asked, residual_at = extractor(IMAGES).flatten(1, 2), [], cpu_kernels.residual_at
 
     def counted(*arguments):
@@ -309,7 +309,7 @@ def test_observed_modules_within_the_last_block_are_called(patterns):
     """They see the whole map, so the block is not computed at chosen places alone."""
     backbone = build_backbone("resnet18", "none", patterns, 64, seed=0)
     extractor = TrajectoryExtractor(backbone, random_projection_for(backbone, 80), 2)
-    extractor.suit("cpu")
+    extractor.choose_pass_size("cpu")
     places = torch.tensor([[3], [0], [2]])
     chosen = extractor(IMAGES).flatten(1, 2)[torch.arange(3)[:, None], places]
     assert bool((chosen.abs().amax((0, 1, 3)) > 1e-3).all())
@@ -343,7 +343,7 @@ def test_in_passes_it_is_the_same(monkeypatch, subcells, images_per_pass):
     projection = random_projection_for(backbone, 80, subcells)
     whole, cut = (TrajectoryExtractor(backbone, projection, 4, subcells) for _ in range(2))
     monkeypatch.setattr(trajectory, "PASS_BYTES", images_per_pass * backbone.largest_bytes)
-    cut.suit("cpu")
+    cut.choose_pass_size("cpu")
     assert len(cut.passes(5)) == -(-5 // images_per_pass)
     images, places = torch.cat([IMAGES, IMAGES.flip(3)])[:5], torch.tensor([[0, 5, 15], [1, 2, 3]] * 3)[:5]
     torch.testing.assert_close(cut(images), whole(images), rtol=1e-4, atol=1e-5)
@@ -353,7 +353,7 @@ def test_in_passes_it_is_the_same(monkeypatch, subcells, images_per_pass):
 def test_an_accelerators_pass_is_no_larger_than_its_kernels_index(backbone):
     """CUDA's pooling of a channels-last map fails from 2**31 - 1 numbers on."""
     extractor = TrajectoryExtractor(backbone, random_projection_for(backbone, 8), 2)
-    extractor.suit("cuda")
+    extractor.choose_pass_size("cuda")
     assert len(extractor.passes(20_000)) == 1
     largest = max(block.channels * block.side**2 for block in backbone.blocks)
     assert all((part.stop - part.start) * largest < 2**31 - 1 for part in extractor.passes(1_000_000))
@@ -369,7 +369,7 @@ def test_compiled_it_is_the_same(network, images_per_pass, request):
     backbone = request.getfixturevalue(network)
     projection = random_projection_for(backbone, 80)
     plain, compiled = (TrajectoryExtractor(backbone, projection, 4) for _ in range(2))
-    compiled.suit("cpu", images_per_pass)
+    compiled.choose_pass_size("cpu", images_per_pass)
     compiled.compile()
     images = torch.cat([IMAGES, IMAGES[:1].flip(3)]).contiguous(memory_format=torch.channels_last).share_memory_()
     places = torch.tensor([[0, 5]] * 4)

@@ -145,7 +145,7 @@ class TrajectoryExtractor:
         subcells: sub-cells per side of a place.
 
     Attributes:
-        images_per_pass: how many images go through the backbone at a time; all until :meth:`suit` is called.
+        images_per_pass: how many images go through the backbone at a time; all before :meth:`choose_pass_size`.
         rehearses: of a batch, only the last pass is computed, to count bytes; the other results are zeros.
     """
 
@@ -158,13 +158,13 @@ class TrajectoryExtractor:
         self._run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = self._trajectories
 
     def to(self, device: torch.device, images_per_pass: int | None = None) -> TrajectoryExtractor:
-        """Move to a device, and do there as :meth:`suit` says."""
+        """Move to a device, and do there as :meth:`choose_pass_size` says."""
         self.backbone.to(device)
         self.projection.to(device)
-        self.suit(device.type, images_per_pass)
+        self.choose_pass_size(device.type, images_per_pass)
         return self
 
-    def suit(self, device_type: str, images_per_pass: int | None = None) -> None:
+    def choose_pass_size(self, device_type: str, images_per_pass: int | None = None) -> None:
         """Choose how many images pass through the backbone at a time; by default all that kernels index, on CPUs a few.
 
         On CPUs an uncompiled backbone also switches to the kernels of :mod:`trajdist.extraction.cpu_kernels`.

@@ -26,7 +26,7 @@ from trajdist.planning.probe import Rates
 from trajdist.runtime.processes import device_type, supported_precision
 from trajdist.runtime.progress import GIB, Cells, format_seconds, phase_table
 from trajdist.sharding import Plan, Selection
-from trajdist.training.selection import draw
+from trajdist.training.selection import draw_selection
 from trajdist.training.session import naming
 
 # Batches that each loader worker has ready or in progress.
@@ -92,12 +92,12 @@ def _planned(config: Config, sources: dict[str, ImageSource], phase: int) -> lis
     """All trainings that a phase runs at once."""
     if phase == 1 or not config.data.domains:
         source = sources[SETS[phase]]
-        return [PlannedTraining("", config, source, draw(config, phase, source))]
+        return [PlannedTraining("", config, source, draw_selection(config, phase, source))]
     trainings = []
     for name in config.data.domains:
         own, source = domain_config(config, name), sources[f"domains.{name}"]
         with naming(name):
-            trainings.append(PlannedTraining(name, own, source, draw(own, phase, source)))
+            trainings.append(PlannedTraining(name, own, source, draw_selection(own, phase, source)))
     return trainings
 
 
@@ -118,7 +118,7 @@ def _plan_phase(
     rates = Rates(training=options.images_per_s)
     if options.measure and options.images_per_s is None:
         rates = probe.measure(lead.config, lead.source, lead.selection, modules, device, mixed_precision, workers)
-    modules.extractor.suit(device, config.memory.images_per_pass)
+    modules.extractor.choose_pass_size(device, config.memory.images_per_pass)
     rehearsal = Rehearsal(
         lead.config,
         phase,

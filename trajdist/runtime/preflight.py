@@ -55,7 +55,7 @@ CALL = "preflight/call"
 POLL_S = 0.1
 
 
-def compare(config: Config, sources: Mapping[str, ImageSource]) -> str | None:
+def check_processes_agree(config: Config, sources: Mapping[str, ImageSource]) -> str | None:
     """Compare all processes with the main one; every process calls it before it starts Accelerate.
 
     Returns:
@@ -284,7 +284,7 @@ def _sentence(rank: int, host: str, field: str, value: object, expected: object,
     return f"process {rank} on {host}: {field} is {value!r}, process 0 has {expected!r}: {fix}."
 
 
-def add_up(processes: Processes) -> None:
+def check_all_reduce(processes: Processes) -> None:
     """Try one all-reduce over the backend that gradients will use; every process calls it.
 
     If it takes longer than :data:`SUM_S` seconds, the process is ended.

@@ -23,7 +23,7 @@ from trajdist.data.sources import open_source
 from trajdist.errors import ArtifactError, UserError
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Selection, digest
-from trajdist.training.selection import recall
+from trajdist.training.selection import recall_selection
 
 CHUNK = 2**16
 LARGEST_LINE = 2**24
@@ -190,7 +190,7 @@ def _audit_one(rundir: RunDir) -> Audit:
 def _phases(rundir: RunDir, config: Config) -> Iterator[tuple[int, PhaseAudit]]:
     """The phases that have begun."""
     for phase in SETS:
-        selection = recall(rundir, config, phase)
+        selection = recall_selection(rundir, config, phase)
         if selection is not None and selection.num_train:
             num_epochs = config.data.of_phase(phase).num_epochs
             yield phase, PhaseAudit(phase, selection, num_epochs, _names_of_set(rundir, config, phase))

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from trajdist.artifacts import fingerprint
-from trajdist.config import SETS, Config
 from trajdist.data.drawing import DefectDraw
-from trajdist.errors import ArtifactError, ConfigError
 from trajdist.extraction.trajectory import TrajectoryExtractor
-from trajdist.files import user_path, write_bytes
+from trajdist.files import write_bytes
 from trajdist.runtime.processes import naming_memory
 from trajdist.saved import bundle
 from trajdist.saved.card import adapter_card
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import Selection, seed_of
+from trajdist.training.adoption import adopt_phase1
 from trajdist.training.doctor import smaller
 from trajdist.training.job import Job, Position
 from trajdist.training.objectives import ContrastModel, DefectContrast
@@ -163,93 +161,3 @@ def _contrasting(task: Task, session: Session, extractor: TrajectoryExtractor, w
     model = ContrastModel(task.model, whitened, valid_LD.flatten().nonzero().squeeze(1))
     defects = DefectDraw(extractor.resolution, session.config.seed, phase=2)
     return replace(task, model=model, objective=DefectContrast(valid_LD), defects=defects, whitened=whitened)
-
-
-def adopt_phase1(session: Session) -> None:
-    """With ``phase1=DIR``, copy that run's Phase 1 into this run directory, so that it is self-contained.
-
-    Raises:
-        ArtifactError: there is no finished Phase 1, or its files are damaged.
-        ConfigError: this config does not describe the model of that Phase 1.
-    """
-    rundir, chosen = session.rundir, session.config.phase1
-    if chosen is not None:
-        folder = user_path(chosen)
-        folder = folder / "phase1" if (folder / "phase1").is_dir() else folder
-        if rundir.model.exists():
-            _check_same_phase1(rundir, chosen, folder / rundir.model.name)
-        else:
-            _check_no_phase1(rundir, chosen)
-            _copy_phase1(folder, rundir, session.config)
-    if not rundir.model.exists() or not rundir.calibration(1).exists():
-        what = "the Phase 1 is not finished" if rundir.model.exists() else "there is no Phase 1"
-        raise ArtifactError(f"{what} in {str(rundir.path)!r}: train it first, or name an older run with phase1=DIR.")
-    _check_same_model(session.config, rundir.trajectory, rundir.model)
-
-
-def _copy_phase1(folder: Path, rundir: RunDir, config: Config) -> None:
-    """Copy a finished Phase 1.
-
-    Raises:
-        ArtifactError: it is not finished.
-        ConfigError: ``config`` does not describe its model.
-    """
-    targets = rundir.trajectory, rundir.calibration(1), rundir.model
-    for target in targets:
-        if not (folder / target.name).is_file():
-            raise ArtifactError(f"phase1={config.phase1!r} has no {target.name}: name a run whose Phase 1 is done.")
-    # Check before copying anything: the user can then correct the config and run the command again.
-    _check_same_model(config, folder / rundir.trajectory.name, folder / rundir.model.name)
-    for target in targets:
-        write_bytes(target, (folder / target.name).read_bytes())
-
-
-def _check_same_phase1(rundir: RunDir, chosen: str, model: Path) -> None:
-    """Refuse to go on with another Phase 1 than the run began with; the one that it began with may be gone.
-
-    Raises:
-        ArtifactError: it is another one.
-    """
-    if model.is_file() and model.read_bytes() != rundir.model.read_bytes():
-        raise ArtifactError(
-            f"{str(rundir.path)!r} has another Phase 1 than phase1={chosen!r}: leave phase1 out to go on with its own, "
-            "or name another run_dir."
-        )
-
-
-def _check_no_phase1(rundir: RunDir, chosen: str) -> None:
-    """Refuse to take over a Phase 1 where the run has begun one of its own.
-
-    Raises:
-        ArtifactError: it has.
-    """
-    if rundir.recall(SETS[1]) is not None:
-        raise ArtifactError(
-            f"{str(rundir.path)!r} has begun a Phase 1 of its own, and phase1={chosen!r} would replace it: "
-            "name another run_dir, or start over with --fresh."
-        )
-
-
-def _check_same_model(config: Config, trajectory: Path, model: Path) -> None:
-    """Refuse a Phase 2 config that does not describe the Phase 1 model it adapts.
-
-    Raises:
-        ConfigError: the first key that differs.
-    """
-    made = bundle.read(trajectory, bundle.TrajectoryDocument)
-    learned = bundle.read(model, bundle.ModelDocument)
-    pairs = {
-        "backbone.name": (config.backbone.name, made.backbone),
-        "data.image_size": (config.data.image_size, made.image_size),
-        "data.domain.fit": (config.data.domain.fit, made.fit),
-        "model.spatial_resolution": (config.model.spatial_resolution, made.spatial_resolution),
-        "model.feature_dim": (config.model.feature_dim, made.feature_dim),
-        "trajectory.subcells": (config.trajectory.subcells, made.subcells),
-        "model.type": (config.model.type, learned.type),
-        "model.hidden_dim": (config.model.hidden_dim, learned.hidden_dim),
-        "model.latent_dim": (config.model.latent_dim, learned.latent_dim),
-        "model.num_layers": (config.model.num_layers, learned.num_layers),
-    }
-    for key, (mine, theirs) in pairs.items():
-        if mine != theirs:
-            raise ConfigError(f"{key}={mine!r}, but the Phase 1 in {str(model.parent)!r} has {theirs!r}: use that.")

@@ -60,7 +60,7 @@ def fit(walks: Sequence[Iterator[None]]) -> None:
 def walk(job: Job, cursor: int = 0) -> Iterator[None]:
     """Train from ``cursor`` to the end of the last epoch or to an early stop; yields before each micro-batch."""
     with closing(job.batches), job.progress:
-        go_on_at(job, cursor)
+        resume_at(job, cursor)
         job.model.train()
         for step in job.plan.steps(cursor):
             if job.keeper.exhausted:
@@ -82,7 +82,7 @@ def walk(job: Job, cursor: int = 0) -> Iterator[None]:
             job.tick()
 
 
-def go_on_at(job: Job, cursor: int) -> None:
+def resume_at(job: Job, cursor: int) -> None:
     """Resume at ``cursor``. If the checkpoint is from between an epoch and its validation, validate first."""
     job.started = job.last_saved = time.monotonic()
     job.at.step = job.plan.step_index_at(cursor)

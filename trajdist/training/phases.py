@@ -46,21 +46,7 @@ def run(
         UserError: its subclass determines the exit code.
         StopRequested: by a signal or the STOP file; the same call resumes from the checkpoint.
     """
-    if 1 in phases and config.phase1 is not None and not RunDir(config.run_dir).is_at(config.phase1):
-        raise ConfigError(
-            f"phase1={config.phase1!r} is another run's Phase 1, and this command trains one: leave it out, or give "
-            "the command adapt."
-        )
-    if fresh and 1 not in phases and (config.phase1 is None or RunDir(config.run_dir).is_at(config.phase1)):
-        raise ConfigError(
-            f"--fresh would move run_dir={config.run_dir!r} away with the Phase 1 that this command adapts: name "
-            f"another run_dir, with phase1={config.run_dir!r}."
-        )
-    if 2 in phases and config.domain_adaptation.lora.target_modules != "all-linear":
-        # Only where names were chosen: PEFT takes longer to import than torch, and Phase 1 does without.
-        from trajdist.saved import lora
-
-        lora.check_targets(config)
+    _check_request(config, phases, fresh)
     session = open_session(config, sources, fresh, profile)
     at = Position()
     with session.stop.listening():
@@ -93,6 +79,29 @@ def _run_phases(session: Session, at: Position, phases: Sequence[int]) -> None:
             if scaler is not None:
                 scaler.load_state_dict(initial)
         session.accept()
+
+
+def _check_request(config: Config, phases: Sequence[int], fresh: bool) -> None:
+    """Refuse what the command cannot have been meant to do, before anything is opened.
+
+    Raises:
+        ConfigError: names the key and the command that is meant instead.
+    """
+    if 1 in phases and config.phase1 is not None and not RunDir(config.run_dir).is_at(config.phase1):
+        raise ConfigError(
+            f"phase1={config.phase1!r} is another run's Phase 1, and this command trains one: leave it out, or give "
+            "the command adapt."
+        )
+    if fresh and 1 not in phases and (config.phase1 is None or RunDir(config.run_dir).is_at(config.phase1)):
+        raise ConfigError(
+            f"--fresh would move run_dir={config.run_dir!r} away with the Phase 1 that this command adapts: name "
+            f"another run_dir, with phase1={config.run_dir!r}."
+        )
+    if 2 in phases and config.domain_adaptation.lora.target_modules != "all-linear":
+        # Only where names were chosen: PEFT takes longer to import than torch, and Phase 1 does without.
+        from trajdist.saved import lora
+
+        lora.check_targets(config)
 
 
 def _record_end(session: Session, at: Position, error: BaseException | None) -> None:

@@ -16,7 +16,7 @@ from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Int64s, Order, Selection
 
 
-def draw(config: Config, phase: int, source: ImageSource) -> Selection:
+def draw_selection(config: Config, phase: int, source: ImageSource) -> Selection:
     """Draw the images that a phase trains on.
 
     Raises:
@@ -35,7 +35,7 @@ def _draw(config: Config, phase: int, total: int, order: Order) -> Selection:
     return Selection.draw(total, num_samples, config.calibration.holdout_fraction, config.seed, phase, order)
 
 
-def facts(source: ImageSource, selection: Selection) -> dict[str, Any]:
+def selection_facts(source: ImageSource, selection: Selection) -> dict[str, Any]:
     """What a run records about a set, to refuse a different one and to draw the same order again without the set."""
     known: dict[str, Any] = {"num_images": len(source), "fingerprint": source.fingerprint}
     if selection.member_sizes is not None:
@@ -45,15 +45,15 @@ def facts(source: ImageSource, selection: Selection) -> dict[str, Any]:
     return known
 
 
-def keep(rundir: RunDir, set_name: str, selection: Selection) -> None:
-    """Save the list of a stratified subset for :func:`recall`, which cannot redraw it without the images' classes."""
+def keep_subset(rundir: RunDir, set_name: str, selection: Selection) -> None:
+    """Save the list of a stratified subset: :func:`recall_selection` cannot redraw it without classes."""
     if selection.stratified and selection.members is not None:
         content = io.BytesIO()
         np.save(content, selection.members, allow_pickle=False)
         write_bytes(rundir.subset(set_name), content.getvalue())
 
 
-def recall(rundir: RunDir, config: Config, phase: int) -> Selection | None:
+def recall_selection(rundir: RunDir, config: Config, phase: int) -> Selection | None:
     """The selection of a phase that has begun, from the run directory alone; None if it has not begun.
 
     Raises:

@@ -14,16 +14,16 @@ from torch.utils.data import DataLoader
 
 from trajdist import launcher
 from trajdist.config import SETS, Config, ImageSet, domain_config
-from trajdist.config_files import dump_yaml, read_yaml
-from trajdist.config_schema import fields, flatten
+from trajdist.config_files import dump_yaml
+from trajdist.config_schema import flatten
 from trajdist.data.base import EncodedSource, ImageSource
 from trajdist.data.decode import Fit, is_dim
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, IndexAt, SlotDataset, build_loader, resolve_threads, resolve_workers
 from trajdist.data.trajectory_cache import TrajectoryCache
-from trajdist.errors import ArtifactError, ConfigError, DataError, StopRequested, UserError
+from trajdist.errors import ArtifactError, DataError, StopRequested, UserError
 from trajdist.extraction.trajectory import TrajectoryExtractor
-from trajdist.runtime.preflight import add_up, compare
+from trajdist.runtime.preflight import check_all_reduce, check_processes_agree
 from trajdist.runtime.processes import Processes, StopFlag, start_accelerator
 from trajdist.runtime.progress import make_console
 from trajdist.runtime.trackers import Trackers, check_installed
@@ -32,8 +32,9 @@ from trajdist.saved import bundle
 from trajdist.saved.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import PlaceDraw, Plan, Selection
+from trajdist.training.claiming import claim, how_to_start_over, reference_world_of
 from trajdist.training.job import Position
-from trajdist.training.selection import draw, facts, keep
+from trajdist.training.selection import draw_selection, keep_subset, selection_facts
 
 # How much longer than runtime.timeout_s the process group itself waits for a lost process.
 GRACE_S = 60.0
@@ -118,7 +119,7 @@ class Session:
         config = domain_config(self.config, name)
         rundir = RunDir(config.run_dir)
         with naming(name):
-            self.processes.main_does(lambda: _take(rundir, config, self.reference_world))
+            self.processes.main_does(lambda: claim(rundir, config, self.reference_world))
         return replace(
             self,
             config=config,
@@ -126,7 +127,7 @@ class Session:
             rundir=rundir,
             # A terminal has room for only one progress bar.
             console=make_console(self.processes.is_main, bars=False),
-            reference_world=self.processes.main_knows(lambda: _reference_world(rundir)),
+            reference_world=self.processes.main_knows(lambda: reference_world_of(rundir)),
             trackers=self.trackers.under(name, int(self.rundir.read_summary().get("phase1", {}).get("steps", 0))),
             domain=name,
         )
@@ -161,7 +162,7 @@ class Session:
         count = known.get("num_images") if isinstance(known, dict) else known
         return DataError(
             f"data.{set_name}.path={path!r} holds {now} images, the run began with {count} (or their names changed): "
-            f"restore them, or {_anew(self.rundir, set_name == SETS[2])}."
+            f"restore them, or {how_to_start_over(self.rundir, set_name == SETS[2])}."
         )
 
     def selection(self, phase: int) -> Selection:
@@ -172,15 +173,15 @@ class Session:
         """
         set_name = SETS[phase]
         source = self.sources[set_name]
-        selection = draw(self.config, phase, source)
-        found = facts(source, selection)
+        selection = draw_selection(self.config, phase, source)
+        found = selection_facts(source, selection)
         before = self.processes.main_knows(lambda: self.rundir.recall(set_name))
         if before not in (None, found) and self._has_begun(phase):
             raise self._other_images(set_name, before)
         if self.processes.is_main:
             if before is None:
                 self._tell_of_dim(set_name, selection)
-            keep(self.rundir, set_name, selection)
+            keep_subset(self.rundir, set_name, selection)
             self.rundir.remember(set_name, found, replace=True)
         return selection
 
@@ -291,13 +292,13 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
         SystemExit: on the other processes, if one of these is raised on the main process only.
     """
     check_installed(config.logging.trackers)
-    init_method = compare(config, sources)
+    init_method = check_processes_agree(config, sources)
     runtime = config.runtime
     # The watchdog, which can name a lost process, must act before the process group's own timeout, which cannot.
     backstop_s = runtime.timeout_s + GRACE_S
     accelerator = start_accelerator(runtime.mixed_precision, backstop_s, runtime.deterministic, init_method)
     processes = Processes(accelerator)
-    add_up(processes)
+    check_all_reduce(processes)
     # A restart by the launcher must not apply ``--fresh`` again, if the start before it came so far. Ask all processes:
     # a launcher none of whose own processes failed does not count the restart.
     restarted = processes.any(launcher.has_restarted())
@@ -307,78 +308,16 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
         has_begun = restarted and rundir.recall("fresh_for") == launcher.job()
         if fresh and not has_begun and (aside := rundir.move_away()):
             console.print(f"starting over: the old run is now {str(aside)!r}")
-        _take(rundir, config, processes.world)
+        claim(rundir, config, processes.world)
         if fresh:
             rundir.remember("fresh_for", launcher.job(), replace=True)
 
     processes.main_does(prepare)
     stop = StopFlag(rundir.stop_file, watches_file=processes.is_main)
     watchdog = Watchdog(processes, stop, runtime.timeout_s)
-    reference_world = processes.main_knows(lambda: _reference_world(rundir))
+    reference_world = processes.main_knows(lambda: reference_world_of(rundir))
     flat = flatten(config.model_dump(mode="json"))
     trackers = Trackers(config.logging.trackers if processes.is_main else [], rundir, flat, console.print)
     return Session(
         config, sources, accelerator, processes, rundir, stop, watchdog, console, reference_world, profile, trackers
     )
-
-
-def _take(rundir: RunDir, config: Config, world: int) -> None:
-    """Claim a run directory for this run, which begins with ``world`` processes unless it has begun already.
-
-    Raises:
-        ConfigError: a key changed that would change the result.
-        ArtifactError: the directory cannot be written, or is in use by another run.
-    """
-    rundir.create()
-    rundir.lock()
-    rundir.sweep()
-    _check_same_config(rundir, config)
-    rundir.forget_stop()
-    if not rundir.has_begun():
-        rundir.write_config(dump_yaml(config))
-        # From a start that came to nothing: with what it found, nothing was made.
-        rundir.forget("num_processes", *SETS.values())
-    rundir.remember("num_processes", world)
-
-
-def _reference_world(rundir: RunDir) -> int:
-    world = rundir.recall("num_processes")
-    if not isinstance(world, int) or world < 1:
-        raise ArtifactError(f"{str(rundir.path / 'run.json')!r} is damaged: num_processes={world!r} is no number.")
-    return world
-
-
-def _check_same_config(rundir: RunDir, config: Config) -> None:
-    """Refuse changed keys: a run may be resumed with other workers, logs or more epochs, but not another model."""
-    if not rundir.config.exists() or not rundir.has_begun():
-        return
-    before, now = flatten(read_yaml(rundir.config)), flatten(config.model_dump(mode="json"))
-    for key, default, _, may_change in fields():
-        # A key that did not exist in the version that began the run counts as its default.
-        began = before.get(key, default)
-        if not may_change and began != now[key] and not (key == "backbone.weights" and _have_moved(rundir, now[key])):
-            of_phase2 = key.startswith(("data.domain.", "domain_adaptation."))
-            raise ConfigError(
-                f"{key}={now[key]!r}, but the run in {str(rundir.path)!r} began with {began!r}: keep the old value, "
-                f"name another run_dir, or {_anew(rundir, of_phase2)}."
-            )
-
-
-def _have_moved(rundir: RunDir, weights: str) -> bool:
-    """Whether ``backbone.weights`` names another file than before with the same weights.
-
-    Raises:
-        ConfigError: it is no file.
-    """
-    if weights in ("DEFAULT", "none") or not rundir.trajectory.exists():
-        return False
-    try:
-        bundle.load_extractor(rundir.trajectory, weights)
-    except ArtifactError:
-        return False
-    return True
-
-
-def _anew(rundir: RunDir, of_phase2: bool) -> str:
-    """How to start over, as the end of a sentence; a finished Phase 1 is kept where only Phase 2 is concerned."""
-    return f"adapt anew with phase1={str(rundir.path)!r} in another run_dir" if of_phase2 else "start over with --fresh"

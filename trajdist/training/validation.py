@@ -67,7 +67,7 @@ class Examiner:
         """
         self._load(weights)
         found = self._held_out() if self.clean.selection.num_holdout else {}
-        return found | (self._told_apart(self.labelled) if self.labelled else {})
+        return found | (self._labelled_aurocs(self.labelled) if self.labelled else {})
 
     @torch.no_grad()
     def draw(self, weights: Tensors) -> list[Picture]:
@@ -121,7 +121,7 @@ class Examiner:
         bad = counted & ~losses.loss.isfinite()
         return torch.stack([counted.sum(), bad.sum(), *(fixed_point(part, batch.weights) for part in losses)])
 
-    def _told_apart(self, labelled: LabelledFolder) -> dict[str, Any]:
+    def _labelled_aurocs(self, labelled: LabelledFolder) -> dict[str, Any]:
         """AUROCs after a calibration as at the end of the phase: the figures that ``evaluate`` would report."""
         clean = self._silently()
         session = clean.session

@@ -1,0 +1,72 @@
+"""A run directory for one run: whether it may begin there, or go on with what is there."""
+
+from __future__ import annotations
+
+from trajdist.config import SETS, Config
+from trajdist.config_files import dump_yaml, read_yaml
+from trajdist.config_schema import fields, flatten
+from trajdist.errors import ArtifactError, ConfigError
+from trajdist.saved import bundle
+from trajdist.saved.rundir import RunDir
+
+
+def claim(rundir: RunDir, config: Config, world: int) -> None:
+    """Claim a run directory for this run, which begins with ``world`` processes unless it has begun already.
+
+    Raises:
+        ConfigError: a key changed that would change the result.
+        ArtifactError: the directory cannot be written, or is in use by another run.
+    """
+    rundir.create()
+    rundir.lock()
+    rundir.sweep()
+    _check_same_config(rundir, config)
+    rundir.forget_stop()
+    if not rundir.has_begun():
+        rundir.write_config(dump_yaml(config))
+        # From a start that came to nothing: with what it found, nothing was made.
+        rundir.forget("num_processes", *SETS.values())
+    rundir.remember("num_processes", world)
+
+
+def reference_world_of(rundir: RunDir) -> int:
+    world = rundir.recall("num_processes")
+    if not isinstance(world, int) or world < 1:
+        raise ArtifactError(f"{str(rundir.path / 'run.json')!r} is damaged: num_processes={world!r} is no number.")
+    return world
+
+
+def _check_same_config(rundir: RunDir, config: Config) -> None:
+    """Refuse changed keys: a run may be resumed with other workers, logs or more epochs, but not another model."""
+    if not rundir.config.exists() or not rundir.has_begun():
+        return
+    before, now = flatten(read_yaml(rundir.config)), flatten(config.model_dump(mode="json"))
+    for key, default, _, may_change in fields():
+        # A key that did not exist in the version that began the run counts as its default.
+        began = before.get(key, default)
+        if not may_change and began != now[key] and not (key == "backbone.weights" and _have_moved(rundir, now[key])):
+            of_phase2 = key.startswith(("data.domain.", "domain_adaptation."))
+            raise ConfigError(
+                f"{key}={now[key]!r}, but the run in {str(rundir.path)!r} began with {began!r}: keep the old value, "
+                f"name another run_dir, or {how_to_start_over(rundir, of_phase2)}."
+            )
+
+
+def _have_moved(rundir: RunDir, weights: str) -> bool:
+    """Whether ``backbone.weights`` names another file than before with the same weights.
+
+    Raises:
+        ConfigError: it is no file.
+    """
+    if weights in ("DEFAULT", "none") or not rundir.trajectory.exists():
+        return False
+    try:
+        bundle.load_extractor(rundir.trajectory, weights)
+    except ArtifactError:
+        return False
+    return True
+
+
+def how_to_start_over(rundir: RunDir, of_phase2: bool) -> str:
+    """The end of a sentence that says how; a finished Phase 1 is kept where only Phase 2 is concerned."""
+    return f"adapt anew with phase1={str(rundir.path)!r} in another run_dir" if of_phase2 else "start over with --fresh"
