@@ -181,15 +181,15 @@ def test_cached_images_cost_the_models_time_alone(images, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("phase", "override", "extracted"),
+    ("phase", "override", "batch_size", "extracted"),
     [
-        (1, "train.cell_fraction=1", (8, None)),
-        (1, "train.cell_fraction=0.25", (8, 4)),
-        (2, "train.cell_fraction=0.25", (8, 4)),
-        (2, "domain_adaptation.objective=contrast", (16, None)),
+        (1, "train.cell_fraction=1", 8, (8, None)),
+        (1, "train.cell_fraction=0.25", 1000, (32, 4)),
+        (2, "train.cell_fraction=0.25", 8, (8, 4)),
+        (2, "domain_adaptation.objective=contrast", 8, (16, None)),
     ],
 )
-def test_the_probe_does_what_a_step_does(phase, override, extracted, images, monkeypatch):
+def test_the_probe_does_what_a_step_does(phase, override, batch_size, extracted, images, monkeypatch):
     """Images that pass through the backbone, and places of each, None for all; a drawn copy is no image of its own."""
     seen, timed, extract = [], [], TrajectoryExtractor._extract
 
@@ -206,9 +206,10 @@ def test_the_probe_does_what_a_step_does(phase, override, extracted, images, mon
     monkeypatch.setattr(TrajectoryExtractor, "_extract", watched)
     monkeypatch.setattr(probe, "_seconds", one_second)
     monkeypatch.setattr(probe, "LIMIT_S", 0.01)
-    figures = plan(images, override, phases=(phase,), measure=True)[f"phase{phase}"]
+    sizes = [f"data.{name}.batch_size={batch_size}" for name in ("imagenet", "domain")]
+    figures = plan(images, override, *sizes, phases=(phase,), measure=True)[f"phase{phase}"]
     assert timed == [[extracted], []]
-    assert figures["backbone_images_per_s"] == figures["model_images_per_s"] == probe.BATCH
+    assert figures["backbone_images_per_s"] == figures["model_images_per_s"] == min(batch_size, probe.LARGEST_STEP)
 
 
 def test_contrast_takes_one_pass_more(images):

@@ -24,6 +24,8 @@ from trajdist.training.train import place_draw
 LIMIT_S = 1.5
 LIMIT_IMAGES = 128
 BATCH = 8
+# Backbone and model are slower on small batches, so they get the run's own, up to this many images.
+LARGEST_STEP = 32
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def measure(
     """Measure on the configured images. The modules' weights do not change; they end up on the CPU."""
     extractor, model = modules
     dataset = _dataset(config, source, selection, extractor, workers)
-    batch = dataset[Slots(0, 0, min(BATCH, selection.num_train), BATCH)]
+    slots = min(LARGEST_STEP, config.data.of_phase(selection.phase).batch_size)
+    batch = dataset[Slots(0, 0, min(slots, selection.num_train), slots)]
     decode = _decode_rate(dataset, selection.num_train)
     if device_name == "cuda" and not torch.cuda.is_available():
         return Rates(decode=decode, device_is_here=False)
