@@ -193,6 +193,12 @@ def damaged(path, how: str) -> None:
     path.write_bytes(raw)
 
 
+def test_without_a_terminal_rich_makes_no_bar(tmp_path, monkeypatch):
+    write_shards(tmp_path, write_images(tmp_path / "images", 6), 3)
+    monkeypatch.setattr("trajdist.data.shards.track", None)
+    assert len(open_source(f"{tmp_path}/*.tar", "key")) == 6
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [

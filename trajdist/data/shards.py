@@ -198,7 +198,9 @@ def _open_shards(paths: list[str], key: str, access: Access) -> list[_Shard]:
     silent = launcher.rank() > 0 or not console.is_terminal
     with ThreadPoolExecutor(min(THREADS, len(paths))) as threads:
         loading = threads.map(load, paths[first:] + paths[:first])
-        shown = track(loading, "indexes of the shards", len(paths), console=console, transient=True, disable=silent)
+        # rich before 14.3 ends even a disabled bar with an empty line.
+        title = "indexes of the shards"
+        shown = loading if silent else track(loading, title, len(paths), console=console, transient=True)
         found = dict(shown)
     return [shard for path in paths if (shard := found[path]) is not None]
 

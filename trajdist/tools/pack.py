@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from trajdist.data.base import EncodedSource
 from trajdist.data.decode import to_square
@@ -28,6 +27,7 @@ from trajdist.data.shard_index import BLOCK, ShardIndex, keep_index, printable, 
 from trajdist.data.storage import version
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.files import read_json, sha256, sync_file, sync_folder, write_bytes, write_json
+from trajdist.runtime.progress import Progress
 from trajdist.tools.preparation import Options, Packed, prepared
 
 TRIAL = 64  # images in the speed comparison
@@ -56,11 +56,10 @@ def pack(source: EncodedSource, title: str, out: Path, options: Options, workers
     packing = Packing(out, source, options)
     with _writing(out):
         packing.begin()
-        with Progress(console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task("packing", total=len(source), completed=packing.done)
+        with Progress(console, "packing", len(source), packing.done) as progress:
             for shard in packing.shards_to_write(prepared(source, options, packing.done, len(source), workers)):
                 packing.write(shard)
-                progress.update(task, completed=packing.done)
+                progress.advance(packing.done)
     console.print(packing.describe(title))
     console.print(_compare_speed(source, packing))
 
