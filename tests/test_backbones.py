@@ -130,6 +130,8 @@ def test_globs_choose_blocks() -> None:
     ],
 )
 def test_residual_blocks_have_many_names(name: str, count: int) -> None:
+    if name.startswith("timm:"):
+        pytest.importorskip("timm", minversion="1.0.22", reason="earlier ones are not built on the meta device")
     with torch.device("meta"):
         network = timm.create_model(name[5:]) if name.startswith("timm:") else torchvision.models.get_model(name)
     assert len(find_blocks(network, [])) == count
