@@ -9,7 +9,7 @@ LEAST_SPEED = 1e-9
 
 
 def place(text: str) -> str:
-    """Where something is written: an empty name, as of an unset shell variable, would be the current folder."""
+    """An output path. An empty one, as from an unset shell variable, would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return text
@@ -27,12 +27,12 @@ def positive(text: str) -> int:
     """An integer of at least 1."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
     return value
 
 
 def speed(text: str) -> float:
-    """A positive finite number, such that times made of it are finite as well."""
+    """A positive number, large enough that durations computed from it stay finite."""
     value = float(text)
     if not LEAST_SPEED <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above {LEAST_SPEED:g}")
@@ -43,7 +43,7 @@ def size(text: str) -> int:
     """A number of bytes: ``80GiB``, ``24 GB``, ``500MB``, or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
     if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 80GiB, 24GB or 500MB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 80GiB, 24GB or 500MB")
     number, prefix, binary = match.groups()
     power = " KMGT".index(prefix.upper()) if prefix else 0
     return int(float(number) * (1024 if binary else 1000) ** power)

@@ -103,11 +103,9 @@ def _damaged(path: Path, error: Exception) -> ArtifactError:
     if not path.is_file():
         return ArtifactError(f"{str(path)!r} does not exist.")
     if "\ufffd" in os.fsencode(path).decode(errors="replace"):
-        return ArtifactError(
-            f"{str(path)!r} is a name that is no UTF-8, which safetensors cannot open: rename the folder."
-        )
+        return ArtifactError(f"{str(path)!r} is not valid UTF-8, so safetensors cannot open it: rename the folder.")
     reason = one_line(error)
-    return ArtifactError(f"{str(path)!r} is not a sound safetensors file ({reason}): restore it or make it again.")
+    return ArtifactError(f"{str(path)!r} is not a valid safetensors file ({reason}): restore it or make it again.")
 
 
 def load_state(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -45,17 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(str(error))
         return _end(error.exit_code)
     except StopRequested as stop:
-        # A launcher takes any code but 0 for a crash, and would start the job again.
+        # A launcher takes any code but 0 for a crash and would restart the job.
         return _end(0 if launcher.is_launched() else stop.exit_code)
     except SystemExit as end:
-        # Another process has said what is wrong, or nobody reads what is printed.
+        # Another process has reported the error, or nobody reads stdout any more.
         return _end(end.code if isinstance(end.code, int) else 1)
     except KeyboardInterrupt:
         return 130
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """argparse itself takes no key=value that stands behind an option."""
+    """Also accept key=value arguments that follow an option, which argparse itself rejects."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     takes_keys = hasattr(arguments, "overrides")
@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("images", metavar="IMAGES", help="a folder, one image, tar shards, hf:NAME:SPLIT, skimage:NAME")
     evaluate = _add_scoring(commands, "evaluate", "labelled images in MVTec layout -> metrics.json as well", _evaluate)
     evaluate.add_argument("images", metavar="DATASET", help="a folder with test/ and, for pixels, ground_truth/")
-    merge = _add(commands, "merge", "an adapter added to its base's weights, as a Phase 1 of its own", _merge)
+    merge = _add(commands, "merge", "adds an adapter to its base's weights, giving a new Phase 1", _merge)
     merge.add_argument("run_dir", metavar="RUN_DIR")
     merge.add_argument("--adapter", metavar="DIR", help="(RUN_DIR/phase2/adapter)")
     merge.add_argument("--out", metavar="DIR", type=types.place, required=True, help="a folder that does not exist yet")
@@ -115,7 +115,7 @@ def _add_training(commands: Commands, name: str, text: str, phases: list[int]) -
     parser.add_argument("config", metavar="CONFIG.yaml", help="a path, or the name of a shipped config")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
     parser.add_argument("--fresh", action="store_true", help="start over; an old run directory is moved aside")
-    parser.add_argument("--profile", action="store_true", help="also a trace of a few steps, in RUN_DIR/profile")
+    parser.add_argument("--profile", action="store_true", help="also trace a few steps, to RUN_DIR/profile")
     parser.set_defaults(phases=phases)
 
 
@@ -125,16 +125,16 @@ def _add_plan(commands: Commands) -> None:
     plan.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.add_argument(
-        "--memory", type=types.size, metavar="SIZE", help="such as 80GiB: finds the largest batch that fits"
+        "--memory", type=types.size, metavar="SIZE", help="such as 80GiB: find the largest batch that fits"
     )
     plan.add_argument(
-        "--processes", type=types.positive, metavar="N", help="in the whole job (default: the launcher's, or 1)"
+        "--processes", type=types.positive, metavar="N", help="of the whole job (default: the launcher's, or 1)"
     )
-    plan.add_argument("--device", choices=("cpu", "cuda"), help="to plan for (default: what a run would use here)")
+    plan.add_argument("--device", choices=("cpu", "cuda"), help="to plan for (default: the one a run would use here)")
     plan.add_argument(
-        "--images-per-second", type=types.speed, metavar="X", help="of one process; nothing is measured then"
+        "--images-per-second", type=types.speed, metavar="X", help="speed of one process, instead of measuring it"
     )
-    plan.add_argument("--no-probe", action="store_true", help="measure no speed")
+    plan.add_argument("--no-probe", action="store_true", help="do not measure the speed")
     plan.set_defaults(phases=[1, 2])
 
 
@@ -150,10 +150,10 @@ def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> 
         "--false-alarm-rate",
         type=types.rate,
         metavar="RATE",
-        help="share of clean images called anomalous (0.01 if possible)",
+        help="share of clean images called anomalous (default: 0.01 if possible)",
     )
     parser.add_argument("--batch-size", type=types.positive, default=32, metavar="N", help="images per process (32)")
-    parser.add_argument("--explain", action="store_true", help="also the blocks' errors at the hottest place")
+    parser.add_argument("--explain", action="store_true", help="also show the blocks' errors at the hottest place")
     parser.add_argument("--overlays", choices=("all", "anomalous", "none"), default="all", help="pictures to draw")
     return parser
 
@@ -168,17 +168,17 @@ def _add_export(commands: Commands) -> None:
 
 
 def _add_pack(commands: Commands) -> None:
-    pack = _add(commands, "pack", "a folder of images -> tar shards (WebDataset), verified; goes on by itself", _pack)
-    pack.add_argument("source", metavar="SOURCE", help="a folder of images, or shards to pack anew")
+    pack = _add(commands, "pack", "a folder of images -> verified tar shards (WebDataset); resumes by itself", _pack)
+    pack.add_argument("source", metavar="SOURCE", help="a folder of images, or shards to repack")
     pack.add_argument("out", metavar="OUT", type=types.place, help="a folder for the shards")
-    pack.add_argument("--shard-size", type=types.size, default=2**28, metavar="SIZE", help="at most (256MiB)")
+    pack.add_argument("--shard-size", type=types.size, default=2**28, metavar="SIZE", help="maximum size (256MiB)")
     pack.add_argument(
-        "--short-side", type=types.positive, metavar="PIXELS", help="scale larger images down (keep files)"
+        "--short-side", type=types.positive, metavar="PIXELS", help="scale larger images down (default: keep files)"
     )
     pack.add_argument(
-        "--quality", type=types.quality, default=95, metavar="1..100", help="of scaled images' JPEGs (95)"
+        "--quality", type=types.quality, default=95, metavar="1..100", help="JPEG quality of scaled images (95)"
     )
-    pack.add_argument("--workers", type=types.positive, metavar="N", help="processes that scale (one per processor)")
+    pack.add_argument("--workers", type=types.positive, metavar="N", help="worker processes (one per processor)")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -191,14 +191,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource], list[int]]:
-    """The config, its image sets, and the phases that it asks for."""
+    """The config, its image sets, and the phases to run."""
     from trajdist.config_files import load_config, refuse_moved
     from trajdist.data.sources import open_sets
     from trajdist.data.storage import Access
 
     config = load_config(arguments.config, arguments.overrides)
     refuse_moved(arguments.config, arguments.overrides, config.run_dir)
-    # On another run's Phase 1, the job to plan is one for ``adapt``.
+    # With another run's Phase 1, the job to plan is that of ``adapt``.
     on_another = arguments.command is _plan and config.phase1 is not None
     phases = [2] if on_another else list(arguments.phases)
     if phases == [1, 2] and not config.adapts:
@@ -212,7 +212,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource]
 
 
 def _labelled(config: Config) -> dict[str, ImageSource]:
-    """The labelled images of validation.path, where there is one."""
+    """The labelled images of validation.path, if it is set."""
     from trajdist.data.labelled import LabelledFolder
     from trajdist.errors import DataError
 
@@ -221,7 +221,7 @@ def _labelled(config: Config) -> dict[str, ImageSource]:
         return {}
     labelled = LabelledFolder(path, "validation.path", config.data.read_retries)
     if len(labelled.kinds) == 1:
-        raise DataError(f"validation.path={path!r} has good images alone: add some with defects, or leave it out.")
+        raise DataError(f"validation.path={path!r} has only good images: add some with defects, or leave it out.")
     return {"validation": labelled}
 
 
@@ -282,7 +282,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _scoring(arguments: argparse.Namespace, source: ImageSource) -> Iterator[Scoring]:
-    """Open a scoring; after the block, name the report and the images that could not be read."""
+    """Open a scoring; after the block, print where the report is and which images could not be read."""
     from trajdist.runtime.processes import naming_memory
     from trajdist.scoring.job import Options, open_scoring
     from trajdist.scoring.score import tell_unreadable
@@ -296,7 +296,7 @@ def _scoring(arguments: argparse.Namespace, source: ImageSource) -> Iterator[Sco
         overlays=arguments.overlays,
     )
     job = open_scoring(arguments.run_dir, source, arguments.images, arguments.out, options)
-    with naming_memory(job.processes, lambda device: f"name a --batch-size below {arguments.batch_size}"):
+    with naming_memory(job.processes, lambda device: f"use a --batch-size below {arguments.batch_size}"):
         yield job
     if job.processes.is_main:
         job.console.print(f"the report is {job.out / 'report.html'}")
@@ -380,10 +380,10 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _end(code: int) -> int:
-    """The work is done and on disk, or refused. One process of several ends here and now.
+    """The exit code. A launched process exits here at once: its work is on disk, or was refused.
 
-    While the interpreter is taken apart, a thread of the communication libraries now and then aborts the process, and
-    the launcher would take the finished job for a crash.
+    During interpreter shutdown, a thread of the communication libraries occasionally aborts the process, and the
+    launcher would take the finished job for a crash.
     """
     if launcher.is_launched():
         sys.stdout.flush()
@@ -393,6 +393,6 @@ def _end(code: int) -> int:
 
 
 def _complain(sentence: str) -> None:
-    """An error on stderr. Every process of a job may have found it; those beside the main one say who they are."""
+    """Print an error to stderr. Several processes may report it: all but the main one add their rank."""
     rank = launcher.rank()
     print(f"trajdist: {f'[process {rank}] ' if rank else ''}{sentence}", file=sys.stderr)

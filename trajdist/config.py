@@ -1,6 +1,6 @@
 """The configuration: every key, its default and its bounds, in one place.
 
-:mod:`trajdist.config_files` reads YAML and overrides; here pydantic types and checks the sum.
+:mod:`trajdist.config_files` reads YAML and overrides; here pydantic types and checks the result.
 Config objects stop at the builders: classes elsewhere take plain keyword arguments.
 """
 
@@ -16,7 +16,7 @@ from trajdist.plugins import BUILT_IN, installed_models, known_model
 
 
 def _no_word(value: object) -> object:
-    """YAML's ``yes`` and ``off`` would count as 1 and 0."""
+    """Refuse YAML's ``yes`` and ``off``, which would count as 1 and 0."""
     if isinstance(value, bool):
         raise ValueError("input should be a number, not a yes or no")
     return value
@@ -25,14 +25,14 @@ def _no_word(value: object) -> object:
 NUMBER = BeforeValidator(_no_word)
 PositiveInt = Annotated[int, Field(gt=0), NUMBER]
 NaturalInt = Annotated[int, Field(ge=0), NUMBER]
-# Of layers and batches: more would only end in a failed allocation.
+# Of layers and batches: larger ones could not be allocated anyway.
 Width = Annotated[int, Field(gt=0, le=65536), NUMBER]
 Fraction = Annotated[float, Field(ge=0, lt=1), NUMBER]
-# Infinity switches a limit off; a rate or a weight of it makes every loss infinite.
+# Infinity switches a limit off; an infinite rate or weight would make every loss infinite.
 Limit = Annotated[float, Field(gt=0), NUMBER]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER]
-# It names a folder of the run directory.
+# It becomes a folder of the run directory.
 DomainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 # The image set that each phase trains on, below ``data``.
@@ -75,7 +75,7 @@ class ImageSet(Section):
 
 
 class ImagenetSet(ImageSet):
-    """Photographs are cropped, as they were when the backbone was trained; of a domain every place matters."""
+    """Photographs are cropped, as when the backbone was trained; in a domain's images, every place matters."""
 
     fit: Literal["squash", "crop"] = "crop"
     """`crop` or `squash`, see data.domain.fit. Training only: scoring always uses data.domain.fit."""
@@ -103,7 +103,7 @@ class Data(Section):
     cache_gib: Limit = Field(100.0, json_schema_extra=FREE)
     """Maximum size of those copies, in GiB; the least recently used are evicted first."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1), NUMBER] = Field(0.05, json_schema_extra=FREE)
-    """Unreadable images are skipped and listed; if they exceed this share of the images, the run stops."""
+    """Maximum share of unreadable images, which are skipped and listed; beyond it, the run stops."""
 
     def of_phase(self, phase: int) -> ImageSet:
         """The image set that a phase trains on."""
@@ -240,7 +240,7 @@ class Checkpoint(Section):
 
 
 class Validation(Section):
-    """Looking at the weights between epochs, on images that they were not trained on."""
+    """Evaluation of the weights between epochs, on images that they were not trained on."""
 
     every_epochs: NaturalInt = 0
     """Epochs between validations (the last epoch is always validated); 0 turns it off. See docs/validation.md."""
@@ -251,7 +251,7 @@ class Validation(Section):
 
 
 class EarlyStopping(Section):
-    """An end before the last epoch."""
+    """Ending a phase before its last epoch."""
 
     patience: NaturalInt = 0
     """Validations without improvement after which the phase ends; 0 turns it off."""
@@ -265,7 +265,7 @@ class Ema(Section):
 
 
 class Logging(Section):
-    """What is written while training."""
+    """What is logged during training."""
 
     every_steps: PositiveInt = Field(20, json_schema_extra=FREE)
     """Optimizer steps between lines of metrics.jsonl; losses stay on the device in between."""
@@ -286,7 +286,7 @@ class Memory(Section):
     """Memory options."""
 
     images_per_pass: PositiveInt | None = Field(None, json_schema_extra=FREE)
-    """Images per backbone pass; null: the micro-batch, as far as 32-bit indices reach, on CPUs as 128 MiB hold it."""
+    """Images per backbone pass; null: as many as keep its largest activation in 32-bit indices, on CPUs in 128 MiB."""
     empty_cache_every: NaturalInt = Field(0, json_schema_extra=FREE)
     """Steps between calls to the allocator's empty_cache; 0 never calls it (references are dropped either way)."""
 
@@ -346,17 +346,17 @@ class Config(Section):
 
     @property
     def adapts(self) -> bool:
-        """Whether `run` goes on to Phase 2: where it is not said, if there is a domain."""
+        """Whether `run` goes on to Phase 2: if `enabled` is unset, whether there is a domain."""
         enabled = self.domain_adaptation.enabled
         return bool(self.data.domain.path or self.data.domains) if enabled is None else enabled
 
     def contrasts(self, phase: int) -> bool:
-        """Whether a phase trains on clean images together with copies that have a defect drawn in."""
+        """Whether a phase trains on clean images and on copies with a drawn defect."""
         return phase == 2 and self.domain_adaptation.objective == "contrast"
 
 
 def domain_config(config: Config, name: str) -> Config:
-    """What one of several domains is trained with: a whole config, for a run directory below that of ``config``."""
+    """The complete config of one of several domains, whose run directory lies below that of ``config``."""
     data = config.data.model_copy(update={"domain": config.data.domains[name], "domains": {}})
     run_dir = str(Path(config.run_dir) / "domains" / name)
     return config.model_copy(update={"run_dir": run_dir, "phase1": config.run_dir, "data": data})

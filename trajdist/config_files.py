@@ -1,4 +1,4 @@
-"""Config files: YAML read and written, shipped ones found by name, ``key=value`` overrides laid over them."""
+"""Config files: YAML read and written, shipped ones found by name, ``key=value`` overrides applied to them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NULLS = ("", "~", "null", "Null", "NULL")
 
 
 def load_config(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file (or a shipped config by name), lay ``key=value`` overrides over it, and check the sum.
+    """Read a YAML file (or a shipped config by name), apply ``key=value`` overrides, and check the result.
 
     Raises:
         ConfigError: a file that cannot be read, an unknown key, a value of the wrong type or out of bounds.
@@ -38,21 +38,21 @@ def load_config(source: str | Path | None = None, overrides: Iterable[str] = ())
 
 
 def _refuse_expanded_paths(overrides: list[str]) -> None:
-    """Refuse what a shell makes of ``key=/data/{000..127}.tar``: as many arguments, of which the last would win."""
+    """Refuse a pattern that the shell has expanded, as in ``key=/data/{000..127}.tar``: the last one would win."""
     for one, other in itertools.pairwise(overrides):
         key = one.partition("=")[0]
         if one != other and key.endswith(".path") and DIGITS.sub("", one) == DIGITS.sub("", other):
             raise ConfigError(
-                f"{one!r} and {other!r} both set {key}, as when the shell expands braces: quote the pattern, or name "
-                "one path."
+                f"{one!r} and {other!r} both set {key}, as if the shell had expanded braces: quote the pattern, or "
+                "name one path."
             )
 
 
 def refuse_moved(source: str, overrides: Iterable[str], run_dir: str) -> None:
-    """Refuse the config.yaml of a run that was moved or copied: it would begin another run where that one was.
+    """Refuse the config.yaml of a moved or copied run: it would start another run at the old place.
 
     Raises:
-        ConfigError: it names another run_dir than the folder it is in, and the command names none.
+        ConfigError: its run_dir is not the folder it is in, and the command sets none.
     """
     folder = user_path(source).parent
     if Path(source).name != "config.yaml" or not (folder / "run.json").is_file():
@@ -60,8 +60,8 @@ def refuse_moved(source: str, overrides: Iterable[str], run_dir: str) -> None:
     named = any(override.startswith("run_dir=") for override in overrides)
     if not named and user_path(run_dir).resolve() != folder.resolve():
         raise ConfigError(
-            f"run_dir={run_dir!r} is not where {source!r} is, as after the run was moved: add run_dir={folder} to go "
-            "on with it, or name another run_dir to begin anew."
+            f"run_dir={run_dir!r} is not where {source!r} is, as if the run had been moved: add run_dir={folder} to "
+            "resume it, or name another run_dir to start a new one."
         )
 
 
@@ -89,39 +89,39 @@ def _config_folders() -> Iterator[Path]:
 
 
 class _TwiceError(yaml.composer.ComposerError):
-    """A key that is there twice."""
+    """A duplicate key."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML without what it does in silence or with a traceback."""
+    """PyYAML, with errors where it would guess silently or end in a traceback."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """YAML itself forbids a key that is there twice; PyYAML keeps the last one."""
+        """Refuse duplicate keys, as YAML does; PyYAML keeps the last one."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise _TwiceError(None, None, f"{key.value} is there twice", key.start_mark)
+                raise _TwiceError(None, None, f"{key.value} is set twice", key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """All at once (``deep``), which makes an error of an alias inside of what it stands for."""
+        """Construct everything at once (``deep``), so that an alias inside its own anchor is an error."""
         try:
             made = super().construct_object(node, deep=True)
-            # No file has a NUL or half a surrogate pair in its name.
+            # Text may name a file, and no file name holds a NUL or a lone surrogate.
             os.fsencode(made.replace("\0", "\ud800") if isinstance(made, str) else "")
         except (ValueError, LookupError, AttributeError):
             kind = node.tag.rpartition(":")[2].replace("str", "text")
-            what = f"{reprlib.repr(node.value)} is no {kind}"
+            what = f"{reprlib.repr(node.value)} cannot be read as {kind}"
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
         return made
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """010 is ten, as in YAML 1.2 and wherever numbers are padded, and not eight."""
+        """Read 010 as ten, as YAML 1.2 does, not as eight."""
         text = str(self.construct_scalar(node))
         number = int(text) if re.fullmatch(r"[-+]?[0-9]+", text) else int(super().construct_yaml_int(node))
-        str(number)  # A ValueError beyond some thousands of digits, whatever base it is written in.
+        str(number)  # Raises ValueError beyond a few thousand digits, whatever base the number is written in.
         return number
 
 
@@ -129,10 +129,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _parse(text: str) -> Any:
-    """What a YAML document says.
+    """Parse a YAML document.
 
     Raises:
-        yaml.YAMLError: it is none.
+        yaml.YAMLError: it is not valid.
     """
     try:
         return yaml.load(text, _Loader)
@@ -160,9 +160,9 @@ def dump_yaml(config: Config) -> str:
 
 
 def _value(key: str, text: str) -> Any:
-    """What stands behind ``key=``: YAML, but for a key that takes text, where only quotes and null are YAML.
+    """The value in ``key=text``: YAML, except that of a key that takes text, only quotes and null are YAML.
 
-    YAML would cut ``/data/set #1`` short and make a number of ``007``.
+    YAML would cut ``/data/set #1`` short and turn ``007`` into a number.
     """
     word = text.strip()
     if is_text(key) and word not in NULLS and not word.startswith(("'", '"')):
@@ -170,9 +170,9 @@ def _value(key: str, text: str) -> Any:
     try:
         return _parse(text)
     except _TwiceError as error:
-        raise ConfigError(f"{key}={text!r} is not possible: {error.problem}, write it once.") from None
+        raise ConfigError(f"{key}={text!r} is not possible: {error.problem}, set it once.") from None
     except yaml.YAMLError as error:
-        # What begins like this is YAML; other text is what it says.
+        # Text that begins like this is meant as YAML; any other is taken literally.
         if isinstance(error, yaml.constructor.ConstructorError) and word.startswith(("{", "[", "'", '"')):
             raise ConfigError(f"{key}={text!r} is not possible: {error.problem}, write another value.") from None
         return text

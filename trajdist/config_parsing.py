@@ -1,4 +1,4 @@
-"""From a nested mapping to a config: the schema, the rules that tie two keys together, and what to say of mistakes."""
+"""From a nested mapping to a config: the schema, the rules that tie two keys together, and the error messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         raise ConfigError(_explain(error, [key for key, *_ in fields()])) from None
     model = config.model
-    # The other types ignore the default, which a dumped config spells out; a number that somebody chose must fit.
+    # Other types ignore the default, which every dumped config contains; a number that the user chose must fit.
     heads_matter = model.type == "transformer" or model.num_heads != Model().num_heads
     if heads_matter and model.hidden_dim % model.num_heads:
         raise ConfigError(
@@ -38,7 +38,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 
 
 def _check_domains(config: Config) -> None:
-    """Several domains are named in one place, and each is validated on its own held-out images."""
+    """Domains are set by ``data.domain`` or ``data.domains``, not both; several are validated on held-out images."""
     if not config.data.domains:
         return
     names = ", ".join(config.data.domains)
@@ -49,7 +49,7 @@ def _check_domains(config: Config) -> None:
         )
     if config.validation.path is not None:
         raise ConfigError(
-            f"validation.path={config.validation.path!r} is of one domain, data.domains has {names}: leave it out, or "
+            f"validation.path={config.validation.path!r} is for one domain, data.domains has {names}: leave it out, or "
             "adapt to one domain at a time."
         )
     precision = config.runtime.mixed_precision
@@ -61,7 +61,7 @@ def _check_domains(config: Config) -> None:
 
 
 def _check_validation(config: Config) -> None:
-    """Keys that mean nothing without others."""
+    """Refuse validation keys that mean nothing without others."""
     validation, patience = config.validation, config.early_stopping.patience
     if not validation.every_epochs and (patience or validation.path is not None):
         key, value = ("early_stopping.patience", patience) if patience else ("validation.path", validation.path)
@@ -74,42 +74,42 @@ def _check_validation(config: Config) -> None:
 
 
 def _check_targets(config: Config) -> None:
-    """PEFT meets the regular expression when Phase 1 has been trained."""
+    """Check the regular expression now: PEFT would only see it after Phase 1."""
     targets = config.domain_adaptation.lora.target_modules
     try:
         re.compile(targets if isinstance(targets, str) else "")
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
-            f"domain_adaptation.lora.target_modules={targets!r} is no regular expression ({error}): fix it, or write "
-            "a list of module names, as in [encoder.0, decoder.0]."
+            f"domain_adaptation.lora.target_modules={targets!r} is not a valid regular expression ({error}): fix it, "
+            "or write a list of module names, as in [encoder.0, decoder.0]."
         ) from None
 
 
 def _explain(error: ValidationError, known: list[str]) -> str:
-    """The first mistake as one sentence; ``known`` are the dotted keys that there are."""
+    """The first mistake as one sentence; ``known`` are the dotted keys that exist."""
     problem, *others = error.errors(include_url=False)
     known = [*known, *_of_domain(problem["loc"], known)]
     sections = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
     key, value = _key(problem["loc"], sections), problem["input"]
-    if problem["loc"][-1:] == ("[key]",):  # The keys that are free text are names of domains.
-        number = "in quotes, " if problem["type"] == "string_type" else ""
+    if problem["loc"][-1:] == ("[key]",):  # Only domains have free names.
+        quoted = "in quotes, " if problem["type"] == "string_type" else ""
         return (
-            f"data.domains has a domain {value!r}: write its name {number}with letters A-Z and a-z, digits, - and _ "
-            "alone (at most 64, the first a letter or digit)."
+            f"data.domains has a domain {value!r}: write its name {quoted}with only letters A-Z and a-z, digits, - and "
+            "_ (at most 64, the first a letter or digit)."
         )
     if problem["type"] == "invalid_key":
-        return f"the config has a key {value!r}, which is no text: trajdist config lists the keys there are."
+        return f"the config has a key {value!r}, which is not text: trajdist config lists all keys."
     if problem["type"] == "extra_forbidden":
-        # A group that there is not: what is in it tells more about what was meant.
+        # For an unknown group, the keys in it tell more about what was meant.
         while isinstance(value, Mapping) and value:
             inner, value = next(iter(value.items()))
             key = f"{key}.{inner}"
         shown, close = key if key.isprintable() else ascii(key), _nearest(key, known)
-        mend = f"did you mean {close}?" if close else "trajdist config lists the keys there are."
+        mend = f"did you mean {close}?" if close else "trajdist config lists all keys."
         return f"unknown config key {shown} (= {_shown(value)}): {mend}"
     if key in sections:
         return f"{key} = {_shown(value)} is not a group of keys: write {key}.KEY=VALUE (see trajdist config)."
-    # Of a key that takes several kinds of values, each kind has something to say.
+    # For a key that takes several types, pydantic reports an error for each.
     same = [each for each in (problem, *others) if _key(each["loc"], sections) == key and each["input"] is value]
     message = " or ".join(dict.fromkeys(_said(each["msg"]) for each in same))
     if problem["type"] == "list_type" and isinstance(value, (str, int, float)):
@@ -117,12 +117,12 @@ def _explain(error: ValidationError, known: list[str]) -> str:
     if problem["type"] == "string_type" and isinstance(value, (int, float, date)):
         message += ", so write it in quotes"
     if (key, value) == ("backbone.weights", None):
-        message += ", and random weights are the word none"
+        message += ", or the word none for random weights"
     return f"{key} = {_shown(value)} is not possible: {message} (see trajdist config --schema)."
 
 
 def _key(location: tuple[int | str, ...], sections: set[str]) -> str:
-    """The dotted key of a mistake. A union's own branches appear in the location; they are no part of the key."""
+    """The dotted key of a mistake, without the union branches that pydantic adds to the location."""
     key, *rest = [str(part) for part in location] or ["the config"]
     for part in rest:
         if key not in sections:
@@ -137,7 +137,7 @@ def _said(message: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as it was written, at a length that can be read; aliases make billions of a few lines of YAML."""
+    """A value as it was written, abbreviated: YAML aliases can expand a few lines to billions of items."""
     brief = reprlib.Repr()
     brief.maxlevel = 2
     brief.maxstring = brief.maxother = brief.maxlong = 200
@@ -145,7 +145,7 @@ def _shown(value: object) -> str:
 
 
 def _nearest(key: str, known: list[str]) -> str | None:
-    """What was probably meant: the same but for capitals or the groups before it, or much alike to its last part."""
+    """The key that was probably meant: equal but for case or missing groups, or similar with a similar last part."""
     names = {name.lower(): name for name in known}
     lower, last = key.lower(), _last(key.lower())
     if lower in names:

@@ -19,7 +19,7 @@ LARGEST_JSON = 2**26
 
 
 def user_path(path: str | Path) -> Path:
-    """A path as the user wrote it, with ``~`` and ``~name`` replaced by home folders; of unknown users it stays."""
+    """A path as the user wrote it, with ``~`` and ``~name`` replaced by home folders; an unknown ``~name`` stays."""
     return Path(os.path.expanduser(path))
 
 
@@ -29,7 +29,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         ArtifactError: the file cannot be written.
     """
-    # Process numbers repeat on the machines that share a network folder.
+    # A random name: process ids may coincide on machines that share a network folder.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as handle:

@@ -41,9 +41,9 @@ def has_restarted() -> bool:
 
 
 def job() -> str:
-    """Names what started the process; a restart by it, which :func:`has_restarted` tells, has the same name.
+    """A name for what started the process, the same after a restart by it (see :func:`has_restarted`).
 
-    Not the other way round: torch's launchers give all their jobs one name, unless they are told another.
+    The converse does not hold: torch's launchers give all their jobs one name unless told otherwise.
     """
     slurm, launch = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"))
     return f"Slurm job {slurm}" if slurm else f"launch {launch}"

@@ -43,7 +43,7 @@ def load_model_class(name: str) -> object:
     """
     entry = installed_models().get(name)
     if entry is None:
-        raise ConfigError(f"model.type={name!r} is no model that is installed.")
+        raise ConfigError(f"model.type={name!r} is not installed: install the package that provides it.")
     try:
         return entry.load()
     except Exception as error:  # A third-party module may raise anything.

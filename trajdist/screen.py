@@ -1,4 +1,4 @@
-"""What commands print: an error in writing it is one sentence, wherever in the program it is met."""
+"""Guards what commands print: an error in writing to stdout becomes one sentence, wherever it occurs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, TextIO
 
 from trajdist.errors import ArtifactError, one_line
 
-# What a shell reports of a program that SIGPIPE ended, as it ends others whose reader has gone (``| head``).
+# The exit code that a shell reports for a program killed by SIGPIPE, as when its reader has gone (``| head``).
 READER_GONE = 141
 
 
 class _Guarded:
-    """A stream whose errors in writing are those of a user; all else is the stream's own."""
+    """A stream whose write errors become user errors; everything else is passed through."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -34,15 +34,15 @@ class _Guarded:
 
 @contextmanager
 def guarded_stdout() -> Iterator[None]:
-    """Make errors in writing to stdout one sentence in the block, at whose end all is written.
+    """Turn errors in writing to stdout into one sentence while the block runs, and flush at its end.
 
     Raises:
         ArtifactError: it cannot be written, as on a full disk.
-        SystemExit: nobody reads it any more.
+        SystemExit: its reader has gone.
     """
     before = sys.stdout
     with open(os.devnull, "w") as nowhere:
-        # There is none where the shell closed it (``>&-``).
+        # It is None if the shell closed it (``>&-``).
         sys.stdout = guarded = _Guarded(before or nowhere)
         try:
             yield
@@ -56,10 +56,10 @@ def _naming(stream: TextIO) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # What is left in the buffer would fail again as the interpreter ends.
+        # Otherwise flushing the buffer would fail again when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if isinstance(error, BrokenPipeError):
             raise SystemExit(READER_GONE) from None
         raise ArtifactError(
-            f"what the command prints cannot be written ({one_line(error)}): free some space, or send it elsewhere."
+            f"stdout cannot be written ({one_line(error)}): free some space, or redirect it elsewhere."
         ) from None

@@ -25,7 +25,7 @@ UInt64s = npt.NDArray[np.uint64]
 _GOLDEN = 0x9E3779B97F4A7C15
 _ROUNDS = 8
 
-# What a seed and a phase are drawn for; each has a random stream of its own, and changing a number changes every run.
+# Purposes of random numbers; each has its own stream, and changing a number changes every run.
 SPLIT, ORDER, PLACES, DRAWING, SAMPLE = range(5)
 
 
@@ -64,7 +64,7 @@ class Plan:
     Attributes:
         num_images: per epoch.
         global_batch: images per optimizer step, over all processes.
-        batch_size: most images per process and micro-batch.
+        batch_size: maximum images per process and micro-batch.
     """
 
     num_images: int
@@ -128,7 +128,7 @@ class Plan:
             yield self.step(index)
 
     def micro_batch(self, step: Step, micro: int, process: int) -> Slots:
-        """What ``process`` gets in micro-batch ``micro`` of ``step``."""
+        """The slots of ``process`` in micro-batch ``micro`` of ``step``."""
         first = step.start + (micro * self.world + process) * self.slots
         start = min(first, step.stop)
         return Slots(step.epoch, start, min(first + self.slots, step.stop), self.slots)
@@ -158,7 +158,7 @@ def key64(*parts: int) -> int:
 
 
 def seed_of(*parts: int) -> int:
-    """:func:`key64` as a seed of torch's generators, to which small numbers may still be added."""
+    """:func:`key64` as a seed for torch, with room for adding small numbers."""
     return key64(*parts) >> 1
 
 
@@ -294,8 +294,8 @@ class Selection:
     def sample(self, count: int) -> Callable[[int, Int64s], Int64s]:
         """The order of a pass over a random ``count`` of the images trained on, as a function like :meth:`train`.
 
-        If the order goes by shards they are drawn from all shards (the first epoch begins with a few of them), and
-        sorted, so that no shard is visited twice.
+        If the order goes by shards, images are drawn from all shards (an epoch begins with only a few), and sorted, so
+        that no shard is visited twice.
         """
         if self.member_sizes is None or count >= self.num_train:
             return self.train
@@ -310,7 +310,7 @@ class Selection:
     def held_out(self, count: int) -> Callable[[int, Int64s], Int64s]:
         """The order of a pass over the first ``count`` held-out images, as a function like :meth:`holdout`.
 
-        If the order goes by shards they are sorted, so that no shard is visited twice.
+        If the order goes by shards, they are sorted, so that no shard is visited twice.
         """
         if self.member_sizes is None:
             return self.holdout
@@ -321,7 +321,7 @@ class Selection:
 
 
 def picked(images: Int64s, epoch: int, positions: Int64s) -> Int64s:
-    """The order of a pass over ``images``, by ``functools.partial``: a lambda could not be sent to spawned workers."""
+    """The order of a pass over ``images``; for ``functools.partial``, as a lambda cannot be sent to spawned workers."""
     return images[positions]
 
 
