@@ -224,7 +224,7 @@ def test_bad_files_are_empty_slots_with_reasons(spoilt):
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
 def test_what_is_no_file_is_not_waited_for(tmp_path, make):
     make(tmp_path / "endless.png")
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         ImageFolder(tmp_path, "key").read(0)
 
 

@@ -78,7 +78,7 @@ def test_the_column_of_images_is_found_among_others(images, tmp_path):
     ("what", "words"),
     [
         ("no images", "holds no images: its columns are text"),
-        ("nothing", "is no folder"),
+        ("nothing", "is not a folder"),
         ("a name", "cannot be loaded"),
     ],
 )

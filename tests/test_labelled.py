@@ -111,7 +111,7 @@ def test_no_test_folder(tmp_path):
 
 
 def test_a_bucket_is_named_as_it_was_written():
-    with pytest.raises(DataError, match=r"^DATASET='s3://bucket/tile' is no folder of this machine: copy it to"):
+    with pytest.raises(DataError, match=r"^DATASET='s3://bucket/tile' is not a local folder: copy it to"):
         LabelledFolder("s3://bucket/tile", "DATASET")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from trajdist.data.decode import decode
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-# Endings of pictures that are not read, and that a user may expect to be; of files with any other ending, nobody does.
+# Endings of pictures that are not read although users may expect it; files with any other ending need no mention.
 OTHER_PICTURES = {".apng", ".arw", ".avif", ".cr2", ".dds", ".dng", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif"}
 OTHER_PICTURES |= {".jp2", ".jpe", ".jpx", ".jxl", ".nef", ".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".qoi"}
 OTHER_PICTURES |= {".sgi", ".tga"}
@@ -56,7 +56,7 @@ class ImageSource(ABC):
     def version(self, index: int) -> int:
         """A positive int64 that changes with the contents of image ``index``, as far as file size and time reveal it.
 
-        0 if they cannot be told at the moment. By default, contents cannot change.
+        0 if that is unknown at the moment. By default, contents cannot change.
         """
         return 1
 
@@ -114,7 +114,7 @@ class Names:
 
 
 def on_screen(name: str) -> str:
-    r"""A name as a terminal may show it: what it would obey, or what has no shape, stands as Python escapes it.
+    r"""A name that is safe to print on a terminal: unprintable characters are escaped as in Python.
 
     >>> print(on_screen("a \x1b[31mred\nname.png"))
     a \x1b[31mred\nname.png

@@ -20,9 +20,9 @@ from trajdist.errors import one_line
 Fit = Literal["squash", "crop"]
 # Pillow knows many more, and for some it runs other programs (Ghostscript for EPS, whatever a file is called).
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
-# The largest value of an image of floats in 0..1.
+# A float image whose largest value is at most this is taken to lie in 0..1, which resampling may overshoot.
 OVERSHOOT = 1.5
-# Of the values of a 12-bit camera, which are often stored as they are in files of 16 bits.
+# Number of grey levels of a 12-bit camera, whose values are often stored unscaled in 16-bit files.
 TWELVE_BITS = 2**12
 # Bump whenever decoding or resizing produces different pixels: it invalidates trajectory caches.
 TRANSFORM = 3
@@ -64,8 +64,8 @@ def open_image(raw: bytes) -> Image.Image:
 def upright(image: Image.Image) -> Image.Image:
     """Turn an image as its EXIF orientation says; it may be changed in place.
 
-    Damaged metadata make no bad picture: one whose orientation cannot be read stays as it is. Where only the other
-    metadata cannot be written anew, it has been turned by then.
+    Damaged metadata do not spoil the image: if its orientation cannot be read, it stays as it is. If only the other
+    metadata cannot be rewritten, it has already been turned.
     """
     image.load()
     with suppress(Exception):
@@ -95,8 +95,8 @@ def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Scale grey levels of more than 8 bits to 0..255.
 
     16-bit types, and wider integers with values above 255, are scaled from 0..65535; floats from 0..1 if they lie in
-    that range or overshoot it a little, as resampling does; what is not finite is black. All else is taken as 0..255
-    already.
+    that range or overshoot it a little, as resampling does; values that are not finite become black. All else is taken
+    as 0..255 already.
     """
     values = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     if pixels.dtype.kind == "f":
@@ -107,7 +107,7 @@ def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def is_dim(raw: bytes) -> bool:
-    """Whether an image has grey values of 16 bits of which it uses twelve at most: they are taken for nearly black.
+    """Whether a 16-bit grey image uses only the lower 12 bits, and is therefore decoded as nearly black.
 
     Raises:
         Exception: whatever Pillow raises.

@@ -76,7 +76,7 @@ def write_labelled(source: ImageSource, folder: Path) -> None:
 
 
 def _write(image: Image.Image, path: Path) -> None:
-    """Leave a file alone that holds the image already: an evaluation that goes on would take it for another one."""
+    """Skip a file that already holds the image: a resumed evaluation would take a rewritten one for another image."""
     content = io.BytesIO()
     image.save(content, "PNG")
     if not path.is_file() or path.read_bytes() != content.getvalue():

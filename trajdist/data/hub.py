@@ -86,8 +86,8 @@ def _load(name: str) -> Any:
     if loader in LOADERS:
         folder = str(user_path(rest))
         if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{folder!r} is no folder")
-        # Of all files: with data_dir, the library looks for the names of splits, such as "train", in those of files.
+            raise FileNotFoundError(f"{folder!r} is not a folder")
+        # Name all files: with data_dir, the library would look for split names, such as "train", in the file names.
         return datasets.load_dataset(loader, data_files={"train": f"{glob.escape(folder)}/**"}, split="train")
     if user_path(loader).is_dir():
         saved = datasets.load_from_disk(str(user_path(loader)))

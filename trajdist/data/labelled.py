@@ -24,7 +24,7 @@ from trajdist.errors import DataError
 from trajdist.files import user_path
 
 GOOD = "good"
-# Orientations of EXIF that exchange width and height.
+# EXIF orientations that exchange width and height.
 LYING = {5, 6, 7, 8}
 LAYOUT = "test/good/*, test/<defect>/* and, if pixels are labelled, ground_truth/<defect>/<name>_mask.png"
 
@@ -42,14 +42,14 @@ class LabelledFolder(EncodedSource):
         has_masks: whether there is a folder ground_truth.
 
     Raises:
-        DataError: no folder of this machine, no test folder, no good images, an image that is not directly in a class
+        DataError: not a local folder, no test folder, no good images, an image that is not directly in a class
             folder, or a defect image without a mask although there is a folder ground_truth.
     """
 
     def __init__(self, path: str | Path, key: str, read_retries: int = 0) -> None:
         root = user_path(path)
         if "://" in str(path):
-            raise DataError(f"{key}={str(path)!r} is no folder of this machine: copy it to one that holds {LAYOUT}.")
+            raise DataError(f"{key}={str(path)!r} is not a local folder: copy it to one that holds {LAYOUT}.")
         if not os.path.isdir(root / "test"):
             raise DataError(f"{key}={str(root)!r} has no folder test: name the folder that holds {LAYOUT}.")
         self._root, self._retries = root, read_retries
@@ -109,7 +109,7 @@ class LabelledFolder(EncodedSource):
         image = self._root / self.name(index)
         with _reading("image", image):
             (width, height), turned = _upright_size(read_bytes(image, self._retries))
-        # A mask is its image scaled, sides rounded to whole pixels.
+        # A mask may have another scale than its image, with sides rounded to whole pixels.
         if 2 * abs(mask.width * height - mask.height * width) > width + height:
             mend = ": give the mask its image's shape."
             if turned and mask.size == (height, width):
@@ -158,7 +158,7 @@ def _upright_size(raw: bytes) -> tuple[tuple[int, int], bool]:
     """Width and height of what :func:`trajdist.data.decode.decode` would return, from the header alone.
 
     Returns:
-        That size, and whether the file has it the other way round.
+        That size, and whether the file has width and height exchanged.
     """
     with open_image(raw) as image:
         lies_on_its_side = False

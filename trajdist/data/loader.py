@@ -103,7 +103,7 @@ class SlotDataset(Dataset[ImageBatch]):
         return ImageBatch(images, weights, torch.tensor(digest(numbers[usable])), failures, places, cached, coverage)
 
     def _look_up(self, cache: TrajectoryCache, numbers: Int64s, places: torch.Tensor | None) -> Cached:
-        # Before the images are read: one that is replaced meanwhile counts as replaced.
+        # Before the images are read, so that one that is replaced meanwhile counts as replaced.
         versions = np.array([self._source.version(int(number)) for number in numbers], np.int64)
         return look_up(cache, numbers, versions, places)
 

@@ -19,7 +19,7 @@ from trajdist.data.storage import PIECE, Version, read_exactly
 from trajdist.errors import ArtifactError
 
 GIB = 2**30
-# Files of other names in the folder are somebody else's.
+# Files with other names in the folder are not ours.
 NAME = "[0-9a-f]" * 24
 SHARD, PART = ".tar", ".part"
 
@@ -74,7 +74,7 @@ class ShardCache:
 
     def _download(self, url: str, version: Version, copy: Path, retries: int) -> None:
         part = copy.with_suffix(PART)
-        # Left by a killed download of this very shard: its lock is this one's by now, so it would count as alive.
+        # Left by a killed download of this shard. We hold its lock now, so it would count as a live download.
         part.unlink(missing_ok=True)
         self._reserve(part, version.size)
         try:

@@ -25,7 +25,7 @@ from trajdist.files import write_bytes
 
 BLOCK = tarfile.BLOCKSIZE
 SUFFIX = ".index.json"
-LARGEST = 2**28  # bytes of an index; an image takes some 80
+LARGEST = 2**28  # bytes of an index; an image takes about 80
 LARGEST_CLASS = 256  # bytes; larger .cls members are ignored
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 
@@ -38,7 +38,7 @@ class ShardIndex(BaseModel):
         names: member names.
         offsets: of each member's first content byte, from the start of the shard.
         sizes: of the contents, in bytes.
-        headers: CRC-32 of the header blocks that precede the contents: whether they are still what was indexed.
+        headers: CRC-32 of the header blocks that precede the contents, to detect changes since indexing.
         classes: the content of ``KEY.cls``, or else the member's folder within the shard.
         left_out: image members that are skipped, by name, and why.
     """
@@ -177,12 +177,12 @@ def _check_end(file: IO[bytes], end: int, shard: str, version: Version) -> None:
     file.seek(end)
     mark = file.read(BLOCK)
     if len(mark) < BLOCK:
-        raise DataError(f"{shard!r} is cut short: it ends at byte {version.size:,} without a mark. Copy it again.")
+        raise DataError(f"{shard!r} is cut short: it ends at byte {version.size:,} without an end mark: copy it again.")
     if any(mark):
         raise DataError(f"{shard!r} is damaged at byte {end:,} of {version.size:,}: copy or pack it again.")
     while rest := file.read(storage.PIECE):
         if any(rest):
-            raise DataError(f"{shard!r} goes on after its end at byte {end:,}: two archives in one file; split them.")
+            raise DataError(f"{shard!r} goes on after its end at byte {end:,}: split the two archives in it.")
 
 
 class _Member(tarfile.TarInfo):

@@ -18,7 +18,7 @@ from trajdist.data.storage import Access, expand, has_pattern, is_url, read_byte
 from trajdist.errors import DataError
 from trajdist.files import user_path
 
-# In the output folder of a scoring: what it is about, and the folder of its pictures.
+# In a scoring's output folder: the file that identifies it, and the folder of its pictures.
 SCORED, PICTURES = "scoring.json", "maps"
 
 
@@ -26,7 +26,7 @@ def open_source(path: str | None, key: str, access: Access | None = None) -> Ima
     """The source that ``path`` names; ``key`` is the config key or argument it came from, for the error.
 
     Raises:
-        DataError: nothing there, or no images in it.
+        DataError: it does not exist, or holds no images.
     """
     if not path:
         raise DataError(f"{key} is not set: name a folder of images, as in {key}=/data/images.")
@@ -47,10 +47,10 @@ def open_source(path: str | None, key: str, access: Access | None = None) -> Ima
 
 
 def _shards_of(path: str, key: str, retries: int) -> list[str]:
-    """The tar shards that a path means: what a pattern or URL names, or all of a folder that holds no images; or none.
+    """The tar shards that a path means: those that a pattern or URL names, or all in a folder without images; or none.
 
     Raises:
-        DataError: a folder with images and with tar files, of which some would be lost either way.
+        DataError: a folder holds images as well as tar files, so some would be ignored either way.
     """
     local = user_path(path)
     if is_url(path):
@@ -102,7 +102,7 @@ class ImageFolder(EncodedSource):
         return read_bytes(self._root / self.name(index), self._retries)
 
     def classes(self) -> npt.NDArray[np.int64] | None:
-        """One for each folder that has images in it; None where that is one."""
+        """One class per folder that holds images; None if there is only one."""
         return numbered(os.path.dirname(self.name(index)) for index in range(len(self)))
 
     def version(self, index: int) -> int:
@@ -125,13 +125,13 @@ class ImageFolder(EncodedSource):
 
 
 def _single(file: Path) -> tuple[list[str], Counter[str]]:
-    """A file that is named may be in any format, but it has to be a picture."""
+    """A file that is named explicitly may have the ending of any picture format."""
     is_picture = file.suffix.lower() in {*EXTENSIONS, *OTHER_PICTURES}
     return [file.name] if is_picture else [], Counter()
 
 
 def _list_images(root: Path) -> tuple[list[str], Counter[str]]:
-    """Paths below ``root``, sorted, and how many files have which other ending; linked folders are followed, once.
+    """Images below ``root``, sorted, and a count of the other files by ending; linked folders are followed, once.
 
     Pictures that a scoring drew are left out: its output folder may lie among the images.
     """
@@ -157,7 +157,7 @@ def _list_images(root: Path) -> tuple[list[str], Counter[str]]:
 
 
 def _tell_left_out(folder: str, others: Counter[str]) -> None:
-    """A line on stderr about pictures in formats that do not count; labels and notes beside images are no news."""
+    """Report pictures in unsupported formats on stderr; labels and notes beside images need no mention."""
     if launcher.rank() or not others:
         return
     left_out = sorted(others.keys() & OTHER_PICTURES, key=lambda ending: (-others[ending], ending))
@@ -176,7 +176,7 @@ def open_sets(wanted: Mapping[str, str | None], access: Access) -> dict[str, Ima
     """Open several sets to train on, given as ``{"imagenet": path}``, for the keys ``data.imagenet.path`` and so on.
 
     Raises:
-        DataError: one cannot be opened, or is a labelled set, whose defects and masks are no clean images.
+        DataError: one cannot be opened, or is a labelled set, whose defects and masks are not clean images.
     """
     for name, path in wanted.items():
         _refuse_labelled(path, f"data.{name}.path")
@@ -197,7 +197,7 @@ def _refuse_labelled(path: str | None, key: str) -> None:
 
 
 def refuse_masks(path: str, key: str, use: str) -> None:
-    """Refuse the root of a labelled set where images are wanted, which would be ``use`` such as "scored".
+    """Refuse the root of a labelled set where images are wanted; ``use`` is what is done to them, such as "scored".
 
     Raises:
         DataError: it has a folder of masks, which would count as images.
@@ -216,7 +216,7 @@ def _find_labelled(folder: str) -> str | None:
         return None
     try:
         inside = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
-    except OSError:  # Told by whoever lists the images.
+    except OSError:  # Reported when the images are listed.
         return None
     return next((each for each in (folder, *inside) if _is_labelled(each)), None)
 

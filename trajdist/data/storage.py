@@ -63,7 +63,7 @@ def has_pattern(name: str) -> bool:
 def expand(pattern: str) -> list[str]:
     """Expand braces (``{000..127}``, ``{a,b}``), then globs; returns the names sorted and without duplicates.
 
-    The name of a local file that exists is no pattern. Names without wildcards need not exist.
+    The name of an existing local file is not a pattern. Names without wildcards need not exist.
     URLs are globbed only if they contain ``*``.
 
     Raises:
@@ -104,7 +104,7 @@ def _braces(pattern: str) -> Iterator[str]:
 
 
 def _local_glob(name: str) -> list[str]:
-    """What a name or a pattern stands for. Brackets in the name of a file or a folder that exists are no pattern."""
+    """What a name or a pattern stands for. Brackets in the name of an existing file or folder are not a pattern."""
     if not glob.has_magic(name) or os.path.exists(name):
         return [name]
     folder, pattern = os.path.split(name)
@@ -148,7 +148,7 @@ def read(name: str, start: int, length: int) -> bytes:
 
 
 def read_whole(url: str, limit: int) -> bytes:
-    """The contents of a remote file of at most ``limit`` bytes; a server may answer with another one, of any size.
+    """The contents of a remote file of at most ``limit`` bytes: a server may answer with any other file.
 
     Raises:
         ValueError: it is larger.
@@ -156,7 +156,7 @@ def read_whole(url: str, limit: int) -> bytes:
     """
     content = bytearray()
     with open_file(url) as file:
-        while piece := file.read(PIECE):  # Some servers' files give less than was asked for.
+        while piece := file.read(PIECE):  # A read may return less than was asked for.
             content += piece
             if len(content) > limit:
                 raise ValueError(f"{url!r} has more than {limit:,} bytes")
@@ -238,14 +238,14 @@ def read_bytes(path: Path, retries: int) -> bytes:
     """The contents of a local file, with retries after transient errors.
 
     Raises:
-        OSError: it cannot be read, or is no file: a pipe would be waited for, and a device may have no end.
+        OSError: it cannot be read, or is not a regular file: a pipe could block, and a device may have no end.
     """
 
     def once() -> bytes:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file")
-            os.set_blocking(file.fileno(), True)  # Hierarchical storage does not recall a file for one that won't wait.
+                raise OSError(errno.EINVAL, "it is not a regular file")
+            os.set_blocking(file.fileno(), True)  # Hierarchical storage recalls a file only for a blocking read.
             return file.read()
 
     return retrying(once, retries)

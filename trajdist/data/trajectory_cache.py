@@ -91,7 +91,7 @@ class TrajectoryCache:
             for name in ("records", "versions"):
                 (self.folder / name).touch()
             os.truncate(self.folder / "versions", VERSION_BYTES * self.num_images)
-            # It tells this folder from the same path on another machine.
+            # The id distinguishes this folder from the same path on another machine.
             with suppress(FileExistsError), open(self.folder / "id", "x") as file:
                 file.write(uuid.uuid4().hex)
         except (OSError, ArtifactError) as error:
@@ -111,7 +111,7 @@ class TrajectoryCache:
         return count
 
     def capacity(self, gib: float) -> int:
-        """How many records ``gib`` GiB have room for, be there as many images or not."""
+        """How many records fit into ``gib`` GiB, regardless of the number of images."""
         return int(min(gib * GIB / self.stride, 2**62))  # The limit may be infinite.
 
     def read(self, number: int, version: int, record_PLD: npt.NDArray[np.uint16]) -> bool:
@@ -128,7 +128,7 @@ class TrajectoryCache:
             return False
 
     def version(self, number: int) -> int:
-        """Which version of an image the record is of; 0 without one.
+        """The version of the image that its record was made from; 0 without a record.
 
         Raises:
             OSError: it cannot be read.
@@ -155,7 +155,7 @@ class TrajectoryCache:
             self._set_version(number, max(version, 1))
 
     def discard(self, number: int) -> None:
-        """Take back an image's record.
+        """Invalidate an image's record.
 
         Raises:
             OSError: that cannot be written.
@@ -260,9 +260,9 @@ class CacheWriter:
     def _write(
         self, images: list[tuple[int, int]], trajectories_BPLD: torch.Tensor, copied: torch.cuda.Event | None
     ) -> list[tuple[int, int]]:
-        """Write what there is room for; returns it as ``(number, version)``."""
+        """Write as many records as there is room for; returns them as ``(number, version)``."""
         if copied is not None:
-            # A thread begins on the first GPU: a mere wait would take memory for a context there, in every process.
+            # A new thread starts on GPU 0: a plain wait would create a CUDA context there in every process.
             with torch.cuda.device(copied.device):
                 copied.synchronize()
         written = []
@@ -277,7 +277,7 @@ class CacheWriter:
         return written
 
     def _make_room(self, number: int) -> bool:
-        """Take room for a record, or that of the image's earlier version. False if there is none."""
+        """Reserve room for a record, reusing that of the image's earlier version; False if there is none."""
         if self._cache.version(number):
             self._cache.discard(number)
         elif self._room:
