@@ -93,15 +93,17 @@ def test_globs_choose_blocks() -> None:
     assert [block.name for block in build("resnet18", 64, ("layer[34].1",)).blocks] == ["layer3.1", "layer4.1"]
     with pytest.raises(ConfigError, match="matches no module"):
         build("resnet18", 64, ("nothing*",))
-    with pytest.raises(ConfigError, match="no map of the image"):
+    with pytest.raises(ConfigError, match="not a feature map"):
         build("resnet18", 64, ("fc",))
     with pytest.raises(ConfigError, match=r"'layer1\.0\.relu', which is called 2 times for an image"):
         build("resnet18", 64, ("layer1.0.*",))
-    with pytest.raises(ConfigError, match=r"'AuxLogits\.conv0' and others that are not called"):
+    with pytest.raises(ConfigError, match=r"never called, such as 'AuxLogits\.conv0'"):
         build("inception_v3", 96, ("AuxLogits.*",))
-    with pytest.raises(ConfigError, match=r"'stages\.2\.1\.transformer\.0', whose output \(4, 4, 64\) is no map"):
+    with pytest.raises(
+        ConfigError, match=r"'stages\.2\.1\.transformer\.0', whose output \(4, 4, 64\) is not a feature map"
+    ):
         build("timm:mobilevit_xxs", 32, ("stages.*.transformer.[0-9]",))
-    with pytest.raises(ConfigError, match=r"whose output \(1, 16, 196, 96\) is no map of the image"):
+    with pytest.raises(ConfigError, match=r"whose output \(1, 16, 196, 96\) is not a feature map"):
         build("timm:nest_tiny_jx", 224, ("levels.0.transformer_encoder.0",))
 
 

@@ -383,7 +383,7 @@ def test_compiled_it_is_the_same(network, images_per_pass, request):
 def test_a_compiler_that_errs_is_found_out(backbone, monkeypatch):
     extractor = TrajectoryExtractor(backbone, random_projection_for(backbone, 8), 2)
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *inputs: 1.1 * function(*inputs))
-    with pytest.raises(ConfigError, match=r"backbone\.compile=true gives other trajectories here .*: set it to false"):
+    with pytest.raises(ConfigError, match=r"backbone\.compile=true gives wrong trajectories here .*: set it to false"):
         extractor.compile()(IMAGES)
 
 

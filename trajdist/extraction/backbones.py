@@ -41,7 +41,7 @@ SwinTransformerV2Block SwinTransformerV2CrBlock TinyVitBlock TransformerBlock Tr
 UniversalInvertedResidual XCABlock XceptionModule
 """
 BLOCK_CLASSES = frozenset(_BLOCKS.split())
-# Those that give [B, H, W, C], which only the sizes tell otherwise.
+# Blocks that return [B, H, W, C]: their class decides where C = H = W; otherwise the sizes tell.
 CHANNELS_LAST = re.compile("Swin|GatedConv|GlobalContextVit|Sequencer2d|TinyVit")
 
 Visit = Callable[[int, torch.Tensor], None]
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         fold_batchnorm(self.network, names, lambda: self._outputs(names, image_size))
         use_fast_linear(self.network)
         for tensor in (*self.network.parameters(), *self.network.buffers()):
-            if tensor.ndim == 4:  # ``network.to(memory_format=...)`` fails where there are any of five dimensions.
+            if tensor.ndim == 4:  # ``network.to(memory_format=...)`` fails if any tensor has five dimensions.
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         for number, block in enumerate(self.blocks):
             self.network.get_submodule(block.name).register_forward_hook(self._hook(number))
@@ -144,7 +144,7 @@ class Backbone(nn.Module):
             self._visit = self._pixels_BK = None
 
     def _finish_at_pixels(self, module: nn.Module, inputs: Any) -> None:
-        """Before the last block: compute it at the needed pixels alone, if it can be, and end the pass."""
+        """Before the last block: compute it only at the needed pixels, if possible, and end the pass."""
         if self._visit is None or self._pixels_BK is None:
             return
         activation = cpu_kernels.residual_at(module, first_tensor(inputs), self._pixels_BK)
@@ -175,7 +175,7 @@ class Backbone(nn.Module):
             raise ConfigError(f"data.image_size={image_size} does not suit this backbone: {reason}") from None
         if not shapes:
             raise ConfigError(
-                f"backbone.blocks matches {names[0]!r} and others that are not called: name some that are."
+                f"backbone.blocks matches only modules that are never called, such as {names[0]!r}: name some that are."
             )
         found: list[Block] = []
         for name, shape in shapes.items():
@@ -187,8 +187,8 @@ class Backbone(nn.Module):
             layout = _layout(shape, self.network.get_submodule(name))
             if layout is None:
                 raise ConfigError(
-                    f"backbone.blocks matches {name!r}, whose output {tuple(shape)} is no map of the image: "
-                    "name modules that give [B, C, H, W] or tokens."
+                    f"backbone.blocks matches {name!r}, whose output {tuple(shape)} is not a feature map: "
+                    "name modules that return [B, C, H, W] or tokens."
                 )
             channels = shape[1] if layout == "BCHW" else shape[-1]
             side = math.isqrt(shape[1]) if layout == "BNC" else shape[2]
@@ -252,7 +252,7 @@ def first_tensor(output: Any) -> torch.Tensor:
 
 
 def _layout(shape: torch.Size, module: nn.Module) -> str | None:
-    """The axes of a module's output for one image; None if that is no map, or several (MobileViT's batch of parts)."""
+    """The axes of a module's output for one image; None if that is not one map (in MobileViT, a batch of parts)."""
     if shape[:1] != (1,):
         return None
     if len(shape) == 3:
@@ -276,7 +276,7 @@ def to_grid(output: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def find_blocks(network: nn.Module, patterns: list[str]) -> list[str]:
-    """Names of the modules to observe: those that match ``patterns``, or without any the outermost residual blocks.
+    """Names of the modules to observe: those that match ``patterns``, or without any, the outermost residual blocks.
 
     Raises:
         ConfigError: no module matches, or only some of the blocks are of a known class.
@@ -296,14 +296,14 @@ def find_blocks(network: nn.Module, patterns: list[str]) -> list[str]:
         )
     if unknown := _unknown_beside(network, outermost):
         raise ConfigError(
-            f"backbone.blocks is empty and {type(network).__name__} has blocks of a class that is not known between "
-            f"others, such as {unknown!r}: name the modules to observe by globs, for example among {outermost[:8]}."
+            f"backbone.blocks is empty and {type(network).__name__} has blocks of an unknown class beside known ones, "
+            f"such as {unknown!r}: name the modules to observe by globs, for example among {outermost[:8]}."
         )
     return outermost
 
 
 def _unknown_beside(network: nn.Module, blocks: list[str]) -> str | None:
-    """The first module in a list with blocks that has several layers with weights as well, but is none of them."""
+    """The first module beside ``blocks`` in a list that has several weighted layers, but is not one of them."""
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in blocks):
         module = network.get_submodule(parent)
         if not isinstance(module, (nn.Sequential, nn.ModuleList)):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-# With more of a map's pixels than this fraction, the last block as a whole is as fast as at the pixels alone.
+# Above this fraction of a map's pixels, computing the whole last block is as fast.
 FEW_PIXELS = 1 / 3
 
 
@@ -43,9 +43,9 @@ class PrepackedConv2d(nn.Conv2d):
         return _convolve(self, input, self._packed)
 
     def at(self, x_BCHW: torch.Tensor, pixels_BK: torch.Tensor) -> torch.Tensor:
-        """This convolution at some pixels only, which are numbered row by row: ``[N, C, 1, 1]``.
+        """This convolution at some pixels only, numbered row by row: ``[N, C, 1, 1]``.
 
-        As a matrix product, for which the weights are packed in another way. The convolution must be centred.
+        Computed as a matrix product, for which the weights are packed differently. The convolution must be centred.
         """
         rows = _windows(x_BCHW, pixels_BK, self.kernel_size[0])
         if not is_plain(x_BCHW):
@@ -115,9 +115,9 @@ def _windows(x_BCHW: torch.Tensor, pixels_BK: torch.Tensor, side: int) -> torch.
 
 
 def residual_at(block: Any, x_BCHW: torch.Tensor, pixels_BK: torch.Tensor) -> torch.Tensor | None:
-    """A residual block at these pixels of each image, which are numbered row by row; None where that cannot be had.
+    """A residual block at these pixels of each image, numbered row by row; None if it cannot be computed that way.
 
-    The result is written to ``x_BCHW``, which elsewhere keeps its values.
+    The result is written to ``x_BCHW``, which keeps its values elsewhere.
     """
     if not _suits(block, x_BCHW) or pixels_BK.shape[1] > FEW_PIXELS * x_BCHW[0, 0].numel():
         return None
@@ -133,8 +133,8 @@ def residual_at(block: Any, x_BCHW: torch.Tensor, pixels_BK: torch.Tensor) -> to
 
 
 def _suits(block: Any, x: torch.Tensor) -> bool:
-    """Whether :func:`residual_at` can compute this block of this input."""
-    # Counters are let in: they are to count what is really computed.
+    """Whether :func:`residual_at` can compute this block on this input."""
+    # Counters (of bytes or operations) are allowed: they should count what is really computed.
     if not _is_plain_or_counted(x) or not x.is_contiguous(memory_format=torch.channels_last):
         return False
     if not _is_residual(block) or block.downsample is not None:
@@ -144,7 +144,7 @@ def _suits(block: Any, x: torch.Tensor) -> bool:
 
 
 def _is_centred(conv: nn.Conv2d) -> bool:
-    """Whether one value per pixel comes from the square window around it."""
+    """Whether each output pixel is computed from the square window around it."""
     side = conv.kernel_size[0]
     wanted = (side, side), (side // 2, side // 2), (1, 1), (1, 1), 1
     return side % 2 == 1 and (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups) == wanted

@@ -1,4 +1,4 @@
-"""Networks by name, as their libraries build them: torchvision, timm or a package; weights of theirs, or of a file."""
+"""Networks by name, built by torchvision, timm or another package, with their own weights or those of a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Built(NamedTuple):
-    """A network as its library builds it, and how the pixels that it was trained on were normalised."""
+    """A network and the pixel normalisation that it was trained with."""
 
     network: nn.Module
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -31,9 +31,9 @@ def build_network(name: str, weights: str, seed: int, image_size: int) -> Built:
     """Build a network; ``name`` and ``weights`` as in ``backbone.name`` and ``backbone.weights``.
 
     Args:
-        image_size: side of the input images, in pixels. A vision transformer whose position embeddings are of another
-            size gets them interpolated, by its own library.
-        seed: of random weights, where nothing is loaded; the same on every process.
+        image_size: side of the input images, in pixels. A vision transformer's position embeddings are interpolated
+            to it, by its own library.
+        seed: of random weights, if none are loaded; the same on every process.
 
     Raises:
         ConfigError: an unknown name, a missing package, or weights that cannot be downloaded or found.
@@ -65,9 +65,9 @@ def _at_size(network: Any, name: str, image_size: int) -> nn.Module:
             return _torchvision_vit(network, name, image_size)
         if made_for in (None, (image_size, image_size)) or not hasattr(network, "set_input_size"):
             return network
-        # Otherwise timm leaves out what is over at the right and at the bottom.
+        # Otherwise timm would drop the remainder at the right and at the bottom.
         if image_size % max(embedding.patch_size):
-            raise ValueError(f"it is no multiple of the patches' size, {max(embedding.patch_size)}")
+            raise ValueError(f"it is not a multiple of the patch size, {max(embedding.patch_size)}")
         network.set_input_size(img_size=(image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(f"data.image_size={image_size} does not suit {name!r}: {one_line(error)}") from None
@@ -158,9 +158,9 @@ def _load_weights(network: nn.Module, path: Path) -> None:
     else:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # Damaged archives can raise anything, and PyTorch's words advise to run what is in them.
+        except Exception:  # Damaged archives can raise anything, and PyTorch's message advises running their code.
             raise ArtifactError(
-                f"backbone.weights={str(path)!r} is no state dict of tensors alone, or is damaged: save "
+                f"backbone.weights={str(path)!r} is damaged, or not a state dict of tensors only: save "
                 "network.state_dict() with torch.save, or as safetensors."
             ) from None
     try:

@@ -1,4 +1,4 @@
-"""The projection of a step's channels to ``feature_dim`` numbers, and the streaming statistics that it is fitted to.
+"""The projection of a step's channels to ``feature_dim`` numbers, and the streaming statistics to fit it.
 
 Shape suffixes: B images, P places, C channels of a step, L steps, D channels of a trajectory, N rows.
 """
@@ -15,7 +15,7 @@ from trajdist.models.linear import laid_out, linear
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
-# Variances below this fraction of the mean channel variance are noise, or those of channels that were silent in the
+# Variances below this fraction of the mean channel variance are noise, or belong to channels that were silent in the
 # sample: they are not scaled up to unit variance.
 VARIANCE_FLOOR = 1e-4
 

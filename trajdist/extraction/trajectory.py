@@ -27,14 +27,14 @@ from trajdist.extraction.projection import BlockMoments, Projection
 
 # Allowed difference between compiled and eager trajectories, relative to these. In half precision the compiler rounds
 # at other points and whitening amplifies single values, so root mean squares are compared, step by step: rounding gives
-# .03 to .2, a step that is zero 1.
+# 0.03 to 0.2, a step of zeros 1.
 COMPILED_TOLERANCE, HALF_TOLERANCE = 0.03, 0.5
 # On CPUs a pass through the backbone takes as many images as keep its largest activation within PASS_BYTES: in smaller
-# passes the threads wait for each other more often, larger ones only take more memory (docs/LOG.md).
+# passes the threads wait for each other more often; larger ones only take more memory (docs/LOG.md).
 PASS_BYTES = 128 * 2**20
-# On accelerators it takes as many as kernels can index: CUDA's pooling counts the numbers of a map in 32 bits.
+# On accelerators it takes as many as kernels can index: CUDA's pooling indexes the elements of a map with 32 bits.
 INDEXABLE = 2**31 - 1
-# Most input shapes that are compiled; each takes seconds. A run has few, and any beyond these are rare and run eagerly.
+# Maximum number of input shapes to compile; each takes seconds. Any beyond these are rare and run eagerly.
 MOST_GRAPHS = 16
 UNLIMITED = 2**16
 
@@ -44,8 +44,8 @@ class TrajectoryStep:
     """One step of a trajectory: a block's activation at a place, pooled to one mean or to concatenated sub-cell means.
 
     Attributes:
-        name: the block's, with the number of sub-cells if there are several.
-        block: its index.
+        name: of the block, with the number of sub-cells if there are several.
+        block: index of the block.
         channels: before the projection, of all sub-cells together.
         subcells: per side of a place.
     """
@@ -59,8 +59,8 @@ class TrajectoryStep:
 def trajectory_steps(blocks: Sequence[Block], resolution: int, subcells: int) -> list[TrajectoryStep]:
     """The steps through ``blocks``: a block whose map is fine enough gives its sub-cells and then its mean.
 
-    Scoring goes from the deepest step up and counts what each one adds. The mean comes last, so that the sub-cells
-    count only for what they add to it.
+    Scoring goes from the deepest step up and counts what each one adds. The mean comes after the sub-cells, so that
+    they count only for what they add to it.
     """
     steps = []
     for number, block in enumerate(blocks):
@@ -89,7 +89,7 @@ def pool(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
 
 
 def _pool_uneven(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
-    """``adaptive_avg_pool2d`` by matrix products: MPS has it for sizes that divide evenly alone."""
+    """``adaptive_avg_pool2d`` by matrix products: MPS supports only sizes that divide evenly."""
     height, width = map_BCHW.shape[-2:]
     rows_RH, columns_RW = (_windows(size, resolution).to(map_BCHW) for size in (height, width))
     return rows_RH @ map_BCHW @ columns_RW.T
@@ -131,7 +131,7 @@ def pool_places(map_BCHW: torch.Tensor, resolution: int, subcells: int, places_B
 @cache
 def _pixels_of_places(side: int, resolution: int, subcells: int) -> npt.NDArray[np.int64]:
     """Indices of the pixels in every sub-cell of every place of a map, ``[P, subcells**2, pixels per sub-cell]``."""
-    # An array: of a tensor, the first call would keep the mode that it was made in, such as a plan's fake tensors.
+    # An array, as it is cached: a tensor would keep the mode of the first call, such as a plan's fake tensors.
     per_part = side // (resolution * subcells)
     pixels = np.arange(side**2).reshape(resolution, subcells, per_part, resolution, subcells, per_part)
     return pixels.transpose(0, 3, 1, 4, 2, 5).reshape(resolution**2, subcells**2, -1)
@@ -146,7 +146,7 @@ class TrajectoryExtractor:
 
     Attributes:
         images_per_pass: how many images go through the backbone at a time; all before :meth:`choose_pass_size`.
-        rehearses: of a batch, only the last pass is computed, to count bytes; the other results are zeros.
+        rehearses: only the last pass of a batch is computed, to count bytes; the other results are zeros.
     """
 
     def __init__(self, backbone: Backbone, projection: Projection, resolution: int, subcells: int = 1) -> None:
@@ -158,20 +158,20 @@ class TrajectoryExtractor:
         self._run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = self._trajectories
 
     def to(self, device: torch.device, images_per_pass: int | None = None) -> TrajectoryExtractor:
-        """Move to a device, and do there as :meth:`choose_pass_size` says."""
+        """Move to a device and call :meth:`choose_pass_size` for it."""
         self.backbone.to(device)
         self.projection.to(device)
         self.choose_pass_size(device.type, images_per_pass)
         return self
 
     def choose_pass_size(self, device_type: str, images_per_pass: int | None = None) -> None:
-        """Choose how many images pass through the backbone at a time; by default all that kernels index, on CPUs a few.
+        """Choose how many images go through the backbone at a time; by default all that kernels can index, on CPUs few.
 
         On CPUs an uncompiled backbone also switches to the kernels of :mod:`trajdist.extraction.cpu_kernels`.
         """
         most_bytes = PASS_BYTES if device_type == "cpu" else 4 * INDEXABLE
         self.images_per_pass = images_per_pass or max(1, most_bytes // self.backbone.largest_bytes)
-        # The compiler prepacks weights itself, and reads them from their original place.
+        # The compiler prepacks weights itself, from their original place.
         if device_type == "cpu" and not self.compiled:
             cpu_kernels.specialise(self.backbone.network)
 
@@ -224,13 +224,13 @@ class TrajectoryExtractor:
 
     @torch.no_grad()
     def at(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor) -> torch.Tensor:
-        """Float32 trajectories ``[B, K, L, D]`` at some places of each image, which are numbered row by row."""
+        """Float32 trajectories ``[B, K, L, D]`` at some places of each image, numbered row by row."""
         return self._extract(images_BCSS, places_BK)
 
     def _extract(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
         # Not len(): while exporting it would fix the batch size, whereas shape[0] stays symbolic.
         passes = self.passes(images_BCSS.shape[0])
-        # Passes are alike: whoever counts bytes needs the last one, beside which the results of all others live.
+        # All passes are alike: for counting bytes the last one is enough, as it runs beside the results of all others.
         skipped = passes[:-1] if self.rehearses else []
         parts = [self._empty(images_BCSS[part], places_BK) for part in skipped]
         for part in passes[len(skipped) :]:
@@ -314,7 +314,7 @@ def _check_agreement(compiled: torch.Tensor, plain: torch.Tensor, half: bool) ->
     share = size(compiled - plain) / size(plain).clamp_min(1e-12)
     if not bool((share <= tolerance).all()):
         raise ConfigError(
-            f"backbone.compile=true gives other trajectories here (they differ by {share.max():.2g} of their size, and "
+            f"backbone.compile=true gives wrong trajectories here (they differ by {share.max():.2g} of their size, and "
             f"{tolerance:g} is allowed): set it to false, or install another torch."
         )
 
@@ -331,7 +331,7 @@ def _sizes_of_steps(trajectories_BPLD: torch.Tensor) -> torch.Tensor:
 def _with_slack(images_BCSS: torch.Tensor) -> torch.Tensor:
     """A channels-last copy with spare memory after it: torch's vectorised loads read past the last channel.
 
-    For a batch that fills its shared memory to the last byte, nothing is mapped there (torch 2.14).
+    Nothing is mapped behind a batch that fills its shared memory to the last byte (torch 2.14).
     """
     batch, channels, height, width = images_BCSS.shape
     flat = torch.zeros(images_BCSS.numel() + 64, dtype=images_BCSS.dtype)[:-64]

@@ -12,8 +12,8 @@ from torch import nn
 from trajdist.models.linear import Linear
 from trajdist.models.reconstruction import Reconstruction
 
-# Trajectories times heads of one call on an accelerator: grids of CUDA's fused kernels end here, and the backward pass
-# of one indexes 128 steps of up to 256 numbers for each in 32 bits.
+# Maximum trajectories times heads in one call on an accelerator: the grid limit of CUDA's fused kernels, one of whose
+# backward passes also indexes 128 steps of up to 256 numbers for each with 32 bits.
 MOST_SEQUENCES = 2**16 - 1
 
 

@@ -19,7 +19,7 @@ FLOAT = 4
 BATCHES_HELD = 2
 # CUDA memory outside torch's allocator: context, kernels, NCCL. torch does not count it, so it is not in the peaks.
 CUDA_RESERVE = 2**30
-# Overhead factor of the C heap, which keeps freed memory, measured: a step's blocks of many sizes leave unusable gaps.
+# Measured overhead factor of the C heap, which keeps freed memory: a step's blocks of many sizes leave unusable gaps.
 FRAGMENTATION = 1.7
 # Heap used by oneDNN, file I/O, decoding and the loader in a CPU run, measured.
 HEAP_RESIDUE = 64 * 2**20
@@ -36,7 +36,7 @@ def measure_bases(config: Config, phases: list[int]) -> dict[int, int]:
     Raises:
         UserError: see :func:`trajdist.planning.footprint.build_modules`.
     """
-    # Imported for the memory that this takes.
+    # Imported for the memory that it takes.
     import trajdist.training.phases  # noqa: F401
 
     modules = build_modules(config, phases[0])
@@ -60,7 +60,7 @@ def measure_bases(config: Config, phases: list[int]) -> dict[int, int]:
 
 
 def saved_copies(config: Config) -> int:
-    """How many times the trained weights' size a checkpoint has: with their moving average and the best ones."""
+    """Size of a checkpoint in multiples of the trained weights, including their moving average and the best ones."""
     return WEIGHTS_AND_MOMENTS + (config.ema.decay > 0) + _keeps_best(config)
 
 
@@ -120,7 +120,7 @@ class Budget:
         return self._frozen + sizes.model_bytes + self._optimizer_bytes + self._kept_bytes + batches
 
     def _moment(self, rest: int, live: int, copies: int = 0) -> int:
-        """Peak of one part of the run: what it finds, what it makes live, and copies of weights, which leave no gaps.
+        """Peak of one part of the run: bytes held before, made live by it, and copies of weights, which leave no gaps.
 
         The heap is trimmed between parts.
         """
@@ -157,8 +157,8 @@ class Budget:
 
     def required(self, peaks: Peaks) -> int:
         """Peak bytes of the whole phase."""
-        # Extraction and training have a CUDA stream each, and what one has freed the other has only after a pause, in
-        # which the allocator gives everything back.
+        # Extraction and training each have a CUDA stream, and memory freed by one reaches the other only after a stall
+        # in which the allocator returns everything.
         training = self.training(peaks) + (0 if self._on_cpu else min(peaks.backbone, peaks.model))
         return max(self.statistics(peaks), training, self.calibration(peaks))
 

@@ -116,7 +116,7 @@ class Rehearsal:
         modules: real ones; their weights are replaced by fake ones, in place.
         precision: ``no``, ``bf16`` or ``fp16``, as in the run.
         micro_batches: per optimizer step; from the second one on, gradients exist from the start.
-        domains: number of adapters that are trained at once.
+        domains: number of adapters trained at once.
         beside: images of other domains that share the backbone's pass, per image of the largest batch.
         shared_gradients: whether DistributedDataParallel keeps the gradients in buckets all the time.
     """
@@ -271,9 +271,9 @@ class Rehearsal:
         with self._mode, LiveBytes() as live, torch.no_grad():
             if self.phase == 1:
                 widest = max(self.sizes.channels)
-                # All of them: subspace iteration depends on the data, and falls back to the full decomposition.
+                # Full width: subspace iteration depends on the data, and falls back to the full decomposition.
                 pca_whitening(torch.zeros(widest, widest, dtype=torch.float64), widest)
-            # LAPACK's workspace for eigenvectors (dsyevd), unknown to torch: 2 n^2 float64 numbers.
+            # LAPACK's workspace for eigenvectors (dsyevd), invisible to torch: 2 n^2 float64 numbers.
             eigen = live.take()
             workspace = 2 * 8 * max(self.sizes.channels) ** 2 if self.phase == 1 else 0
             self._residual_model().fit(self._place_moments())

@@ -1,4 +1,4 @@
-"""A dry run: what a config will need in memory, on disk and in hours, before anything is queued. Trains nothing.
+"""A dry run: how much memory, disk and time a config will need, before anything is queued. Trains nothing.
 
 Bytes are counted on tensors without data (``footprint``), rates are measured for a few seconds (``probe``).
 """
@@ -40,9 +40,9 @@ class Options:
     """What to plan for.
 
     Attributes:
-        memory_bytes: of the device, to find the largest batch size; None does not search for it.
+        memory_bytes: of the device, to find the largest batch size; None skips the search.
         processes: in the whole job; None takes the launcher's number.
-        device: ``cpu`` or ``cuda``; None takes the one that a run would use here.
+        device: ``cpu`` or ``cuda``; None takes what a run would use here.
         images_per_s: training rate of one process; None measures it.
         measure: whether to measure rates.
     """
@@ -107,7 +107,7 @@ def _plan_phase(
     device = options.device or default_device()
     world = options.processes or launcher.world()
     walks = [training.walk(world) for training in trainings]
-    # The training with the largest batch; batches of the others share its pass through the backbone.
+    # The training with the largest batch leads: the others' batches share its pass through the backbone.
     number = max(range(len(walks)), key=lambda each: walks[each].slots)
     lead, walk = trainings[number], walks[number]
     local_world = launcher.local_world(world)
@@ -160,7 +160,7 @@ def _plan_phase(
 
 
 def _extent(trainings: list[PlannedTraining], walks: list[Plan]) -> dict[str, Any]:
-    """Images and steps; for several domains the images are summed, and the steps are those of the longest."""
+    """Images and steps; for several domains, the sum of the images and the steps of the longest."""
     longest = max(walks, key=lambda walk: walk.total_steps)
     domains = {
         training.name: {"images": walk.num_images, "steps": walk.total_steps, "epochs": walk.num_epochs}
@@ -189,7 +189,7 @@ def _disk(config: Config, rehearsal: Rehearsal, walks: list[Plan], phase: int) -
     sizes = rehearsal.sizes
     weights = FLOAT * sizes.trained_parameters
     copies = saved_copies(config)
-    # AdamW's count of steps is an entry of its own.
+    # AdamW's step count is an entry of its own.
     checkpoint = copies * weights + (copies + 1) * ENTRY_BYTES * sizes.trained_tensors + STATE_BYTES * len(walks)
     entries, places = sum(rehearsal.widths), config.model.spatial_resolution**2
     calibration = FLOAT * entries * (entries + places)
@@ -239,10 +239,10 @@ def _time(
     rate, bottleneck = rates.of_training(workers)
     world = walks[0].world
     epoch, images = sum(walk.num_images for walk in walks), sum(walk.total_images for walk in walks)
-    # The passes compute no gradients, but at all places: they are about as fast as training.
+    # The passes compute no gradients, but take all places: they are about as fast as training.
     passes = sum(_passes(config, training.selection) for training in trainings)
     hours_per_image = 1 / (rate * world) / 3600 if rate else None
-    # A cached image costs the model's time alone; where only the rate of all is known, as much as any.
+    # A cached image costs only the model's time; if only the total rate is known, as much as any other.
     saved = cache.reads * (1 - rate / rates.model) if rate and rates.model else 0.0
     return {
         "decoded_images_per_s": rates.decode,
@@ -259,7 +259,7 @@ def _time(
 def _passes(config: Config, selection: Selection) -> int:
     """Images in passes without training: residuals, places and calibration.
 
-    Before Phase 1 the statistics as well; before contrast the residuals of the base model, once for all restarts.
+    Before Phase 1 also the statistics; before contrast also the residuals of the base model, once for all restarts.
     """
     most = config.trajectory.statistics_images
     sample, held_out = min(selection.num_train, most), min(selection.num_holdout or selection.num_train, most)
@@ -273,8 +273,8 @@ def advice(bottleneck: str, workers: int, device: str) -> str:
         "decode": f"decoding by {f'{workers} workers per' if workers else 'the'} process is slowest: {more}",
         "backbone": f"the backbone on the {device} is slowest: more processes, a smaller backbone or data.image_size",
         "model": "the sequence model is slowest: a smaller model.hidden_dim or model.spatial_resolution",
-        "given": "the rate is the one that was given, not measured",
-        "unknown": f"there is no {device} here to measure: give --images-per-second for the hours",
+        "given": "the rate was given, not measured",
+        "unknown": f"there is no {device} here to measure: give --images-per-second to estimate the hours",
         "unmeasured": "no speed was measured",
     }[bottleneck]
 

@@ -92,7 +92,7 @@ def measure(
 def _dataset(
     config: Config, source: ImageSource, selection: Selection, extractor: TrajectoryExtractor, workers: int
 ) -> SlotDataset:
-    """The batches of the run: of some places, or with defects drawn, where it has them so."""
+    """The batches as the run has them: of some places only, or with drawn defects, if so configured."""
     phase, threads = selection.phase, resolve_threads(config.data.num_workers, workers)
     size, fit = config.data.image_size, config.data.of_phase(phase).fit
     defects = DefectDraw(extractor.resolution, config.seed, phase) if config.contrasts(phase) else None
@@ -114,7 +114,7 @@ def _decode_rate(dataset: SlotDataset, num_images: int) -> float | None:
 def _step_rates(
     task: PlannedTask, extractor: TrajectoryExtractor, batch: ImageBatch, precision: str
 ) -> tuple[float, float]:
-    """Images/s of the backbone, and of forward and backward through the model. A drawn copy is no image of its own."""
+    """Images/s of the backbone, and of forward and backward through the model. Drawn copies do not count."""
     device, places = batch.images.device, batch.places
 
     def extract() -> torch.Tensor:

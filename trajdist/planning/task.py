@@ -1,4 +1,4 @@
-"""What a phase trains and minimises, as training sets it up, without Accelerate: for the plan's counts and its clock.
+"""What a phase trains and minimises, as training sets it up but without Accelerate: for the plan to count and time.
 
 Shape suffixes: N rows (places of all images), L steps, D channels of a trajectory, F its valid entries.
 """
@@ -33,7 +33,7 @@ class PlannedTask:
     objective: Objective
 
     def loss(self, trajectories: torch.Tensor, batch: ImageBatch, precision: str) -> torch.Tensor:
-        """Loss of a batch half-way through the training, a scalar; ``trajectories`` as a feed gives them."""
+        """Loss of a batch half-way through the training, a scalar; ``trajectories`` as a feed yields them."""
 
         def call(target_NLD: torch.Tensor) -> Any:
             """Call the module as Accelerate does: under autocast, with outputs converted to float32."""
@@ -50,7 +50,7 @@ def plan_task(config: Config, phase: int, extractor: TrajectoryExtractor, model:
         return PlannedTask(model, reconstruction(config, extractor))
     valid_LD, widths = extractor.projection.valid_LD, widths_of(extractor.projection)
     with valid_LD.device:
-        # Fake tensors cannot tell which entries are valid, and only the number of them costs anything.
+        # Fake tensors cannot tell which entries are valid, and only their number matters for the cost.
         valid_F = torch.arange(sum(widths))
         contrast = ContrastModel(model, ResidualModel(widths, extractor.resolution), valid_F)
     return PlannedTask(contrast, DefectContrast(valid_LD))
