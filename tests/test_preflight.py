@@ -79,7 +79,7 @@ def test_other_images_behind_the_same_path(tmp_path):
 def test_a_process_that_never_comes_is_named(tmp_path):
     done = run("1:late", tmp_path / "run", "runtime.timeout_s=3")
     assert done.returncode != 0
-    assert "trajdist: process 1 did not answer within 3 seconds of the start: look at that machine" in done.stderr
+    assert "trajdist: process 1 did not answer within 3 seconds of the start: check that machine" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -158,6 +158,6 @@ def test_the_launcher_restarts_what_was_killed(tmp_path):
     run_dir = tmp_path / "run"
     done = run(f"1:killed:{run_dir}", run_dir, launcher_options=["--max_restarts", "1"])
     assert done.returncode == 0, done.stderr
-    assert "going on after" in done.stdout
+    assert "resuming after" in done.stdout
     assert_done(run_dir)
     assert_same_bits(run_dir, tmp_path / "reference")

@@ -63,7 +63,7 @@ def test_emulated_bfloat16_is_not_chosen(monkeypatch):
 
 def test_fp16_is_not_for_cpus(monkeypatch):
     """Accelerate would compute in float32 there; what a launcher is set up with gives way."""
-    with pytest.raises(ConfigError, match="mixed_precision='fp16' is not for CPUs, which would compute in float32"):
+    with pytest.raises(ConfigError, match="mixed_precision='fp16' is for GPUs, CPUs would compute in float32"):
         start_accelerator("fp16", timeout_s=60, deterministic=False)
     assert supported_precision("fp16", "cuda") == "fp16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")

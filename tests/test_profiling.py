@@ -37,7 +37,7 @@ def test_too_few_steps_for_a_trace(tmp_path):
     with profiling(tmp_path / "trace.json", said.append) as tick:
         for _ in range(5):
             tick()
-    assert said == ["no profile: it needs 6 steps, there were 5"]
+    assert said == ["no profile: it needs 6 steps, but there were 5"]
     assert not (tmp_path / "trace.json").exists()
 
 

@@ -1,7 +1,7 @@
 """The C heap: freed memory stays with the process, so that no step pays for fresh pages.
 
 A training step on a CPU allocates and frees the same large blocks again and again. By default glibc returns each of
-them to the system and requests it anew, and the kernel zeroes every page of it: a fifth to a third of the time of a
+them to the system and requests it again, and the kernel zeroes every page: a fifth to a third of the time of a
 backbone's forward (docs/LOG.md).
 """
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-# "sync" is waiting for other processes, "projection" is projecting the blocks' pooled activations.
+# "sync" is waiting for other processes, "projection" projects the blocks' pooled activations.
 STAGES = ("data", "transfer", "backbone", "projection", "model", "sync", "optimizer", "validation", "checkpoint")
 # On CUDA these stages are timed on the host, the others on the device.
 HOST_STAGES = ("data", "validation", "checkpoint")
@@ -20,7 +20,7 @@ Moment: TypeAlias = float | torch.cuda.Event
 
 
 class Clock:
-    """Splits the time of a run into stages, in seconds. On CUDA it reads events later instead of waiting."""
+    """Splits the time of a run into stages, in seconds. On CUDA it records events and reads them later."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

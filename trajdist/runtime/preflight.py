@@ -34,9 +34,9 @@ from trajdist.runtime.processes import Processes, device_type, named, precision
 # Listing a large folder takes seconds if it is cached, and minutes if it is not.
 ARRIVAL_S = 600.0
 SUM_S = 120.0
-# How long the main process, which may host the store, stays after a failure so that the others can read of it.
+# How long the main process, which may host the store, stays after a failure so that the others can read about it.
 FAREWELL_S = 5.0
-GO_ON = "look at that machine, then run the same command again"
+GO_ON = "check that machine, then run the same command again"
 SAME_FILES = "let all machines see the same files"
 SAME_COMMAND = "start all processes with the same command"
 SAME_VERSION = "install the same version on all machines"
@@ -106,8 +106,8 @@ def slurm_problem(environment: Mapping[str, str], world: int) -> str:
         return ""
     return (
         f"Slurm started {tasks} launchers (SLURM_STEP_NUM_TASKS), but only {joined} joined this run of {world} "
-        f"process{'es' if world > 1 else ''}: say --multi_gpu --num_machines {tasks}, as launch/slurm.sbatch does "
-        "(--cpu makes a run of its own on each machine), or start separate runs with one srun each."
+        f"process{'es' if world > 1 else ''}: use --multi_gpu --num_machines {tasks}, as launch/slurm.sbatch does "
+        "(--cpu starts a separate run on each machine), or start separate runs with one srun each."
     )
 
 
@@ -204,7 +204,7 @@ class Meeting:
         try:
             return self._store.check(keys)
         except RuntimeError:
-            raise TrainingError("process 0 has ended before the processes were compared: see what it said.") from None
+            raise TrainingError("process 0 ended before the processes were compared: see its output.") from None
 
     def _come(self, what: str, ranks: range, seconds: float) -> bool:
         """Whether these processes publish a value in time."""
@@ -287,7 +287,7 @@ def _sentence(rank: int, host: str, field: str, value: object, expected: object,
 def check_all_reduce(processes: Processes) -> None:
     """Try one all-reduce over the backend that gradients will use; every process calls it.
 
-    If it takes longer than :data:`SUM_S` seconds, the process is ended.
+    If it takes longer than :data:`SUM_S` seconds, the process exits.
 
     Raises:
         ConfigError: Accelerate did not see all processes.
@@ -295,7 +295,7 @@ def check_all_reduce(processes: Processes) -> None:
     """
     expected = _rank_and_world(os.environ)[1]
     if processes.world < expected:
-        # Without a GPU Accelerate takes several processes for one each, unless it is told to use the CPU.
+        # Without a GPU, Accelerate treats each process as a job of its own, unless it is told to use the CPU.
         mend = NO_GPU if "LOCAL_RANK" in os.environ else "set LOCAL_RANK as well, or start them by accelerate launch"
         raise ConfigError(f"Accelerate sees {processes.world} processes where WORLD_SIZE is {expected}: {mend}.")
     if processes.world > 1:

@@ -89,14 +89,14 @@ def precision(setting: str, device: str | None = None) -> str:
 
 
 def supported_precision(setting: str, device: str | None = None) -> str:
-    """The same; refuses fp16 on CPUs, where Accelerate computes in float32 without a word.
+    """As :func:`precision`, but refuses fp16 on CPUs, where Accelerate silently computes in float32.
 
     Raises:
         ConfigError: it is fp16 on a CPU.
     """
     device, chosen = device or device_type(), precision(setting, device)
     if (chosen, device) == ("fp16", "cpu"):
-        raise ConfigError("runtime.mixed_precision='fp16' is not for CPUs, which would compute in float32: use no.")
+        raise ConfigError("runtime.mixed_precision='fp16' is for GPUs, CPUs would compute in float32: use no.")
     return chosen
 
 
@@ -126,7 +126,7 @@ class Processes:
         return tensor
 
     def sum_from_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum a CPU tensor over processes, by way of their devices: NCCL, for one, cannot reduce CPU tensors."""
+        """Sum a CPU tensor over processes, via their devices: NCCL, for one, cannot reduce CPU tensors."""
         # A single process skips the device, which may not support the data type: MPS has no float64.
         return tensor if self.world == 1 else self.sum(tensor.to(self.device)).cpu()
 
@@ -157,9 +157,9 @@ class Processes:
         return box[0]
 
     def main_knows(self, question: Callable[[], Answer]) -> Answer:
-        """The main process's answer, on every process. For what is in a folder that the main process writes to.
+        """The main process's answer, on every process. For questions about a folder that the main process writes to.
 
-        Another machine that asks the folder itself may be told for half a minute what was there before.
+        On a network file system, another machine may see the folder's old contents for half a minute.
 
         Raises:
             UserError: on the main process, if the question does.
@@ -277,9 +277,9 @@ class StopFlag:
         self.why = self.why or why
 
     def heard(self) -> bool:
-        """Whether a signal has come, even if the main thread is in code that keeps it from handling it."""
+        """Whether a signal has arrived, even if the main thread is in code that keeps it from running handlers."""
         if self._heard_from is not None:
-            # Python writes the number of any signal with a handler there, such as SIGCHLD for a worker's end.
+            # Python writes the number of every handled signal there, such as SIGCHLD when a worker ends.
             with contextlib.suppress(OSError):
                 self._heard |= not STOP_SIGNALS.isdisjoint(os.read(self._heard_from, 2**16))
         return self._heard
@@ -341,9 +341,9 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes in use since the reset: allocated on CUDA, else resident (since process start without /proc).
+    """Most bytes in use since the reset: allocated on CUDA, else resident (without /proc: since the process started).
 
-    MPS counts no peak: there it is what Metal holds for this process by now, free blocks included.
+    MPS records no peak: there it is what Metal holds for this process now, free blocks included.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -359,7 +359,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def naming_memory(processes: Processes, mend: Callable[[str], str]) -> Iterator[None]:
-    """Make a lack of memory in the block one sentence, which ends with what ``mend`` gives for that type of device.
+    """Turn an out-of-memory error in the block into one sentence that ends with ``mend`` of the device type.
 
     Raises:
         TrainingError: there was not enough memory.
@@ -369,7 +369,7 @@ def naming_memory(processes: Processes, mend: Callable[[str], str]) -> Iterator[
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise
-        # Processes that train on a GPU decode images in the memory of the machine.
+        # A process that trains on a GPU decodes images in host memory.
         on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
         device = torch.device("cpu") if on_host else processes.device
         what = one_line(error) or type(error).__name__
@@ -379,7 +379,7 @@ def naming_memory(processes: Processes, mend: Callable[[str], str]) -> Iterator[
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """CUDA has a type of error for it; MPS, the libraries of CUDA and torch's allocator for CPUs have but words."""
+    """CUDA has an exception type for it; MPS, CUDA's libraries and torch's CPU allocator only have messages."""
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 

@@ -18,13 +18,13 @@ Say = Callable[[str], None]
 
 
 def nothing() -> None:
-    """What to call after a step without a profiler."""
+    """Called after a step if there is no profiler."""
 
 
 @contextmanager
 def profiling(path: Path, say: Say) -> Iterator[Callable[[], None]]:
     """Trace steps while the block runs and write the trace to ``path``; call what it yields after every step."""
-    # Kineto would print every start and stop.
+    # Otherwise Kineto prints every start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     needed = SKIPPED + WARM_UP + TRACED
@@ -38,7 +38,7 @@ def profiling(path: Path, say: Say) -> Iterator[Callable[[], None]]:
     with profile(activities=activities, schedule=plan, on_trace_ready=finish) as trace:
         yield trace.step
     if trace.step_num < needed:
-        say(f"no profile: it needs {needed} steps, there were {trace.step_num}")
+        say(f"no profile: it needs {needed} steps, but there were {trace.step_num}")
 
 
 def _write(trace: profile, path: Path, say: Say) -> None:
@@ -58,7 +58,7 @@ def costliest(trace: profile) -> list[str]:
     """The operations with the most self time, on the device if there was one: ``38% aten::conv2d (159 calls)``."""
     operations = trace.key_averages()
     kind = "self_device_time_total" if any(one.self_device_time_total for one in operations) else "self_cpu_time_total"
-    # The ProfilerStep marks themselves contain the idle time.
+    # The ProfilerStep marks include idle time.
     named = [one for one in operations if not one.key.startswith("ProfilerStep")]
     total = sum(getattr(one, kind) for one in named) or 1.0
     named.sort(key=lambda one: getattr(one, kind), reverse=True)

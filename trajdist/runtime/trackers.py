@@ -34,7 +34,7 @@ def check_installed(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
-                f"logging.trackers names {name!r}, which is not installed: pip install 'trajdist[{name}]', "
+                f"logging.trackers has {name!r}, which is not installed: pip install 'trajdist[{name}]', "
                 "or leave it out."
             )
 

@@ -1,4 +1,4 @@
-"""Ends a process that waits too long for another one, and names that one: a job must end, not hang."""
+"""Ends a process that waits too long for another one, and names the other: a job must end, not hang."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from trajdist.errors import StopRequested, TrainingError
 from trajdist.runtime.processes import Processes, StopFlag, named, open_store
 
 INTERVAL_S = 1.0
-# Two readings of the signs of life, this far apart, tell a slow process from a lost one.
+# Two readings of the signs of life, this far apart, distinguish a slow process from a lost one.
 LISTEN_S = 3.0
 # Process 0 hosts the store; if the network is down, it never answers.
 ANSWER_S = 10.0
-# The ticks of a process that has come to a proper end: nobody waits for it.
+# The ticks of a process that has ended properly: nobody waits for it.
 LEFT = -1
-# After a signal, so long without progress means that the main thread cannot come to act on it: NCCL waits for a lost
-# process without end, in code that no Python handler interrupts. Launchers kill after 30 s, which leaves no word.
+# After a signal, this long without progress means that the main thread cannot act on it: NCCL waits for a lost process
+# for ever, in code that no Python handler interrupts. Launchers kill after 30 s, which would leave no message.
 STUCK_S = 10.0
-GO_ON = "run the same command again to go on from the last checkpoint"
+GO_ON = "run the same command again to resume from the last checkpoint"
 
 
 class Watchdog:
@@ -106,11 +106,11 @@ class Watchdog:
                 who, silent = self._who_is_missing()
                 waited_s += LISTEN_S
                 if silent and seen == self._beats and not self._done.is_set():
-                    self._end(f"{who} when this process was asked to end")
+                    self._end(f"{who} when this process was asked to stop")
 
     def _show(self, ticks: int) -> None:
         if self._store is not None:
-            # The store may be gone with its process; then the timeout ends the wait.
+            # The store may have died with its process; then the timeout ends the wait.
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"alive/{self._processes.rank}", f"{ticks} {self._beats}")
 
@@ -126,7 +126,7 @@ class Watchdog:
     def _who_is_missing(self) -> tuple[str, bool]:
         """Whom this process waits for, and whether there is no sign of life from there."""
         if self._store is None:
-            return "the training stands still", False
+            return "the training made no progress", False
         answers: list[tuple[str, bool]] = []
         asking = threading.Thread(target=lambda: answers.append(self._compare()), daemon=True)
         asking.start()
@@ -141,7 +141,7 @@ class Watchdog:
         if silent:
             return f"{named(silent)} gave no sign of life", True
         fewest = min(beats for _, beats in after.values())
-        return f"{named([rank for rank, (_, beats) in after.items() if beats == fewest])} stood still", False
+        return f"{named([rank for rank, (_, beats) in after.items() if beats == fewest])} made no progress", False
 
     def _signs(self) -> dict[int, tuple[int, int]]:
         """Ticks (liveness) and beats (progress) of every process; zeros for one that never published any."""
