@@ -121,7 +121,7 @@ def spoil(lines: list[dict]) -> None:
         (hide, "line 1: phase 1, epoch 1 did not train on the images that positions 0 to 16 stand for"),
         (miscount, "line 3: phase 1, epoch 1 did not train on"),
         (overrun, "line 4: phase 1, epoch 1 has only positions 0 to 50, not 48 to 51"),
-        (end_early, "phase 2 is incomplete: 5 images (epoch 3 position 16 to epoch 3 position 20) are in no line"),
+        (end_early, "phase 2 is incomplete: 5 images (epoch 3 position 16 to epoch 3 position 20) are missing"),
         (spoil, "ledger line 1 is not a record of this run"),
     ],
 )
@@ -136,7 +136,7 @@ def test_the_images_are_named_as_far_as_the_set_is_there(tmp_path, lines):
     drop(lines)
     numbers = selection(1).train(0, np.arange(16, 19))
     run_dir = write_run(tmp_path / "run", lines)
-    by_number = "are in no line: " + ", ".join(f"image number {number}" for number in numbers) + ", ..."
+    by_number = "are missing: " + ", ".join(f"image number {number}" for number in numbers) + ", ..."
     assert audit(run_dir).problems[0].endswith(by_number)
 
     images = write_images(tmp_path / "images", 100)
@@ -146,14 +146,14 @@ def test_the_images_are_named_as_far_as_the_set_is_there(tmp_path, lines):
     facts = json.loads((run_dir / "run.json").read_text())
     facts["imagenet"]["fingerprint"] = open_source(str(images), "key").fingerprint
     (run_dir / "run.json").write_text(json.dumps(facts))
-    by_name = "are in no line: " + ", ".join(f"{number:04d}.png" for number in numbers) + ", ..."
+    by_name = "are missing: " + ", ".join(f"{number:04d}.png" for number in numbers) + ", ..."
     assert audit(run_dir).problems[0].endswith(by_name)
 
 
 def test_one_image_is_named_alone(tmp_path, lines):
     shorten(lines)
     number = int(selection(1).train(0, np.array([49]))[0])
-    assert audit(write_run(tmp_path, lines)).problems[1].endswith(f"are in no line: image number {number}")
+    assert audit(write_run(tmp_path, lines)).problems[1].endswith(f"are missing: image number {number}")
 
 
 def test_a_run_under_way(tmp_path, lines, capsys):
@@ -171,7 +171,7 @@ def test_all_epochs_are_done_and_the_calibration_is_not(tmp_path, lines, capsys)
     assert main(["audit", str(write_run(tmp_path, lines, done=(1,), status="running"))]) == 0
     printed = capsys.readouterr().out
     assert "phase 2: 3 epochs of 21 images" in printed
-    assert "not finished: all its epochs are done, the calibration after them is not" in printed
+    assert "not finished: all its epochs are done, but not the calibration" in printed
     assert "epoch 4" not in printed
 
 

@@ -163,7 +163,7 @@ def test_debug_shows_the_traceback(tmp_path):
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
             ["memory.images_per_pass=1"],
-            "begin a run with a small",
+            "start a new run with a small",
         ),
         (MemoryError(), [], "on cpu (MemoryError): lower"),
     ],
@@ -186,7 +186,7 @@ def test_what_takes_less_memory_depends_on_the_device():
     small = ["data.imagenet.batch_size=1", "data.num_workers=0"]
     assert "images_per_pass=16 or less" in smaller(load_config("default"), 1, "cuda")
     assert "images_per_pass" not in smaller(load_config("default"), 1, "cpu")
-    assert smaller(load_config("default", small), 1, "cuda").startswith("begin a run with a smaller backbone")
+    assert smaller(load_config("default", small), 1, "cuda").startswith("start a new run with a smaller backbone")
 
 
 def test_other_errors_keep_their_traceback(tmp_path, monkeypatch, fresh_accelerate):
@@ -267,7 +267,7 @@ def test_what_is_printed_to_a_full_disk_or_to_nobody(debug_run, monkeypatch, cap
     with open("/dev/full", "w") as full, monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", full)
         assert main(words) == 4
-    assert_sentence(capsys.readouterr().err, "what the command prints cannot be written (No space left on device)")
+    assert_sentence(capsys.readouterr().err, "stdout cannot be written (No space left on device)")
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as gone, monkeypatch.context() as patched:

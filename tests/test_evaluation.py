@@ -230,7 +230,7 @@ def test_without_masks_images_are_measured(debug_run, copied, measured, tmp_path
         key: pytest.approx(expected[key]) for key in KEYS if key.startswith("image")
     }
     assert [metrics[key] for key in KEYS if not key.startswith("image")] == [None] * 4
-    assert "there is nothing to measure pixels by" in " ".join(capsys.readouterr().out.split())
+    assert "there are no pixel metrics" in " ".join(capsys.readouterr().out.split())
     assert (copied / "out" / "report.html").is_file()
 
 

@@ -151,7 +151,7 @@ def test_adapter_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="does not fit"):
         lora.load_adapter(base_model(), tmp_path, "base")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ArtifactError, match="not a sound safetensors file"):
+    with pytest.raises(ArtifactError, match="not a valid safetensors file"):
         lora.load_adapter(base_model(), tmp_path, "base")
     write_json(tmp_path / "adapter_config.json", ["nothing"])
     with pytest.raises(ArtifactError, match="another base"):

@@ -309,7 +309,7 @@ def test_files_score_as_on_the_command_line(debug_run, scorer, tmp_path):
 
 
 def test_a_file_that_is_not_there_is_named(scorer):
-    with pytest.raises(DataError, match=r"picture 0, '0001\.png', counted from 0, cannot be used \(FileNotFoundError"):
+    with pytest.raises(DataError, match=r"images\[0\]='0001\.png' cannot be used \(FileNotFoundError"):
         scorer(["0001.png"])
 
 
@@ -323,8 +323,8 @@ def truncated() -> Image.Image:
 @pytest.mark.parametrize(
     ("picture", "words"),
     [
-        (truncated, r"picture 3, .* cannot be used \(OSError: image file is truncated"),
-        (lambda: Image.new("RGB", (0, 8)), r"picture 3, .* cannot be used \(.*Error: "),
+        (truncated, r"images\[3\] cannot be used \(OSError: image file is truncated"),
+        (lambda: Image.new("RGB", (0, 8)), r"images\[3\] cannot be used \(.*Error: "),
     ],
     ids=["truncated", "no pixels"],
 )
@@ -337,9 +337,9 @@ def test_a_picture_that_cannot_be_used_is_named_by_its_number(scorer, picture, w
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        (None, r"images of type NoneType \(None\) are none: give a picture"),
-        (5, r"images of type int \(5\) are none: give a picture"),
-        (torch.tensor(5), r"images of type Tensor \(tensor\(5\)\) are none: give a picture"),
+        (None, r"images=None of type NoneType is not a picture"),
+        (5, r"images=5 of type int is not a picture"),
+        (torch.tensor(5), r"images=tensor\(5\) of type Tensor is not a picture"),
     ],
 )
 def test_what_is_no_sequence_of_pictures_is_refused(scorer, images, words):
@@ -501,10 +501,10 @@ def change(file: Path, **tensors: torch.Tensor | None) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "cut": (cut, "not a sound safetensors file"),
-    "empty": (lambda file: file.write_bytes(b""), "not a sound safetensors file"),
+    "cut": (cut, "not a valid safetensors file"),
+    "empty": (lambda file: file.write_bytes(b""), "not a valid safetensors file"),
     "missing": (Path.unlink, "does not exist"),
-    "text": (lambda file: file.write_text('{"kind": "calibration"}'), "not a sound safetensors file"),
+    "text": (lambda file: file.write_text('{"kind": "calibration"}'), "not a valid safetensors file"),
     "no document": (lambda file: write_tensors(file, read_tensors(file)), "not a trajdist calibration"),
     "another kind": (lambda file: write_tensors(file, read_tensors(file), {"kind": "model"}), "not a trajdist calib"),
     "a list": (lambda file: write_tensors(file, read_tensors(file), ["calibration"]), "not a trajdist calibration"),
@@ -529,7 +529,7 @@ def test_a_damaged_calibration(copied, damage, phase):
 @pytest.mark.parametrize(("phase", "name"), [(1, "model"), (1, "calibration"), (2, "calibration")])
 def test_a_run_that_was_killed_before_its_end(copied, phase, name):
     (copied / f"phase{phase}" / f"{name}.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"does not exist: the run is not finished; .* give its command again"):
+    with pytest.raises(ArtifactError, match=r"does not exist: the run is not finished; .* run its command again"):
         trajdist.load(copied, phase=phase)
 
 

@@ -497,7 +497,7 @@ def test_unreadable_images_are_tried_again(
     [
         ("more images", f"holds the scores of {COUNT} images, and there are {COUNT + 1} now"),
         ("images", "holds the scores of another set of as many images"),
-        ("files", "holds the scores of images by the same names that lay elsewhere or were changed since"),
+        ("files", "holds the scores of images of the same names in another folder, or before they changed"),
         ("rate", "was made for a false-alarm rate of 0.4, which is 0.3 now"),
         ("phase", "was made with another run, phase or adapter"),
         ("calibration", "was made with another calibration of the run"),
@@ -654,7 +654,7 @@ def test_a_lack_of_memory_is_one_sentence(debug_run, images, tmp_path, capsys, m
     assert score(debug_run, images, tmp_path / "out", "--batch-size=6") == 1
     said = capsys.readouterr().err
     assert said.startswith("trajdist: process 0 ran out of memory on cpu ([enforce fail")
-    assert said.endswith("): name a --batch-size below 6.\n")
+    assert said.endswith("): use a --batch-size below 6.\n")
 
 
 # ------------------------------------------------------------------------------------------ several adapters

@@ -130,7 +130,7 @@ def test_a_hostile_header_takes_no_memory(folder):
     before = peak_memory_bytes(device)
     for header in (json.dumps(HUGE).encode(), json.dumps(SWOLLEN).encode()):
         path.write_bytes(with_header(header))
-        with pytest.raises(ArtifactError, match="not a sound safetensors file"):
+        with pytest.raises(ArtifactError, match="not a valid safetensors file"):
             read_tensors(path)
     with open(path, "wb") as sparse:
         sparse.truncate(2**33)
@@ -213,7 +213,7 @@ class Trap:
 
 def test_a_pickle_runs_nothing(tmp_path):
     torch.save({"fc.weight": Trap(tmp_path / "trap")}, tmp_path / "weights.pt")
-    with pytest.raises(ArtifactError, match=r"weights\.pt' is no state dict of tensors alone, or is damaged: save"):
+    with pytest.raises(ArtifactError, match=r"weights\.pt' is damaged, or not a state dict of tensors only: save"):
         build_backbone("resnet18", str(tmp_path / "weights.pt"), [], 64, 0)
     folder = tmp_path / "adapter"
     folder.mkdir()

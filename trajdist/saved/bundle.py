@@ -42,7 +42,7 @@ class TrajectoryDocument(Document):
     kind: Literal["trajectory"] = "trajectory"
     backbone: str
     weights: str
-    # Older files have them; the blocks that they chose are what counts.
+    # Only in older files, and ignored: the blocks that they selected are stored as well.
     patterns: list[str] = Field([], exclude=True)
     seed: int
     image_size: int = Field(ge=16, le=16384)
@@ -130,7 +130,7 @@ def new_extractor(config: Config) -> TrajectoryExtractor:
         )
     if subcells > 1 and max(channels) > MOST_CHANNELS:
         raise ConfigError(
-            f"trajectory.subcells={subcells} puts up to {max(channels):,} channels side by side, whose covariance "
+            f"trajectory.subcells={subcells} concatenates up to {max(channels):,} channels, whose covariance "
             f"does not fit: lower it, or raise model.spatial_resolution={resolution}."
         )
     return TrajectoryExtractor(backbone, Projection(channels, config.model.feature_dim), resolution, subcells)
@@ -145,7 +145,7 @@ def save_trajectory(path: Path, extractor: TrajectoryExtractor, document: Trajec
 
 
 def note_weights(path: Path, weights: str) -> None:
-    """Note where the backbone's weights are, for those who load the run without its config; they may have moved.
+    """Record where the backbone's weights are, which may have moved, for loading the run without its config.
 
     Raises:
         ArtifactError: the file is missing or damaged, or cannot be written.
@@ -164,7 +164,7 @@ def load_extractor(path: Path, weights: str | None = None) -> TrajectoryExtracto
     """
     document = read(path, TrajectoryDocument)
     weights = weights or document.weights
-    # By its blocks, not by the patterns: a later version may recognise more of them.
+    # By the names of its blocks, not by patterns: a later version may recognise more blocks.
     blocks = [glob.escape(name) for name in document.blocks]
     backbone = build_backbone(document.backbone, weights, blocks, document.image_size, document.seed)
     return with_projection(path, backbone, weights)

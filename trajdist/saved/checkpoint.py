@@ -56,13 +56,13 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, number: int, checkpoint: Checkpoint) -> None:
-        """Copy everything to host memory now and write it in the background, after waiting for the previous write.
+        """Wait for the previous write, copy everything to host memory, and write it in the background.
 
         Raises:
             ArtifactError: the previous write failed.
         """
         self.finish()
-        # Training keeps updating the journal's totals in the state during the write.
+        # Training goes on updating the journal's totals in the state during the write.
         state = copy.deepcopy(checkpoint.state)
         copied = Checkpoint(_copied(checkpoint.model), _copied(checkpoint.optimizer), state, _copied(checkpoint.kept))
         self._pending = self._thread.submit(self._write, number, copied)
@@ -129,7 +129,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_contents(folder: Path, checkpoint: Checkpoint) -> None:
-    """Compare the files with what is in memory: the hashes only describe what was written, right or wrong.
+    """Compare the files with memory: their hashes only describe what was written, right or wrong.
 
     Done after hashing, and piecewise, as a second copy of all tensors might not fit into memory.
 
@@ -140,7 +140,7 @@ def _check_contents(folder: Path, checkpoint: Checkpoint) -> None:
     wrong = [] if same else ["state.json"]
     wrong += [name for name, tensors in checkpoint.files().items() if not holds(folder / name, tensors)]
     if wrong:
-        raise ArtifactError(f"{wrong[0]} reads back as something else than was written")
+        raise ArtifactError(f"{wrong[0]} does not read back as it was written")
 
 
 def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -170,7 +170,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def set_aside_above(folder: Path, number: int) -> list[str]:
-    """Rename all checkpoints with higher numbers, which would count as newer than what comes next; their new names."""
+    """Rename all checkpoints with higher numbers, which would count as newer than the next ones; their new names."""
     return [_set_aside(path, "left") for found, path in sorted(_numbered(folder)) if found > number]
 
 
@@ -304,7 +304,7 @@ def check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch
     wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
     if wrong:
         raise ArtifactError(
-            f"the checkpoint has another {wrong[0]!r} than {what}: it belongs to another run; restore the "
+            f"the checkpoint's {wrong[0]!r} differs from {what}: it belongs to another run; restore the "
             "checkpoints folder, or start over with --fresh."
         )
 

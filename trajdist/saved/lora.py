@@ -1,4 +1,4 @@
-"""LoRA adapters: PEFT's own, attached, saved, loaded and proven alive (Hu et al. 2022)."""
+"""LoRA adapters (Hu et al. 2022), in PEFT's own format: attach, save, verify, load and merge."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def attach(model: nn.Module, settings: Lora, base_fingerprint: str) -> PeftModel
     """Wrap ``model`` in a fresh adapter: only ``lora_`` weights train, and the output does not change yet.
 
     Raises:
-        ConfigError: ``target_modules`` matches no linear layer, or something else.
+        ConfigError: ``target_modules`` matches no linear layer, or other modules.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     config = LoraConfig(
@@ -42,7 +42,7 @@ def attach(model: nn.Module, settings: Lora, base_fingerprint: str) -> PeftModel
         use_dora=settings.use_dora,
         base_model_name_or_path=BASE_PREFIX + base_fingerprint,
     )
-    # PEFT takes the name of the base from the model itself.
+    # PEFT reads the name of the base from the model itself.
     model.name_or_path = BASE_PREFIX + base_fingerprint  # type: ignore[assignment]
     try:
         adapted = get_peft_model(model, config)
@@ -51,17 +51,17 @@ def attach(model: nn.Module, settings: Lora, base_fingerprint: str) -> PeftModel
             raise
         raise ConfigError(
             f"domain_adaptation.lora.target_modules={settings.target_modules!r} must match linear layers, and only "
-            f"those: there are {', '.join(linear)}."
+            f"those: choose from {', '.join(linear)}."
         ) from None
     assert isinstance(adapted, PeftModel)
     return adapted
 
 
 def check_targets(config: Config) -> None:
-    """Refuse target modules that the model does not have, while nothing has been trained yet.
+    """Refuse target modules that the model does not have, before anything is trained.
 
-    The names of a built-in model's modules do not depend on the number of blocks, which only the backbone knows. Those
-    of another package's model may: its targets are checked when it is adapted.
+    The module names of a built-in model do not depend on the number of blocks, which only the backbone knows. Those of
+    another package's model may, so its targets are checked when it is adapted.
 
     Raises:
         ConfigError: as :func:`attach` does.
@@ -78,18 +78,18 @@ def base_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def adapter_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's own weights, by the names of its file."""
-    # There are no embeddings; asked to find out by itself, PEFT looks for the base on the hub.
+    """The adapter's own weights, by their names in its file."""
+    # There are no embeddings; to find that out by itself, PEFT would look for the base on the hub.
     return dict(get_peft_model_state_dict(adapted, save_embedding_layers=False))
 
 
 def adapter_fingerprint(adapted: PeftModel, base_fingerprint: str) -> str:
-    """Identifies an adapter with the base model it stands on."""
+    """Identifies an adapter together with its base model."""
     return fingerprint(adapter_state(adapted), {"base": base_fingerprint})
 
 
 def is_alive(adapted: PeftModel) -> bool:
-    """Whether the adapter changes anything: every B begins as zero and must have moved."""
+    """Whether the adapter changes anything: every B starts at zero."""
     up = [value for name, value in adapter_state(adapted).items() if "lora_B" in name]
     return any(bool(value.any()) for value in up)
 
@@ -97,25 +97,25 @@ def is_alive(adapted: PeftModel) -> bool:
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
     """Save in PEFT's own format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
     adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    # PEFT writes a set of names, in another order in each process: equal runs are equal to the byte.
+    # PEFT writes a set of names in arbitrary order; sorted, equal runs give identical files.
     document = read_json(folder / ADAPTER_CONFIG)
     if isinstance(document["target_modules"], list):
         document["target_modules"].sort()
     write_json(folder / ADAPTER_CONFIG, document)
-    (folder / "README.md").unlink(missing_ok=True)  # A form to be filled in; the run writes a card at its end.
-    # safetensors makes files for the owner's eyes only; others may use the adapter as well.
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; the run writes its own card at the end.
+    # safetensors creates files readable only by the owner, whatever the umask.
     with suppress(OSError):  # Not every file system has modes.
         shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
 
 
 def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftModel:
-    """Put a saved adapter on its base model.
+    """Attach a saved adapter to its base model.
 
     Raises:
         ArtifactError: no adapter there, a damaged one, or one that was trained on another base.
     """
     check_base(folder, base_fingerprint)
-    read_tensors(folder / ADAPTER_WEIGHTS)  # Damage is named before PEFT sees it.
+    read_tensors(folder / ADAPTER_WEIGHTS)  # Report damage before PEFT meets it.
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -141,24 +141,24 @@ def check_base(folder: Path, base_fingerprint: str) -> None:
 
 
 def merged(adapted: nn.Module) -> nn.Module:
-    """The base model's class with the adapter added to its weights; ``adapted`` stays as it is."""
+    """A copy of the base model with the adapter merged into its weights; ``adapted`` is unchanged."""
     assert isinstance(adapted, PeftModel)
     model: nn.Module = copy.deepcopy(adapted).merge_and_unload()
     return model.eval()
 
 
 def save_proven(rundir: RunDir, adapted: nn.Module, base_before: str, base_id: str) -> None:
-    """Save the adapter and prove it: the base did not move, the adapter does something, and it loads to the same.
+    """Save the adapter and verify that the base did not change, the adapter does something, and it loads back equal.
 
     The folder appears whole or not at all.
 
     Raises:
-        TrainingError: one of the three does not hold.
+        TrainingError: one of these does not hold.
     """
     assert isinstance(adapted, PeftModel)
     adapted.eval()
     if fingerprint(base_state(adapted)) != base_before:
-        raise TrainingError("the base model moved during Phase 2: this is a defect of trajdist, please report it.")
+        raise TrainingError("the base model changed during Phase 2: this is a bug in trajdist, please report it.")
     if not is_alive(adapted):
         raise TrainingError(
             "the adapter learned nothing (every B is zero): train longer or raise domain_adaptation.lora.learning_rate."
@@ -185,10 +185,10 @@ def save_proven(rundir: RunDir, adapted: nn.Module, base_before: str, base_id: s
 
 
 def _check_saved(folder: Path, adapted: PeftModel, model: Path, base_id: str) -> None:
-    """Load the adapter in ``folder`` on the base model in the file ``model``: it must do what ``adapted`` does.
+    """Load the adapter in ``folder`` onto the base model in the file ``model``: it must compute what ``adapted`` does.
 
     Raises:
-        TrainingError: it does something else.
+        TrainingError: its outputs differ.
     """
     base, document = load_model(model)
     again = load_adapter(base, folder, base_id).eval()
@@ -196,4 +196,4 @@ def _check_saved(folder: Path, adapted: PeftModel, model: Path, base_id: str) ->
     with torch.no_grad():
         outputs = [each.to("cpu")(probe_NLD).output_NLD for each in (adapted, again)]
     if not torch.equal(*outputs):
-        raise TrainingError("the saved adapter gives other outputs than the trained one: the file system is not sound.")
+        raise TrainingError("the saved adapter gives other outputs than the trained one: check the file system.")

@@ -14,7 +14,7 @@ from typing import Any
 from trajdist.errors import ArtifactError
 from trajdist.files import hold, is_held, read_object, user_path, write_bytes, write_json
 
-# What every summary of a phase has: whatever reads it counts on these.
+# Required in every summary of a phase: its readers rely on them.
 FIGURES: tuple[str, ...] = ("images", "failures", "epochs", "steps", "seconds", "images_per_s", "first_loss")
 FIGURES += ("final_loss", "peak_memory_bytes", "memory_growth_bytes", "num_processes", "trained_parameters")
 # PEFT's name of the file with an adapter's weights.
@@ -92,12 +92,12 @@ class RunDir:
         return self.path / f"phase{phase}" / "calibration.safetensors"
 
     def lost(self, phase: int) -> Path | None:
-        """A file that a finished phase has made and that is not there, if any."""
+        """A file of a finished phase that is missing, if any."""
         made = (self.trajectory, self.model) if phase == 1 else (self.adapter / ADAPTER_WEIGHTS,)
         return next((path for path in (*made, self.calibration(phase)) if not path.is_file()), None)
 
     def drop_calibration(self, phase: int) -> None:
-        """Remove a phase's calibration as soon as new weights are saved: one of fewer epochs would pass for theirs.
+        """Remove a phase's calibration as soon as new weights are saved: that of fewer epochs would pass for theirs.
 
         Raises:
             ArtifactError: it cannot be removed.
@@ -115,7 +115,7 @@ class RunDir:
             self.stop_file.unlink(missing_ok=True)
         except OSError as error:
             raise ArtifactError(
-                f"{str(self.stop_file)!r} cannot be removed ({error.strerror}), and would stop the run: remove it."
+                f"{str(self.stop_file)!r} cannot be removed ({error.strerror}) and would stop the run: remove it."
             ) from None
 
     def has_begun(self) -> bool:
@@ -216,7 +216,7 @@ class RunDir:
         key = f"records_after_phase{phase}"
         sizes = self.recall(key) or {}
         if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
-            raise ArtifactError(f"{str(self.path / 'run.json')!r} is damaged: {key}={sizes!r} are no sizes of files.")
+            raise ArtifactError(f"{str(self.path / 'run.json')!r} is damaged: {key}={sizes!r} are not file sizes.")
         return sizes
 
     def forget(self, *keys: str) -> None:
@@ -266,8 +266,8 @@ class RunDir:
             return None
         if not self.path.name:
             raise ArtifactError(
-                f"run_dir={str(self.path)!r} cannot be renamed to start over, as this command runs in it: "
-                "give it in another folder, with the path of this one."
+                f"run_dir={str(self.path)!r} cannot be renamed to start over, as it is the current folder: "
+                "run the command in another folder, with the path of this one."
             )
         self.lock()
         number = 1
@@ -294,7 +294,7 @@ class RunDir:
         return False
 
     def told_status(self) -> str:
-        """For people: what was killed had no time to write how it ended."""
+        """The status for people: a killed run had no time to write how it ended."""
         status = self.read_status()
         if status != "running" or self.is_held() is not False:
             return status
@@ -330,7 +330,7 @@ def _recording(file: Path) -> Iterator[None]:
 
 
 def _lacking(figures: Any) -> str | None:
-    """The first number that a phase's summary or one of its domains' should have and does not, if any."""
+    """The first required figure that a phase's summary, or that of one of its domains, lacks, if any."""
     domains = figures.get("domains", {}) if isinstance(figures, dict) else None
     if not isinstance(domains, dict):
         return "figures"

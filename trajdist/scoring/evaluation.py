@@ -24,13 +24,13 @@ from trajdist.scoring.score import Scored, map_of, score
 
 
 def evaluate(job: Scoring, dataset: LabelledFolder) -> dict[str, Any]:
-    """Score the labelled set of the job and measure; every process calls it.
+    """Score the labelled set of the job and compute the metrics; every process calls it.
 
     Returns:
-        The metrics, also written to ``metrics.json`` (on the main process, elsewhere nothing).
+        The metrics, also written to ``metrics.json``; empty on all processes but the main one.
 
     Raises:
-        DataError: a mask that cannot be read, or no good image that could be scored.
+        DataError: a mask cannot be read, or no good image could be scored.
     """
     size, fit = job.scorer.size, job.scorer.fit
     pixels = {kind: PixelScores() for kind in dataset.kinds}
@@ -93,7 +93,7 @@ def compare_adapters(names: list[str], job: Scoring, dataset: LabelledFolder) ->
 def measure(
     images: dict[str, ScoreHistogram], alarms: dict[str, int], pixels: dict[str, PixelScores]
 ) -> dict[str, Any]:
-    """All metrics of the contract, over all images and for every kind of defect against the good images.
+    """All metrics, over all images and for every kind of defect against the good images.
 
     Raises:
         DataError: no good image could be scored.
@@ -158,9 +158,7 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     for name, values in adapters.items():
         add(f"adapter {name}", f"best for {values['num_best']}", values)
     if metrics and metrics["pixel_auroc"] is None:
-        table.caption = (
-            "no mask (ground_truth/<defect>/<name>_mask.png) marks a pixel: there is nothing to measure pixels by"
-        )
+        table.caption = "no mask (ground_truth/<defect>/<name>_mask.png) marks a pixel: there are no pixel metrics"
     return table
 
 

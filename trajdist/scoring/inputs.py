@@ -1,4 +1,4 @@
-"""What the Python API takes for pictures: names of files, PIL images, arrays and tensors."""
+"""What the Python API accepts as pictures: file names, PIL images, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trajdist.files import user_path
 
 
 def several(images: Any) -> Iterable[Any]:
-    """One picture is a batch of one.
+    """Any number of pictures; a single one becomes a batch of one.
 
     Raises:
         DataError: neither a picture nor several.
@@ -28,22 +28,22 @@ def several(images: Any) -> Iterable[Any]:
         return iter(images)
     except TypeError:
         kind = type(images).__name__
-        raise DataError(f"images of type {kind} ({images!r:.40}) are none: give a picture or a list of them.") from None
+        raise DataError(f"images={images!r:.40} of type {kind} is not a picture or a list of them: pass one.") from None
 
 
 def _is_one(images: Any) -> bool:
-    """Whether it is one picture, or the name of its file."""
+    """Whether this is a single picture, or the name of its file."""
     if isinstance(images, (np.ndarray, torch.Tensor)):
         return images.ndim in (2, 3)
     return isinstance(images, (Image.Image, str, Path))
 
 
 def to_pil(image: Any, size: int) -> Image.Image:
-    """Upright RGB. A file is decoded as ``trajdist score`` does, for a square of ``size`` pixels.
+    """Convert to upright RGB. A file is decoded as ``trajdist score`` does, for a square of ``size`` pixels.
 
     Raises:
         OSError: a file that cannot be read.
-        DataError: an array or tensor that is no picture.
+        DataError: an array or tensor that is not a picture.
     """
     if isinstance(image, Image.Image):
         return to_rgb(upright(image.copy()))
@@ -57,22 +57,22 @@ def to_pil(image: Any, size: int) -> Image.Image:
         pixels = np.asarray(image)
     if pixels.ndim not in (2, 3) or not pixels.size or (pixels.ndim == 3 and pixels.shape[2] > 4):
         kind = "tensors [3, H, W]" if isinstance(image, torch.Tensor) else "arrays [H, W, 3]"
-        raise DataError(f"a picture of shape {list(np.shape(image))} is none: pictures are {kind} or [H, W].")
+        raise DataError(f"a picture of shape {list(np.shape(image))} cannot be used: pass {kind} or [H, W].")
     eight_bits = _to_eight_bits(pixels)
     return to_rgb(Image.fromarray(eight_bits[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else eight_bits))
 
 
 def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Floats are in 0..1, 16-bit integers use their range; numbers that are neither are refused, not wrapped."""
+    """Scale floats from 0..1 and uint16 from its whole range; values out of range are refused, not wrapped."""
     if pixels.dtype.kind in "fb":
         pixels = pixels.astype(np.float32)
         low, high = pixels.min(), pixels.max()
-        # Resampling overshoots a little; what was normalised, or is in 0..255, or NaN, is something else.
+        # Resampling overshoots a little; anything beyond was normalised, lies in 0..255 or is NaN.
         if not (low >= -0.5 and high <= OVERSHOOT):
-            raise DataError(f"a picture of floats holds {low:.3g} to {high:.3g}: its values are to be from 0 to 1.")
+            raise DataError(f"a picture of floats holds {low:.3g} to {high:.3g}: scale its values to 0..1.")
         return np.rint(pixels.clip(0, 1) * 255.0).astype(np.uint8)
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
         return np.rint(pixels / 257.0).astype(np.uint8)
     if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 255:
-        raise DataError(f"a picture of type {pixels.dtype} is to hold integers from 0 to 255, or be uint16 or float.")
+        raise DataError(f"a picture of type {pixels.dtype} must hold integers from 0 to 255, or be uint16 or float.")
     return pixels.astype(np.uint8)

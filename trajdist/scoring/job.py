@@ -1,4 +1,4 @@
-"""One invocation of ``score`` or ``evaluate``: who scores what with which run, and where it goes."""
+"""One invocation of ``score`` or ``evaluate``: the run, the images, the processes and the output folder."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Options:
         adapters: adapter folders instead of the run's own; several are compared.
         phase: 1 for the unadapted model, None for the latest.
         false_alarm_rate: share of clean images that may be called anomalous; None for 1 %, or the smallest share that
-            the clean images of the calibration can answer for.
-        explain: write the blocks' errors at the hottest place, and draw them.
+            the clean images of the calibration support.
+        explain: also write and draw the blocks' errors at the hottest place.
         overlays: ``all``, ``anomalous`` or ``none``.
     """
 
@@ -55,7 +55,7 @@ class Options:
 
 @dataclass
 class Scoring:
-    """One invocation: who scores what, and where it goes."""
+    """One invocation: what is scored, by which run and processes, and where the results go."""
 
     run_dir: str
     scorer: Scorer
@@ -71,7 +71,7 @@ class Scoring:
     lock: int | None = None
 
     def close(self) -> None:
-        """Give the output folder free, and end the group of processes."""
+        """Release the output folder and leave the process group."""
         if self.lock is not None:
             os.close(self.lock)
         self.lock = None
@@ -83,9 +83,9 @@ class Scoring:
 
     @cached_property
     def map_range(self) -> tuple[float, float]:
-        """The scores that overlays show as dark and as bright.
+        """The scores that overlays show darkest and brightest.
 
-        Dark up to what one clean place in ten exceeds, half-way at what one in a thousand does.
+        The darkest is exceeded by one clean place in ten, the middle of the scale by one in a thousand.
         """
         cells = self.scorer.detectors[0].cells
         low, middle = (cells.threshold(max(rate, 1 / (cells.count + 1))) for rate in (0.1, 0.001))
@@ -100,8 +100,8 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     """Start the processes and load the run; ``title`` is what the user called the images: their path.
 
     Raises:
-        ArtifactError: a run that is not finished or damaged.
-        ConfigError: options that do not go together.
+        ArtifactError: the run is not finished, or damaged.
+        ConfigError: the options contradict each other.
         DataError: another process has found other images.
     """
     accelerator = start_accelerator("no", TIMEOUT_S, False)
@@ -128,7 +128,7 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
 
 
 def _check_same_images(source: ImageSource, title: str, processes: Processes) -> None:
-    """Each process has listed the images for itself; every process calls it.
+    """Check that all processes, each of which has listed the images, found the same; every process calls it.
 
     Raises:
         DataError: on the main process, if another one has found other images.
@@ -142,20 +142,20 @@ def _check_same_images(source: ImageSource, title: str, processes: Processes) ->
             raise DataError(
                 f"the images of {title!r} are not the same on all processes ({found[other][0]} on process {other}, "
                 f"{found[0][0]} on process 0{', by other names' if found[other][0] == found[0][0] else ''}): "
-                "wait until the folder is complete, let all machines see the same files, and give the command again."
+                "wait until the folder is complete, let all machines see the same files, and run the command again."
             )
 
     processes.main_does(compare)
 
 
 def _load(run_dir: str, options: Options, processes: Processes) -> Scorer:
-    """The main process first: the others find what it downloaded, and do not wait for it where it cannot go on."""
+    """Load on the main process first: the others find what it downloaded, and exit if it fails."""
     with processes.main_first():
         return load(run_dir, list(options.adapters) or None, options.phase, str(processes.device))
 
 
 def supported_rate(detector: Detector) -> float:
-    """The default false-alarm rate: n clean images cannot answer for less than 1 / (n + 1)."""
+    """The default false-alarm rate: n clean images support none below 1 / (n + 1)."""
     return max(0.01, 1 / (detector.images.count + 1))
 
 
@@ -163,8 +163,8 @@ def _announce(job: Scoring) -> None:
     unadapted = not any(detector.adapted for detector in job.scorer.detectors)
     if unadapted and job.options.phase is None and RunDir(job.run_dir).was_adapting():
         job.console.print(
-            f"{job.run_dir!r} did not finish its Phase 2, so its unadapted Phase 1 is used: train on with the same "
-            "command, or name --phase 1 if this is meant"
+            f"{job.run_dir!r} did not finish its Phase 2, so its unadapted Phase 1 is used: resume it with the same "
+            "command, or use --phase 1 if this is intended"
         )
     for detector, rate, threshold in zip(job.scorer.detectors, job.rates, job.thresholds, strict=True):
         job.console.print(
@@ -173,8 +173,8 @@ def _announce(job: Scoring) -> None:
         )
         if not detector.held_out:
             job.console.print(
-                f"{detector.name} was trained on these clean images: new ones score higher, and false alarms will be "
-                "more; set calibration.holdout_fraction above 0 and train again, or add images"
+                f"{detector.name} was trained on these clean images: new ones score higher, so expect more false "
+                "alarms; set calibration.holdout_fraction above 0 and train again, or add images"
             )
         if threshold == float("inf"):
             job.console.print(

@@ -23,14 +23,14 @@ Row = dict[str, Any]
 
 
 def read_rows(out: Path) -> Iterator[Row]:
-    """The lines of scores.jsonl, one after another."""
+    """The rows of scores.jsonl, one after another."""
     with open(out / "scores.jsonl", encoding="utf-8") as handle:
         for line in handle:
             yield json.loads(line)
 
 
 def count_rows(out: Path) -> int:
-    """How many whole lines scores.jsonl has, if it is there."""
+    """Number of complete lines in scores.jsonl; 0 if there is no such file."""
     rows = out / "scores.jsonl"
     if not rows.exists():
         return 0
@@ -39,7 +39,7 @@ def count_rows(out: Path) -> int:
 
 
 def keep_rows(out: Path, count: int) -> None:
-    """Cut scores.jsonl, if it is there, after the first ``count`` lines."""
+    """Truncate scores.jsonl, if it exists, after the first ``count`` lines."""
     rows = out / "scores.jsonl"
     if rows.exists():
         with open(rows, "rb") as handle:
@@ -48,7 +48,7 @@ def keep_rows(out: Path, count: int) -> None:
 
 
 def replace_rows(out: Path, rows: Mapping[int, Row]) -> None:
-    """Put these rows, by position, in the places of the old ones; who is killed on the way leaves the old file."""
+    """Replace the rows at these positions, atomically."""
     old, new = out / "scores.jsonl", out / ".scores.jsonl.tmp"
     with open(old, encoding="utf-8") as lines, open(new, "w", encoding="utf-8") as handle:
         for position, line in enumerate(lines):
@@ -57,7 +57,7 @@ def replace_rows(out: Path, rows: Mapping[int, Row]) -> None:
 
 
 def failed_positions(out: Path) -> list[int]:
-    """Where the images that could not be read are in the input order."""
+    """Positions, in input order, of the images that could not be read."""
     return [position for position, row in enumerate(read_rows(out)) if row["score"] is None]
 
 
@@ -98,7 +98,7 @@ class MapsFile:
     """``maps.safetensors``: one float32 tensor ``maps`` ``[N, H, W]``, filled in place, NaN where an image failed.
 
     Attributes:
-        is_there: whether the file of an earlier process can go on being filled.
+        is_there: whether there is a file of an earlier process to go on filling.
     """
 
     def __init__(self, path: Path, count: int, side: int) -> None:
@@ -115,7 +115,7 @@ class MapsFile:
         return self._path.is_file() and self._path.stat().st_size == self._size
 
     def open(self) -> None:
-        """Make the file where it is missing; one process does."""
+        """Create the file unless it is there; called by one process only."""
         if not self.is_there:
             with open(self._path, "wb") as handle:
                 handle.write(self._prefix)
@@ -123,7 +123,7 @@ class MapsFile:
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
 
     def write(self, maps: list[tuple[int, Floats | None]]) -> None:
-        """Fill in maps by position; written, not mapped: a full disk is an error then, not the end of the process."""
+        """Fill in maps by position. Written, not memory-mapped: a full disk would kill a process that maps the file."""
         assert self._descriptor is not None
         failed_HW = np.full(self._shape[1:], np.nan, np.float32)
         for position, cells_HW in maps:

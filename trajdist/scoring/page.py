@@ -88,15 +88,15 @@ class ScoreBars:
 
 @dataclass(frozen=True)
 class ReportData:
-    """What the page shows. Only the first four fields are needed: what is left out is not on the page.
+    """What the page shows. Only the first four fields are required; what is left out is not shown.
 
     Attributes:
         title: such as the name of the run and of the data set.
         summary: short facts by name: run, phase, adapter, backbone, images per second.
         rows: images of the table; some ten thousand at most, about 100 bytes each.
-        num_images: how many were scored; where it is more than there are rows, the page says so and leaves out
+        num_images: how many were scored; if that is more than there are rows, the page says so and leaves out
             the shares of images that were called anomalous, found or false alarms.
-        threshold: scores at least this much are anomalous; infinite where nothing can be declared.
+        threshold: scores of at least this are anomalous; infinite if none can be.
         false_alarm_rate: the rate that the threshold was set for.
         blocks: names of the blocks, shallow to deep.
         unreadable: names and errors of the first images that could not be read, of ``num_unreadable``.
@@ -128,13 +128,13 @@ def write_report(path: Path, data: ReportData) -> None:
     page = resources.files("trajdist.scoring").joinpath("report.html").read_text(encoding="utf-8")
     head, rest = page.split("@TITLE@")
     middle, tail = rest.split("@DATA@")
-    # Names that are no UTF-8 hold surrogates, which have no encoding: written as references.
+    # Names that are not valid UTF-8 hold surrogates, which cannot be encoded: write them as character references.
     title = html.escape(data.title).encode("ascii", "xmlcharrefreplace").decode()
     write_bytes(path, f"{head}{title}{middle}{to_json(data)}{tail}".encode())
 
 
 def to_json(data: ReportData) -> str:
-    """The data as ASCII JSON that no HTML parser finds markup in: images as data URIs, what is not finite as null."""
+    """The data as ASCII JSON without HTML markup: images as data URIs, numbers that are not finite as null."""
     text = json.dumps(asdict(data, dict_factory=_finite_fields), default=_plain, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -144,7 +144,7 @@ def _finite_fields(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no word for: image bytes and NumPy arrays."""
+    """Convert what JSON cannot hold: image bytes and NumPy arrays."""
     if isinstance(value, bytes):
         kind = "png" if value.startswith(b"\x89PNG") else "jpeg"
         return f"data:image/{kind};base64,{base64.b64encode(value).decode()}"

@@ -1,4 +1,4 @@
-"""From a finished scoring to its ``report.html``: what goes on the page."""
+"""Collects what goes into the ``report.html`` of a finished scoring."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known more about a labelled set."""
+    """What is additionally known about a labelled set."""
 
     dataset: LabelledFolder
     metrics: dict[str, Any]
@@ -85,7 +85,7 @@ def report(job: Scoring, labels: Labels | None = None) -> None:
 
 
 def calmest_besides(gallery: list[tuple[int, Row]], out: Path) -> list[tuple[int, Row]]:
-    """The least anomalous images that are not in ``gallery`` already: of a few images each is shown once."""
+    """The least anomalous images that are not in ``gallery``, so that no image is shown twice."""
     shown = {position for position, _ in gallery}
     others = [item for item in least_anomalous(out, GALLERY + len(gallery)) if item[0] not in shown]
     return others[:GALLERY]
@@ -125,7 +125,7 @@ def _picture(job: Scoring, scored: Scored, row: Row, labels: Labels | None) -> P
 
 
 def _score_again(job: Scoring, positions: list[int]) -> dict[int, Scored]:
-    """Read and score a few images again: nothing of the pictures was kept.
+    """Read and score a few images again: their pixels were not kept.
 
     An image that can no longer be read is left out, as it would be in a scoring.
     """
@@ -138,7 +138,7 @@ def _score_again(job: Scoring, positions: list[int]) -> dict[int, Scored]:
         threads=job.drawing_threads,
     )
     found: dict[int, Scored] = {}
-    # No more at once than the user has found to fit the device.
+    # In batches of the user's size, which is known to fit the device.
     for start in range(0, len(numbers), job.options.batch_size):
         part = numbers[start : start + job.options.batch_size].tolist()
         batch = images.__getitems__(Slots(0, start, start + len(part), len(part)))

@@ -13,14 +13,14 @@ from torch import nn
 from trajdist.extraction.projection import BlockMoments, Reduce
 from trajdist.models.linear import laid_out, linear
 
-# Fraction of the mean variance added to each variance, lest entries almost constant on clean images dominate.
+# Fraction of the mean variance added to each variance, so that entries almost constant on clean images do not dominate.
 SHRINKAGE = 0.1
 # Fractions of the place's usual score and of the image's median that are subtracted: a compromise between ignoring the
 # context and letting a large defect raise its own baseline (docs/LOG.md).
 PLACE_SHARE, IMAGE_SHARE = 0.5, 0.5
 # The image score is the mean over this fraction of its places, the highest-scoring ones.
 HOTTEST_SHARE = 0.04
-# Blocks are whitened in this many groups: fewer groups multiply more zeros, more make matrices too narrow to be fast.
+# Blocks are whitened in this many groups: fewer groups multiply more zeros, more groups make slow, narrow matrices.
 GROUPS = 4
 
 

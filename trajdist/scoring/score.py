@@ -45,7 +45,7 @@ from trajdist.scoring.output import (
 from trajdist.scoring.scorer import CellScores, Detector
 from trajdist.sharding import Int64s, Plan
 
-# Unreadable images that are named on the screen; scores.jsonl has all.
+# Number of unreadable images named on the screen; scores.jsonl has all.
 SHOWN = 5
 Visit = Callable[["Scored"], None]
 # Position in the input order, row, and raw map unless the image failed.
@@ -75,7 +75,7 @@ def score(job: Scoring, visit: Visit | None = None) -> None:
     """Score all images of the source; every process of the job calls it.
 
     Args:
-        visit: called with each image on the process that scored it; the scoring then starts over instead of going on.
+        visit: called with each image on the process that scored it; such a scoring starts over instead of resuming.
 
     Raises:
         ArtifactError: the output folder cannot be written.
@@ -99,13 +99,13 @@ def score(job: Scoring, visit: Visit | None = None) -> None:
 
 def _plan(job: Scoring, num_images: int) -> Plan:
     world = job.processes.world
-    # A few images do not fill a batch: no time goes into empty slots.
+    # A few images get a smaller batch, so that no time goes into empty slots.
     batch_size = min(job.options.batch_size, -(-num_images // world))
     return Plan(num_images, 1, world * batch_size, world, batch_size)
 
 
 def _walk(job: Scoring, order: Int64s, cursor: int, keep: Keep, visit: Visit | None = None) -> None:
-    """Score the images at these positions, batch after batch; the main process keeps a step's rows, in input order."""
+    """Score the images at these positions in batches; the main process keeps each step's rows, in input order."""
     plan = _plan(job, len(order))
     with Progress(job.console, "scoring", plan.num_images, cursor) as progress:
         for step, batch in zip(plan.steps(cursor), job.loader_of(plan, cursor, order), strict=True):
@@ -120,7 +120,7 @@ def _walk(job: Scoring, order: Int64s, cursor: int, keep: Keep, visit: Visit | N
 
 
 def _try_again(job: Scoring, failed: list[int], maps: MapsFile) -> None:
-    """Score the images that an earlier command could not read; the rows of those that now can be read are replaced."""
+    """Score the images that an earlier command could not read, and replace the rows of those that can be read now."""
     found: dict[int, Row] = {}
 
     def keep(rows: list[Numbered]) -> None:
@@ -165,7 +165,7 @@ def _visit_all(processes: Processes, visit: Visit, scored: list[Scored]) -> None
 
 
 def score_batch(job: Scoring, batch: ImageBatch, positions: Sequence[int]) -> Iterator[Scored]:
-    """The scored images of a batch that holds those at ``positions``; unreadable ones are left out."""
+    """Score a batch of the images at ``positions``; unreadable ones are left out."""
     results = job.scorer.score_batch(to_device((batch.images,), job.processes.device)[0])
     on_cpu = [CellScores(*(part.cpu() for part in vars(result).values())) for result in results]
     p_values = [d.images.p_values(r.images_B) for d, r in zip(job.scorer.detectors, on_cpu, strict=True)]
@@ -186,7 +186,7 @@ def score_batch(job: Scoring, batch: ImageBatch, positions: Sequence[int]) -> It
 
 
 def _row(job: Scoring, position: int, scores: list[float], p_values: list[float]) -> Row:
-    """A line of scores.jsonl. With several adapters the best-fitting domain is the one that finds it least odd."""
+    """A row of scores.jsonl. Of several adapters, the best-fitting is the one that finds the image least anomalous."""
     row: Row = {
         "image": job.source.name(position),
         "score": scores[0],
@@ -204,10 +204,10 @@ def _row(job: Scoring, position: int, scores: list[float], p_values: list[float]
 
 
 def _best_fitting(detectors: Sequence[Detector], scores: Sequence[float], p_values: Sequence[float]) -> int:
-    """Which detector has the largest p-value, or of equal ones the lowest score.
+    """Index of the detector with the largest p-value, or of equal ones the lowest score.
 
-    With n clean images no p-value is below 1 / (n + 1): where an image is odd to all, the detector with the fewest
-    would win. So p-values that are too small for that one count as equal.
+    With n clean images no p-value is below 1 / (n + 1), so if an image is anomalous to all, the detector with the
+    fewest clean images would win. Therefore p-values below what that one can reach count as equal.
     """
     least = 1 / (min(detector.images.count for detector in detectors) + 1)
     return min(range(len(scores)), key=lambda which: (-max(p_values[which], least), scores[which]))
@@ -225,7 +225,7 @@ def map_of(job: Scoring, image: Scored) -> pictures.Floats:
 
 
 def _draw(job: Scoring, image: Scored) -> None:
-    """Overlay and, where asked for, depth profile as PNG, named after the image."""
+    """Write the overlay and, with ``explain``, the depth profile as PNGs named after the image."""
     wanted = job.options.overlays
     if wanted == "none" or (wanted == "anomalous" and not image.row["is_anomalous"]):
         return
@@ -244,7 +244,7 @@ def _rows(job: Scoring, scored: list[Scored], batch: ImageBatch) -> list[Numbere
 
 
 def _append(job: Scoring, maps: MapsFile, rows: list[Numbered]) -> None:
-    """Append a step's rows, which are in input order, and fill in their maps."""
+    """Append a step's rows, given in input order, and fill in their maps."""
     with _writing(job.out), open(job.out / "scores.jsonl", "a", encoding="utf-8") as handle:
         maps.write([(position, cells_HW) for position, _, cells_HW in rows])
         handle.writelines(json.dumps(row) + "\n" for _, row, _ in rows)
@@ -261,7 +261,7 @@ def _failed_row(job: Scoring, position: int, reason: str) -> Row:
 
 
 def _identity(job: Scoring) -> dict[str, Any]:
-    """What must be the same for an interrupted scoring to go on."""
+    """What must be unchanged for an interrupted scoring to resume."""
     return {
         "images": job.source.fingerprint,
         "files": job.source.stamp(),
@@ -275,10 +275,10 @@ def _identity(job: Scoring) -> dict[str, Any]:
 
 
 def _prepare_out(job: Scoring, maps: MapsFile, resumable: bool) -> tuple[int, list[int]]:
-    """Bring the output folder to the state after whole steps.
+    """Bring the output folder to its state after the last whole step.
 
     Returns:
-        The number of images done by then, and the positions of those among them that could not be read.
+        The number of images done by then, and the positions of the unreadable ones among them.
     """
     _claim_out(job)
     done, plan = 0, _plan(job, len(job.source))
@@ -295,7 +295,7 @@ def _prepare_out(job: Scoring, maps: MapsFile, resumable: bool) -> tuple[int, li
 
 
 def _claim_out(job: Scoring) -> None:
-    """Make the output folder and note what it is for.
+    """Create the output folder and record what it is for.
 
     Raises:
         ArtifactError: it cannot be made or written.
@@ -319,14 +319,14 @@ def _claim_out(job: Scoring) -> None:
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first difference between what an output folder is of and what it is to be of, as the end of a sentence."""
+    """The first difference between what an output folder holds and what is wanted, as the end of a sentence."""
     if found.keys() != wanted.keys():
         return "was written by another version of trajdist"
     rates, asked = (json.dumps(each["false_alarm_rates"]).strip("[]") for each in (found, wanted))
     said = {
         "num_images": f"holds the scores of {found['num_images']} images, and there are {wanted['num_images']} now",
         "images": "holds the scores of another set of as many images",
-        "files": "holds the scores of images by the same names that lay elsewhere or were changed since",
+        "files": "holds the scores of images of the same names in another folder, or before they changed",
         "detectors": "was made with another run, phase or adapter",
         "false_alarm_rates": f"was made for a false-alarm rate of {rates}, which is {asked} now",
         "thresholds": "was made with another calibration of the run",
@@ -337,10 +337,10 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def tell_unreadable(job: Scoring) -> None:
-    """Name the first images that could not be read; the main process calls it.
+    """Report the first images that could not be read; the main process calls it.
 
     Raises:
-        DataError: there were no others.
+        DataError: none could be read.
     """
     rows, count = unreadable(job.out, SHOWN)
     if not count:

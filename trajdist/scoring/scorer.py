@@ -30,15 +30,15 @@ from trajdist.scoring import inputs, residuals
 from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.histogram import ScoreHistogram
 
-# What to do about a file that a phase makes at its end, and that is not there.
-GO_ON = "the run is not finished; wait for it, or give its command again, which goes on"
+# What to do about a missing file that a phase writes at its end.
+GO_ON = "the run is not finished; wait for it, or run its command again to resume it"
 COPY = "finish the adapter's run, or copy the file from there"
 _LOADING = Lock()
 
 
 @dataclass(frozen=True)
 class CellScores:
-    """Scores of a batch on the grid: ``cells_BHW``, the blocks' part in it ``energies_BHWL``, ``images_B``."""
+    """Scores of a batch: of each place, of each block at each place, and of each image."""
 
     cells_BHW: torch.Tensor
     energies_BHWL: torch.Tensor
@@ -52,7 +52,7 @@ class Scores:
     Attributes:
         maps: float32 ``[B, S, S]``, anomaly maps at the resolution the backbone sees.
         scores: float32 ``[B]``, one per image.
-        p_values: float64 ``[B]``, conformal: the share of clean images that score at least as much.
+        p_values: float64 ``[B]``, conformal: the share of clean images that score at least as high.
 
     >>> Scores(np.zeros((1, 64, 64), np.float32), np.zeros(1, np.float32), np.ones(1)).maps.shape
     (1, 64, 64)
@@ -64,17 +64,17 @@ class Scores:
 
 
 class Detector:
-    """One model (the base, or the base with one adapter) and what its residuals are like on clean images.
+    """One model (the base, or the base with one adapter) and the statistics of its residuals on clean images.
 
     Attributes:
-        residual: not fitted until :meth:`load`, or a calibration, has done it.
+        residual: fitted by :meth:`load` or by a calibration.
         cells, images: scores of clean cells and images that were not trained on.
-        held_out: False if there were none to spare and training images had to serve.
+        held_out: False if no images were held out, so that training images had to serve.
         adapted: whether :func:`load` gave the model an adapter.
     """
 
     def __init__(self, name: str, model: nn.Module, valid_LD: torch.Tensor, resolution: int) -> None:
-        """``valid_LD`` says which entries of a trajectory are no padding, ``resolution`` the places per side."""
+        """``valid_LD`` marks the entries of a trajectory that are not padding; ``resolution``: places per side."""
         self.name, self.model, self.valid_LD = name, model.eval(), valid_LD
         self.residual = residuals.ResidualModel(valid_LD.sum(1).tolist(), resolution)
         self.cells, self.images = QuantileSketch(ScoreHistogram()), QuantileSketch(ScoreHistogram())
@@ -87,7 +87,7 @@ class Detector:
         return self
 
     def with_model(self, name: str, model: nn.Module) -> Detector:
-        """The same calibration, for the same function in another form."""
+        """The same calibration with another form of the same model."""
         other = copy.copy(self)
         other.name, other.model = name, model.eval()
         return other
@@ -96,7 +96,7 @@ class Detector:
         """Valid entries of trajectory minus reconstruction, ``[N, F]``."""
         target_NLD = trajectories_BHWLD.flatten(0, 2)
         error_NLD = target_NLD - self.model(target_NLD).output_NLD.float()
-        # Where no block is padded there is nothing to leave out, and nothing to copy.
+        # Without padding there is nothing to leave out, and indexing would only copy.
         padded = sum(self.residual.widths) < self.valid_LD.numel()
         return error_NLD[:, self.valid_LD] if padded else error_NLD.flatten(1)
 
@@ -139,7 +139,7 @@ class Detector:
         self.residual.lay_out()
         for name, tensor in own.items():
             if not bool(tensor.isfinite().all()):
-                raise ArtifactError(f"{str(path)!r} holds {name!r} that is not finite: make the calibration again.")
+                raise ArtifactError(f"{str(path)!r} has non-finite values in {name!r}: make the calibration again.")
         self.cells = QuantileSketch(ScoreHistogram.from_tensors(tensors, "cells", path))
         self.images = QuantileSketch(ScoreHistogram.from_tensors(tensors, "images", path))
         self.held_out = bool(document.get("held_out", False))
@@ -157,7 +157,7 @@ class Scorer:
         self.extractor, self.detectors = extractor, list(detectors)
         self.size, self.fit = size, fit
         self.device = torch.device("cpu")
-        # A backbone hands out its activations to whoever has called it last: one batch at a time.
+        # A backbone passes its activations to its last caller, so it takes one batch at a time.
         self._extracting = Lock()
 
     def __reduce__(self) -> NoReturn:
@@ -174,7 +174,7 @@ class Scorer:
     @torch.no_grad()
     def score_batch(self, images_BCSS: torch.Tensor) -> list[CellScores]:
         """uint8 ``[B, 3, S, S]`` on the device -> one :class:`CellScores` per detector."""
-        # As calibrated, even within a program's autocast.
+        # As in calibration, even inside the caller's autocast.
         with full_precision(images_BCSS.device.type):
             with self._extracting:
                 trajectories = self.extractor(images_BCSS)
@@ -184,18 +184,18 @@ class Scorer:
         """Score files, PIL images, arrays or tensors with the first detector.
 
         Args:
-            images: any number of names of files, PIL images, arrays ``[H, W, 3]`` or ``[H, W]``, or tensors
+            images: any number of file names, PIL images, arrays ``[H, W, 3]`` or ``[H, W]``, or tensors
                 ``[3, H, W]`` or ``[H, W]``, of any sizes: integers in 0..255, 16-bit integers, or floats in 0..1. A
                 tensor or an array with a leading batch dimension is such a sequence; one picture is a batch of one.
             batch_size: how many go through the backbone at once.
 
         Raises:
-            ConfigError: a batch size that is no whole number, or below 1.
-            DataError: what cannot be a picture, or cannot be read.
+            ConfigError: the batch size is not a positive integer.
+            DataError: an image cannot be read, or is not a picture.
         """
-        # What has no index is no whole number: a float, text, None.
+        # Integers, including NumPy's, have __index__; floats, text and None do not.
         if not hasattr(batch_size, "__index__") or batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size!r} is no batch: name a positive whole number.")
+            raise ConfigError(f"batch_size={batch_size!r} is not a positive integer: pass one.")
         waiting, parts = enumerate(inputs.several(images)), [self._empty()]
         while batch := list(islice(waiting, batch_size)):
             parts.append(self._score(batch))
@@ -210,20 +210,19 @@ class Scorer:
         return maps.cpu().numpy(), result.images_B.cpu().numpy(), p_values.numpy()
 
     def _square(self, number: int, image: Any) -> npt.NDArray[np.uint8]:
-        """As the backbone is to see it, ``[S, S, 3]``.
+        """The image as the backbone sees it, ``[S, S, 3]``.
 
         Raises:
-            DataError: it cannot be a picture, or cannot be read.
+            DataError: it cannot be read, or is not a picture.
         """
         try:
             return to_square(inputs.to_pil(image, self.size), self.size, self.fit)
         except DataError:
             raise
         except Exception as error:  # Pillow reads only now, and can raise anything on malformed bytes.
-            name = f"{str(image)!r}, " if isinstance(image, (str, Path)) else ""
+            name = f"={str(image)!r}" if isinstance(image, (str, Path)) else ""
             raise DataError(
-                f"picture {number}, {name}counted from 0, cannot be used ({reason(error)}): leave it out, or replace "
-                "it."
+                f"images[{number}]{name} cannot be used ({reason(error)}): leave it out, or replace it."
             ) from error
 
     def _empty(self) -> tuple[npt.NDArray[Any], ...]:
@@ -232,10 +231,10 @@ class Scorer:
 
 @contextmanager
 def _own_defaults() -> Iterator[None]:
-    """PyTorch as it starts, whatever the program around has set: new tensors are float32 and on the CPU.
+    """PyTorch's defaults, whatever the calling program has set: new tensors are float32 and on the CPU.
 
-    Random numbers go on as if nothing had been loaded. One thread at a time: the default dtype and the generator that
-    random weights are drawn from are the process's.
+    The random state is restored. One thread at a time: the default dtype and the random generator are shared by the
+    whole process.
     """
     with _LOADING, torch.random.fork_rng(devices=[]), torch.device("cpu"), full_precision("cpu"):
         dtype = torch.get_default_dtype()
@@ -259,19 +258,19 @@ def load(
         run_dir: a run directory.
         adapter: one or several adapter folders to use instead of the run's own.
         phase: 1 for the unadapted model, 2 for the adapted one; None for the latest phase there is.
-        device: a torch device; ``auto`` takes an accelerator where there is one.
+        device: a torch device; ``auto`` takes an accelerator if there is one.
 
     Raises:
         ArtifactError: something is missing, damaged, or belongs to another run.
-        ConfigError: phase 1 together with an adapter, the same adapter twice, or a phase or device that is none.
+        ConfigError: phase 1 together with an adapter, the same adapter twice, or an invalid phase or device.
 
     >>> load(run_dir, phase=1, device="cpu").detectors[0].name
     'phase1'
     """
     if phase not in (None, 1, 2):
-        raise ConfigError(f"phase={phase!r} is none: name 1, 2, or None for the latest.")
+        raise ConfigError(f"phase={phase!r} is not a phase: use 1, 2, or None for the latest.")
     if adapter and phase == 1:
-        raise ConfigError("phase 1 is the model without an adapter: name either phase 1 or an adapter.")
+        raise ConfigError("phase 1 is the model without an adapter: choose either phase 1 or an adapter.")
     rundir = RunDir(run_dir)
     if not rundir.trajectory.is_file():
         raise ArtifactError(f"{str(run_dir)!r} has no phase1/trajectory.safetensors: name a run whose Phase 1 is done.")
@@ -293,15 +292,15 @@ def own_adapters(rundir: RunDir) -> list[Path]:
     """The run's own adapter, or none.
 
     Raises:
-        ArtifactError: it has one for each of several domains.
+        ArtifactError: it has several, one per domain.
     """
     if rundir.adapter.is_dir():
         return [rundir.adapter]
     if domains := rundir.domains():
         raise ArtifactError(
             f"{str(rundir.path)!r} has an adapter for each of its domains {', '.join(each.name for each in domains)}: "
-            f"name the run of one ({domains[0]!s}), or adapters ({domains[0] / 'phase2' / 'adapter'!s}), or phase 1 to "
-            "score without."
+            f"name the run of one ({domains[0]!s}), adapters ({domains[0] / 'phase2' / 'adapter'!s}), or phase 1 to "
+            "score without any."
         )
     return []
 
@@ -321,7 +320,7 @@ def _load_detector(rundir: RunDir, extractor: TrajectoryExtractor) -> Detector:
 
 
 def _made(path: Path, mend: str = GO_ON) -> Path:
-    """The path of what a phase makes at its end, the calibration last.
+    """The path of a file that a phase writes at its end.
 
     Raises:
         ArtifactError: it is not there.
@@ -332,7 +331,7 @@ def _made(path: Path, mend: str = GO_ON) -> Path:
 
 
 def _load_adapted(rundir: RunDir, extractor: TrajectoryExtractor, name: str, adapter: Path) -> Detector:
-    # PEFT takes longer to import than torch; the base model does without.
+    # PEFT takes longer to import than torch, and the base model does not need it.
     from trajdist.saved import lora
 
     model, base = _load_base(rundir, extractor)
@@ -346,7 +345,7 @@ def _load_adapted(rundir: RunDir, extractor: TrajectoryExtractor, name: str, ada
 
 
 def _names(adapters: list[Path]) -> dict[str, Path]:
-    """``runs/gravel/phase2/adapter`` is called ``gravel``, with as much before it as keeps it apart from the others.
+    """Name adapters: ``runs/gravel/phase2/adapter`` is ``gravel``, with as many parents as make it unique.
 
     Raises:
         ConfigError: the same adapter twice.
@@ -364,7 +363,7 @@ def _without(path: Path, *endings: str) -> Path:
 
 
 def _shortest(path: Path, others: list[Path]) -> str | None:
-    """The shortest end of ``path`` that only one of ``others``, itself, has."""
+    """The shortest end of ``path`` that is unique among ``others``, which include ``path``; None if there is none."""
     for count in range(1, len(path.parts) + 1):
         end = path.parts[-count:]
         if sum(other.parts[-count:] == end for other in others) == 1:
@@ -375,7 +374,7 @@ def _shortest(path: Path, others: list[Path]) -> str | None:
 def _device(name: str) -> torch.device:
     if name != "auto":
         try:
-            # A device that torch knows may still not be here.
+            # Torch may know a device that this machine lacks.
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             reason = one_line(error, 160)

@@ -1,6 +1,6 @@
-"""Proof from the files of a run that each epoch saw each of its images once, whatever stopped the run in between.
+"""Proves from the files of a run that each epoch saw each of its images once, however often the run was interrupted.
 
-``ledger.jsonl`` says which positions of an epoch were trained on, with a digest of the images that were really read.
+``ledger.jsonl`` says which positions of an epoch were trained on, with a digest of the images that were actually read.
 What those images must have been follows from the seed alone, so nothing here trusts the training. Needs no torch.
 """
 
@@ -27,7 +27,7 @@ from trajdist.training.selection import recall_selection
 
 CHUNK = 2**16
 LARGEST_LINE = 2**24
-# Sentences that are shown of a kind, and images that a sentence names.
+# Maximum sentences shown of each kind, and images named in a sentence.
 SHOWN, NAMED = 20, 3
 
 
@@ -47,7 +47,7 @@ class Stretch(BaseModel):
 
 @dataclass
 class PhaseAudit:
-    """One phase, line by line: how far the ledger goes without a gap or a repetition, and what is wrong with it.
+    """Audit of one phase, line by line: how far its ledger goes, and what is wrong with it.
 
     Attributes:
         name_of: the name of an image, given its number in the set.
@@ -71,7 +71,7 @@ class PhaseAudit:
             return
         begin = stretch.epoch * size + stretch.start
         if begin > self.cursor:
-            self.problems.append(f"{where} leaves a gap: {self._range(self.cursor, begin, 'are in no line')}")
+            self.problems.append(f"{where} leaves a gap: {self._range(self.cursor, begin, 'are missing')}")
         elif begin < self.cursor:
             end = min(self.cursor, stretch.epoch * size + stretch.stop)
             self.problems.append(f"{where} repeats images: {self._range(begin, end, 'are there already')}")
@@ -85,10 +85,10 @@ class PhaseAudit:
             self.worlds.append(stretch.num_processes)
 
     def close(self, epochs: int | None) -> None:
-        """The ledger has ended; ``epochs`` is how many the summary says are done, None while the phase is under way."""
+        """End the ledger; ``epochs`` is the number done according to the summary, None if the phase is unfinished."""
         wanted = (epochs or 0) * self.selection.num_train
         if self.cursor < wanted:
-            what = self._range(self.cursor, wanted, "are in no line of the ledger")
+            what = self._range(self.cursor, wanted, "are missing from the ledger")
             self.problems.append(f"phase {self.phase} is incomplete: {what}")
 
     def _range(self, begin: int, end: int, what: str) -> str:
@@ -97,14 +97,14 @@ class PhaseAudit:
         return f"{end - begin:,} images ({parts[0]} to {parts[1]}) {what}: {self._names(begin, end)}"
 
     def _names(self, begin: int, end: int) -> str:
-        """The first images of a range of positions, which are counted on through all epochs."""
+        """The first images of a range of positions, counted through all epochs."""
         size = self.selection.num_train
         shown = range(begin, min(end, begin + NAMED))
         images = [self.selection.train(at // size, np.array([at % size])) for at in shown]
         return ", ".join([self.name_of(int(image[0])) for image in images] + ["..."] * (end - begin > NAMED))
 
     def _digest_holds(self, stretch: Stretch) -> bool:
-        """Whether the images that were read, and those that were not, are those of these positions."""
+        """Whether the images that were read and those that were missing are together those of these positions."""
         absent = np.array(stretch.missing, np.int64) if _fits(stretch.missing) else None
         if absent is None or len(set(stretch.missing)) != len(absent):
             return False
@@ -124,7 +124,7 @@ class PhaseAudit:
         text = f"phase {self.phase}: {done} epochs of {self.selection.num_train:,} images, {worlds} processes"
         so_far = f"{position:,} images of epoch {done + 1} so far"
         if done >= self.num_epochs:
-            so_far = "all its epochs are done, the calibration after them is not"
+            so_far = "all its epochs are done, but not the calibration"
         unfinished = f"; not finished: {so_far}" if epochs is None else ""
         count = sum(map(len, self.missing.values()))
         return text + unfinished + (f"; {count} times an image could not be used" if count else "")
@@ -145,10 +145,10 @@ class Audit:
 
 
 def audit(run_dir: str | Path) -> Audit:
-    """Check the ledger of a run, and those of its domains, against what seed and configuration say.
+    """Check the ledger of a run, and those of its domains, against what its seed and config determine.
 
     Raises:
-        ArtifactError: no run there, or files that are not what a run writes.
+        ArtifactError: there is no run, or its files are not what a run writes.
     """
     rundir = RunDir(run_dir)
     parts = {"": _audit_one(rundir)} if rundir.ledger.is_file() or not rundir.domains() else {}
@@ -165,7 +165,7 @@ def audit(run_dir: str | Path) -> Audit:
 
 
 def _audit_one(rundir: RunDir) -> Audit:
-    """A run without the domains below it."""
+    """Audit a run without its domains."""
     missing = next((file.name for file in (rundir.config, rundir.ledger) if not file.is_file()), None)
     if missing is not None:
         raise ArtifactError(f"{str(rundir.path)!r} has no {missing}: name a run that has begun to train.")
@@ -197,7 +197,7 @@ def _phases(rundir: RunDir, config: Config) -> Iterator[tuple[int, PhaseAudit]]:
 
 
 def _names_of_set(rundir: RunDir, config: Config, phase: int) -> Callable[[int], str]:
-    """Names of images by number, from the set itself if it can still be opened; it is not before a name is wanted."""
+    """Names of images by number, from the set if it can still be opened, which is done when a name is first wanted."""
     known = rundir.recall(SETS[phase])
     expected = known.get("fingerprint") if isinstance(known, dict) else None
 
@@ -247,7 +247,7 @@ def _bad_images(path: Path) -> dict[tuple[str, int], str]:
             record = json.loads(line)
             found[record["set"], record["index"]] = f"{record['image']} ({record['reason']})"
         except (ValueError, KeyError, TypeError, RecursionError):
-            continue  # A line that a crash cut short.
+            continue  # A line truncated by a crash.
     return found
 
 

@@ -96,7 +96,7 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
     Args:
         scorer: a loaded run; it is moved to the CPU.
         kind: ``onnx``, or ``torch`` for a ``torch.export`` program.
-        path: the output file; written atomically, its folder made where there is none.
+        path: the output file; written atomically, its folder created if missing.
 
     Raises:
         ConfigError: a package is missing, or the path is a folder.
@@ -107,12 +107,12 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
         raise ConfigError(f"--out {str(path)!r} is a folder: name a file, such as {str(path / FILES[kind])!r}.")
     scorer.to("cpu")
     detector = scorer.detectors[0]
-    # What is run is not trained: outputs that could be differentiated would keep every activation.
+    # Without requires_grad, or the exported program would keep every activation for a backward pass.
     module = Exported(scorer, detector).eval().requires_grad_(False)
     document = {"version": __version__, "size": scorer.size, "fit": scorer.fit, "input": "uint8 [B, 3, S, S], RGB"}
     document |= {"outputs": list(OUTPUTS), "detector": detector.name, "clean_images": detector.images.count}
     writers = {"onnx": _write_onnx, "torch": _write_torch}
-    # What the last command made stays until this one has made something as good.
+    # An earlier export stays until this one has been verified.
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with _writing(path):
@@ -140,13 +140,13 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _verify(scorer: Scorer, run: Callable[[torch.Tensor], Arrays], path: Path) -> Export:
-    """Hold an exported file against the run."""
+    """Compare an exported file with the run."""
     differences = [_compare(scorer, run, trial_images(scorer.size, count)) for count in TRIALS]
     found = Export(path, *(max(values) for values in zip(*differences, strict=True)))
     if not max(found.map_difference, found.score_difference) <= TOLERANCE:
         raise TrainingError(
             f"the exported file gives other scores (by {found.score_difference:.2g}, maps {found.map_difference:.2g}, "
-            f"where {TOLERANCE:g} may be rounding): it was not kept; try --format torch, or another version of the "
+            f"of which {TOLERANCE:g} may be rounding) and was not kept: try --format torch, or another version of the "
             "exporter."
         )
     return found
@@ -172,9 +172,9 @@ def _compare(scorer: Scorer, run: Callable[[torch.Tensor], Arrays], images: torc
 
 
 def unit(scores: CellScores) -> float:
-    """What differences from these scores are told in: a standard deviation, or 1 % of the largest score if it is more.
+    """The unit for differences from these scores: a standard deviation, or 1 % of the largest score if that is more.
 
-    Rounding is in proportion to the scores, which are huge where clean images hardly differ from one another.
+    Rounding is proportional to the scores, which are huge if clean images hardly differ from one another.
     """
     return max(1.0, float(scores.cells_BHW.abs().max()) / 100)
 

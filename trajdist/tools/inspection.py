@@ -19,17 +19,17 @@ from trajdist.errors import ArtifactError
 from trajdist.files import read_object
 from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
 
-# The safetensors format itself allows no longer header.
+# The limit of the safetensors format itself.
 LARGEST_HEADER = 100_000_000
-# A folder with more files than this, such as one of pictures, is one row.
+# A folder with more files than this, such as one of pictures, is summed up in one row.
 MOST_FILES = 12
 
 
 def inspect(path: Path) -> Iterator[RenderableType]:
-    """Tables about ``path``; contents are read, tensors are not.
+    """Tables about ``path``; metadata are read, tensors are not.
 
     Raises:
-        ArtifactError: nothing there, nothing of trajdist's, or a damaged file.
+        ArtifactError: it does not exist, is not trajdist's, or is damaged.
     """
     if not path.exists():
         raise ArtifactError(f"{str(path)!r} does not exist.")
@@ -45,9 +45,7 @@ def inspect(path: Path) -> Iterator[RenderableType]:
         for file in sorted(path.glob("*.safetensors")):
             yield from _inspect_safetensors(file)
     else:
-        raise ArtifactError(
-            f"{str(path)!r} is no run, adapter or checkpoint: there is no config.yaml or manifest in it."
-        )
+        raise ArtifactError(f"{str(path)!r} is not a run, adapter or checkpoint: it has no config.yaml or manifest.")
 
 
 def _inspect_run(path: Path) -> Iterator[RenderableType]:
@@ -71,7 +69,7 @@ def _inspect_run(path: Path) -> Iterator[RenderableType]:
 
 
 def _local_time(seconds: Any) -> Any:
-    """A date for people; what is no time stays as it is."""
+    """A readable date; anything that is not a time is returned unchanged."""
     try:
         return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
     except (TypeError, ValueError, OverflowError, OSError):
@@ -79,7 +77,7 @@ def _local_time(seconds: Any) -> Any:
 
 
 def _listing(path: Path) -> str:
-    """All files of a run but those of its domains, which are runs themselves; many files of a folder are one row."""
+    """All files of a run except those of its domains, which are runs themselves; a folder of many files is one row."""
     folders: defaultdict[Path, list[Path]] = defaultdict(list)
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path)
@@ -139,7 +137,7 @@ def read_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file: names, types, shapes and metadata, in bounded memory.
 
     Raises:
-        ArtifactError: not such a file.
+        ArtifactError: it is not such a file.
     """
     try:
         with open(path, "rb") as handle:
@@ -152,7 +150,7 @@ def read_header(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ArtifactError(f"{str(path)!r} cannot be read ({error.strerror}).") from None
     except (struct.error, ValueError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{str(path)!r} is not a sound safetensors file ({error}).") from None
+        raise ArtifactError(f"{str(path)!r} is not a valid safetensors file ({error}).") from None
     return dict(header)
 
 
@@ -174,5 +172,5 @@ def _facts(title: str, facts: Mapping[str, Any]) -> Table:
 
 
 def _plain(text: str, style: str = "") -> Text:
-    """Shown as it is, although names may look like rich's markup or be no Unicode."""
+    """Text shown literally: names may look like rich's markup or not be valid Unicode."""
     return Text(text.encode(errors="replace").decode(), style)

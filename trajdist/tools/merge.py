@@ -41,7 +41,7 @@ def merge(run_dir: str | Path, adapter: str | Path | None, out: Path) -> float:
     source = RunDir(run_dir)
     scorer = load(run_dir, adapter or own_adapters(source) or source.adapter, device="cpu")
     if not source.config.is_file():
-        # Without one, ``inspect`` would not know the merged folder for a run.
+        # Without one, ``inspect`` would not recognise the merged folder as a run.
         raise ArtifactError(f"{str(source.config)!r} does not exist: copy it from where the run was trained.")
     target = RunDir(out.with_name(f".{out.name}.tmp"))
     shutil.rmtree(target.path, ignore_errors=True)
@@ -63,7 +63,7 @@ def _write(adapted: Detector, source: RunDir, target: RunDir, out: Path) -> None
     document = bundle.read(source.model, bundle.ModelDocument)
     merged = adapted.with_model("phase1", lora.merged(adapted.model))
     target.create()
-    # Its commands are to go on here: not in the run that it came from, nor from the Phase 1 that it was adapted from.
+    # Commands on its config must use this folder, not the run that it came from, nor the Phase 1 of that run.
     config = {**read_yaml(source.config), "run_dir": str(out), "phase1": None}
     target.write_config(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     shutil.copyfile(source.trajectory, target.trajectory)

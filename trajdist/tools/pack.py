@@ -71,7 +71,7 @@ def _writing(out: Path) -> Iterator[None]:
     except OSError as error:
         raise ArtifactError(
             f"{str(out)!r} cannot be written ({error.strerror}): free some space or make it writable and run the same "
-            "command again; it goes on behind the last whole shard."
+            "command again; it resumes after the last complete shard."
         ) from None
 
 
@@ -106,11 +106,11 @@ class Packing:
         if not isinstance(known, dict) or known.get("plan") != self._plan:
             raise ConfigError(f"OUT={str(self.out)!r} holds shards of other images or options: name another folder.")
         noted = [shard["name"] for shard in known.get("shards", [])]
-        # A command that is killed may leave one shard more than it has noted.
+        # A killed command may leave one shard more than it has recorded.
         own = {*noted, _shard_name(len(noted))} if "shards" in known else set()
-        # Whoever trains on the folder would read any other archive in it as well.
+        # Training on the folder would read any other archive in it as well.
         if foreign := sorted(path.name for path in self.out.glob("[!.]*.tar") if path.name not in own):
-            raise ConfigError(f"OUT={str(self.out)!r} holds {foreign[0]!r}, none of these shards: name another folder.")
+            raise ConfigError(f"OUT={str(self.out)!r} holds {foreign[0]!r}, none of its shards: name another folder.")
         self.shards = list(takewhile(self._is_whole, known.get("shards", [])))
         whole = {shard["name"] for shard in self.shards}
         for path in (*self.out.glob(".shard-*.part"), *(self.out / name for name in own - whole)):
@@ -119,7 +119,7 @@ class Packing:
         self._note()
 
     def _keep_bad(self, count: int) -> None:
-        """Keep ``count`` lines of ``bad_images.jsonl``: a killed command may have added those of one shard more."""
+        """Keep ``count`` lines of ``bad_images.jsonl``: a killed command may have added those of another shard."""
         path = self.out / "bad_images.jsonl"
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
@@ -148,7 +148,7 @@ class Packing:
             yield shard
 
     def _label(self, number: int) -> str | None:
-        """The content of an image's ``.cls`` member: the label that it came with, or the number of its class."""
+        """The content of an image's ``.cls`` member: its own label, or the number of its class."""
         label = self._source.label(number)
         return str(self._classes[number]) if label is None and self._classes is not None else label
 
@@ -200,7 +200,7 @@ class Packing:
             f"{total['bytes'] / 2**20:.1f} MiB, the files had {total['source_bytes'] / 2**20:.1f} MiB."
         )
         if total["renamed"]:
-            text += f" {total['renamed']} names changed, as WebDataset takes all behind the first dot for the ending."
+            text += f" {total['renamed']} names changed, as WebDataset's extensions start at the first dot."
         if bad:
             text += f" {bad} could not be decoded and are packed as they are; bad_images.jsonl names them."
         return text
@@ -234,7 +234,7 @@ def _checked(part: Path, named: list[tuple[str, Packed, str | None]]) -> ShardIn
             same = same and file.read(len(image.content)) == image.content
     if not same:
         part.unlink()
-        raise ArtifactError(f"{str(part)!r} reads back as something else than was written: check the disk.")
+        raise ArtifactError(f"{str(part)!r} does not read back as it was written: check the disk.")
     return index
 
 

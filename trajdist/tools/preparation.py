@@ -22,8 +22,8 @@ from trajdist.data.decode import decode, open_image, reason
 from trajdist.errors import DataError, TrainingError
 
 CHUNK = 4  # images per worker task
-AHEAD_BYTES = 2**29  # of images that wait to be written
-FIRST = 2  # tasks, until one of them has shown how large images are
+AHEAD_BYTES = 2**29  # of images waiting to be written
+FIRST = 2  # tasks submitted until one of them shows how large images are
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def prepared(source: EncodedSource, options: Options, start: int, stop: int, wor
 
 
 def _in_order(pool: ProcessPoolExecutor, parts: Iterator[range], ahead: int) -> Iterator[Packed]:
-    """Results in order. All that wait, ready or not, count as large as the largest so far; the first ones are few."""
+    """Results in order. Each waiting task, finished or not, counts as large as the largest so far."""
     waiting: deque[Future[list[Packed]]] = deque()
     largest = 0
     for part in parts:
