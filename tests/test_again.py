@@ -56,10 +56,10 @@ def adapted(first, tmp_path) -> Path:
 def test_run_where_adapt_was_meant_leaves_the_adapter(adapted, first, capsys):
     before = made(adapted)
     assert main(["run", "debug", PLAIN, f"phase1={first}", f"run_dir={adapted}"]) == 2
-    assert "is another run's Phase 1, and this command trains one" in capsys.readouterr().err
+    assert "is another run's Phase 1, but this command trains its own" in capsys.readouterr().err
     for command in ("run", "train"):
         assert main([command, "debug", PLAIN, f"run_dir={adapted}", "data.imagenet.num_epochs=3"]) == 0
-        assert "phase 1 was taken over from another run" in capsys.readouterr().out
+        assert "phase 1 was adopted from another run" in capsys.readouterr().out
     assert made(adapted) == before
     assert not audit(adapted).problems
 
@@ -102,7 +102,7 @@ def test_phase1_does_not_start_over_below_a_phase2(first, capsys):
     (first / "summary.json").write_text("{}")
     before = (first / "ledger.jsonl").read_bytes()
     assert main(["train", "debug", PLAIN, f"run_dir={first}"]) == 4
-    assert "has a Phase 2 on a Phase 1 that is not finished" in capsys.readouterr().err
+    assert "has a Phase 2, but its Phase 1 is not finished" in capsys.readouterr().err
     assert (first / "ledger.jsonl").read_bytes() == before
 
 
@@ -217,7 +217,7 @@ def test_images_of_a_12_bit_camera_are_told_of_once(tmp_path, capsys, largest, t
     command = ["train", "debug", PLAIN, f"run_dir={tmp_path / 'run'}", path, "data.imagenet.num_samples=-1"]
     for epochs in (1, 2):
         assert main([*command, f"data.imagenet.num_epochs={epochs}"]) == 0
-    assert capsys.readouterr().out.count("as of a 12-bit camera, and come out dark: multiply them by 16.") == told
+    assert capsys.readouterr().out.count("as from a 12-bit camera, and look nearly black: multiply them by 16.") == told
 
 
 def test_a_file_of_weights_that_was_moved(tmp_path, capsys):
@@ -277,7 +277,7 @@ def test_phase2_goes_on_above_a_phase1_that_was_going_on_to_more_epochs(tmp_path
         assert main(["adapt", *command]) == StopRequested.exit_code
     capsys.readouterr()
     assert main(["adapt", *command]) == 0
-    assert "going on after 24 images" in capsys.readouterr().out
+    assert "resuming after 24 images" in capsys.readouterr().out
     assert not audit(run_dir).problems
     before = made(run_dir)
     assert main(["train", *command, *more]) == 0
@@ -339,7 +339,7 @@ def test_the_config_of_a_run_that_was_moved(first, tmp_path, capsys):
     old = load_config(str(first / "config.yaml")).run_dir
     assert main(["run", str(first / "config.yaml"), "data.imagenet.num_epochs=3"]) == 2
     assert f"run_dir={old!r} is not where" in (told := capsys.readouterr().err)
-    assert f"add run_dir={first} to go on" in told
+    assert f"add run_dir={first} to resume" in told
     assert main(["run", str(first / "config.yaml"), f"run_dir={first}"]) == 0
 
 
@@ -391,7 +391,7 @@ def test_one_bad_image_among_few_that_are_held_out(tmp_path, capsys):
     for number in held_out:
         (images / f"{number:04d}.png").write_bytes(b"spoilt")
     assert main(["train", "debug", *common, f"run_dir={tmp_path / 'all'}"]) == 3
-    assert "6 of 6 images could not be used, and none is left" in capsys.readouterr().err
+    assert "none of 6 images could be used" in capsys.readouterr().err
 
 
 def test_held_out_images_of_shards_are_visited_shard_by_shard():
@@ -409,7 +409,7 @@ def test_held_out_images_of_shards_are_visited_shard_by_shard():
 def test_the_current_folder_cannot_start_over(first, monkeypatch, capsys):
     monkeypatch.chdir(first)
     assert main(["run", "debug", PLAIN, "run_dir=.", "--fresh"]) == 4
-    assert "as this command runs in it" in capsys.readouterr().err
+    assert "as it is the current folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -313,7 +313,7 @@ def test_the_plan_names_the_domain_too(folders, base, tmp_path, capsys):
 def test_labelled_images_are_of_one_domain(folders, base, tmp_path, capsys):
     labelled = ["validation.every_epochs=1", f"validation.path={tmp_path}"]
     assert main(several(folders, tmp_path / "run", base, *labelled)) == 2
-    assert "is of one domain" in capsys.readouterr().err
+    assert "is for one domain" in capsys.readouterr().err
 
 
 def test_a_changed_setting_is_refused(folders, base, together, tmp_path, capsys):

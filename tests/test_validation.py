@@ -211,7 +211,7 @@ def test_good_images_alone_tell_nothing_apart(tmp_path, capsys):
                 path.unlink()
     command = ["train", "debug", f"run_dir={tmp_path / 'run'}", EVERY, f"validation.path={labelled}"]
     assert main(command) == 3
-    assert "good images alone" in capsys.readouterr().err
+    assert "only good images" in capsys.readouterr().err
 
 
 def test_once_there_is_an_auroc_only_a_higher_one_is_better():

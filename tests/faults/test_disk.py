@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint(damage: Callable[[Path], None], stopped, uninterru
     printed = "".join(capsys.readouterr().out.split("\n"))
     assert "step-00000005' is damaged" in printed
     assert "using the one before it; this one is now 'damaged-step-00000005'" in printed
-    assert "going on after 32 images" in printed
+    assert "resuming after 32 images" in printed
     assert (run_dir / "checkpoints" / "damaged-step-00000005").is_dir()
     assert_identical(run_dir, uninterrupted)
 

@@ -72,10 +72,10 @@ def test_a_process_that_hangs_is_named(tmp_path, capsys):
     """The job ends, resumable, although nobody died."""
     hung = run_with(f"{STEP}:3:hang:1", tmp_path / "run", 2, "runtime.timeout_s=20")
     assert hung.returncode != 0
-    assert "process 1 stood still for runtime.timeout_s=20 seconds" in hung.stderr
+    assert "process 1 made no progress for runtime.timeout_s=20 seconds" in hung.stderr
     assert status(tmp_path / "run") in ("failed", "running")
     assert main(arguments(tmp_path / "run", "runtime.timeout_s=600")) == 0
-    assert "going on after 32 images" in capsys.readouterr().out
+    assert "resuming after 32 images" in capsys.readouterr().out
     assert_done(tmp_path / "run")
 
 
@@ -83,7 +83,7 @@ def test_a_lost_process_is_named_by_one_that_cannot_be_interrupted(tmp_path):
     """NCCL waits in C code; the launcher's SIGTERM comes long before its SIGKILL."""
     lost = run_with(f"{STEP}:3:SIGKILL:1,{STEP}:3:stuck:0", tmp_path / "run", 2)
     assert lost.returncode != 0
-    assert "process 1 gave no sign of life when this process was asked to end: run the same command" in lost.stderr
+    assert "process 1 gave no sign of life when this process was asked to stop: run the same command" in lost.stderr
     assert status(tmp_path / "run") == "failed"
 
 

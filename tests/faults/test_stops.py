@@ -147,7 +147,7 @@ def test_keys_that_change_nothing_are_accepted(stopped, uninterrupted):
 def test_epochs_may_be_added_before_and_after_the_end(stopped, capsys):
     assert main(arguments(stopped, "data.imagenet.num_epochs=3", "data.domain.num_epochs=1")) == 0
     assert main(arguments(stopped, "data.imagenet.num_epochs=3", "data.domain.num_epochs=2")) == 0
-    assert "phase 2 has 1 epochs and goes on to 2" in capsys.readouterr().out
+    assert "phase 2 has 1 epochs and continues to 2" in capsys.readouterr().out
     assert main(["audit", str(stopped)]) == 0
     printed = capsys.readouterr().out
     assert "phase 1: 3 epochs of 32 images" in printed
@@ -197,7 +197,7 @@ def test_a_restart_by_the_launcher_is_not_fresh(launched, stopped, monkeypatch, 
         assert main([*arguments(stopped), "--fresh"]) == 75
     assert f"the old run is now {str(stopped.with_name('run.old-1'))!r}" in capsys.readouterr().out
     assert main([*arguments(stopped), "--fresh"]) == 0
-    assert "going on after 32 images" in capsys.readouterr().out
+    assert "resuming after 32 images" in capsys.readouterr().out
 
 
 def test_a_run_directory_has_one_run(tmp_path, capsys):

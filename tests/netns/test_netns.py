@@ -67,5 +67,5 @@ def test_the_cable_is_pulled(two_machines, tmp_path):
 
     again = end(begin(two_machines, run_dir))
     assert [done.returncode for done in again] == [0, 0], again
-    assert "going on after" in again[0].stdout
+    assert "resuming after" in again[0].stdout
     assert_same_bits(run_dir, reference)

@@ -49,7 +49,7 @@ def test_warned_it_saves_and_comes_back(cluster, uninterrupted, tmp_path):
     assert read(tmp_path / "run", "status.json")["status"] == "stopped"
     record = job.end()
     assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1"), job.told()
-    assert "going on after" in job.log.read_text()
+    assert "resuming after" in job.log.read_text()
     assert_same_bits(tmp_path / "run", uninterrupted[1])
 
 
@@ -121,6 +121,6 @@ def test_the_time_limit(warning, cluster, tmp_path):
     options = ("--time=1", f"--signal={warning}", *TWO_NODES)
     job = begin(cluster, tmp_path, "data.imagenet.num_epochs=100000", options=options)
     job.wait_for(lambda: job.record()["Restarts"] == "1", 180)
-    job.wait_for(lambda: "going on after" in job.log.read_text())
+    job.wait_for(lambda: "resuming after" in job.log.read_text())
     cluster.run("scancel", job.number)
     assert job.end()["Restarts"] == "1", job.told()

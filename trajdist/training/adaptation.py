@@ -63,7 +63,7 @@ def phase2(session: Session, at: Position) -> None:
 
 
 def _adapt_to_all(session: Session, at: Position) -> None:
-    """Each domain has its own run directory under this one, with the same contents as if it were adapted to alone."""
+    """Give each domain its own run directory below this one, with the same contents as if it were adapted to alone."""
     session.processes.main_does(lambda: adopt_phase1(session))
     extractor = load_extractor(session)
     session.record(at)
@@ -156,7 +156,7 @@ def _write_card(session: Session, selection: Selection, base_id: str, summary: d
 
 
 def _contrasting(task: Task, session: Session, extractor: TrajectoryExtractor, whitened: ResidualModel) -> Task:
-    """The same adapter, but with the objective of telling drawn defects from clean places."""
+    """The same adapter, but trained to tell drawn defects from clean places."""
     valid_LD = extractor.projection.valid_LD
     model = ContrastModel(task.model, whitened, valid_LD.flatten().nonzero().squeeze(1))
     defects = DefectDraw(extractor.resolution, session.config.seed, phase=2)

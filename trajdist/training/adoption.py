@@ -1,4 +1,4 @@
-"""Taking over Phase 1 of another run (``phase1=DIR``), and what must agree before a model is adapted."""
+"""Adopts the Phase 1 of another run (``phase1=DIR``), and checks that the config agrees with it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def adopt_phase1(session: Session) -> None:
             _check_no_phase1(rundir, chosen)
             _copy_phase1(folder, rundir, session.config)
     if not rundir.model.exists() or not rundir.calibration(1).exists():
-        what = "the Phase 1 is not finished" if rundir.model.exists() else "there is no Phase 1"
+        what = "Phase 1 is not finished" if rundir.model.exists() else "there is no Phase 1"
         raise ArtifactError(f"{what} in {str(rundir.path)!r}: train it first, or name an older run with phase1=DIR.")
     _check_same_model(session.config, rundir.trajectory, rundir.model)
 
@@ -52,20 +52,20 @@ def _copy_phase1(folder: Path, rundir: RunDir, config: Config) -> None:
 
 
 def _check_same_phase1(rundir: RunDir, chosen: str, model: Path) -> None:
-    """Refuse to go on with another Phase 1 than the run began with; the one that it began with may be gone.
+    """Refuse a Phase 1 other than the one that the run adopted, which may no longer exist.
 
     Raises:
-        ArtifactError: it is another one.
+        ArtifactError: it differs.
     """
     if model.is_file() and model.read_bytes() != rundir.model.read_bytes():
         raise ArtifactError(
-            f"{str(rundir.path)!r} has another Phase 1 than phase1={chosen!r}: leave phase1 out to go on with its own, "
+            f"{str(rundir.path)!r} has another Phase 1 than phase1={chosen!r}: leave phase1 out to use its own, "
             "or name another run_dir."
         )
 
 
 def _check_no_phase1(rundir: RunDir, chosen: str) -> None:
-    """Refuse to take over a Phase 1 where the run has begun one of its own.
+    """Refuse to adopt a Phase 1 if the run has begun one of its own.
 
     Raises:
         ArtifactError: it has.

@@ -44,9 +44,9 @@ def _absolute(path: str) -> str:
 
 
 def open_writer(session: Session, cache: TrajectoryCache) -> CacheWriter:
-    """A writer that may add this process's share of what is left of ``cache.max_gib``; all processes must call it.
+    """A writer that may add this process's share of the room left in ``cache.max_gib``; all processes must call it.
 
-    The folder may be one for all, or a local one of each machine, with as much room for its processes alone.
+    The folder may be shared by all, or local to each machine, whose processes then share that room among themselves.
     """
     kept, identity = len(cache), cache.identity()
     sharing = session.processes.gather([identity]).count(identity)

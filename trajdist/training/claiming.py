@@ -1,4 +1,4 @@
-"""A run directory for one run: whether it may begin there, or go on with what is there."""
+"""Claims a run directory: whether this run may start there, or resume what is there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trajdist.saved.rundir import RunDir
 
 
 def claim(rundir: RunDir, config: Config, world: int) -> None:
-    """Claim a run directory for this run, which begins with ``world`` processes unless it has begun already.
+    """Claim a run directory for this run; ``world`` is the number of processes it begins with if it is new.
 
     Raises:
         ConfigError: a key changed that would change the result.
@@ -24,7 +24,7 @@ def claim(rundir: RunDir, config: Config, world: int) -> None:
     rundir.forget_stop()
     if not rundir.has_begun():
         rundir.write_config(dump_yaml(config))
-        # From a start that came to nothing: with what it found, nothing was made.
+        # Left by a start that produced nothing, so nothing depends on these facts.
         rundir.forget("num_processes", *SETS.values())
     rundir.remember("num_processes", world)
 
@@ -32,7 +32,7 @@ def claim(rundir: RunDir, config: Config, world: int) -> None:
 def reference_world_of(rundir: RunDir) -> int:
     world = rundir.recall("num_processes")
     if not isinstance(world, int) or world < 1:
-        raise ArtifactError(f"{str(rundir.path / 'run.json')!r} is damaged: num_processes={world!r} is no number.")
+        raise ArtifactError(f"{str(rundir.path / 'run.json')!r} is damaged: num_processes={world!r} is not a number.")
     return world
 
 
@@ -53,10 +53,10 @@ def _check_same_config(rundir: RunDir, config: Config) -> None:
 
 
 def _have_moved(rundir: RunDir, weights: str) -> bool:
-    """Whether ``backbone.weights`` names another file than before with the same weights.
+    """Whether ``backbone.weights`` names another file with the same weights as before.
 
     Raises:
-        ConfigError: it is no file.
+        ConfigError: it is not a file.
     """
     if weights in ("DEFAULT", "none") or not rundir.trajectory.exists():
         return False
@@ -68,5 +68,5 @@ def _have_moved(rundir: RunDir, weights: str) -> bool:
 
 
 def how_to_start_over(rundir: RunDir, of_phase2: bool) -> str:
-    """The end of a sentence that says how; a finished Phase 1 is kept where only Phase 2 is concerned."""
+    """How to start over, as the end of a sentence; if only Phase 2 is concerned, Phase 1 is kept."""
     return f"adapt anew with phase1={str(rundir.path)!r} in another run_dir" if of_phase2 else "start over with --fresh"

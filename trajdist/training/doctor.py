@@ -1,4 +1,4 @@
-"""Which setting to change: for more speed, derived from where a run's time went, and for less memory."""
+"""Advises which setting to change: for more speed, from where a run's time went, and for less memory."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _lighter_backbone(facts: Facts) -> str:
         ways.append("cache.dir=DIR (epochs from the second on do without it)")
     if facts.overlapping and not facts.half_precision:
         ways.append("runtime.mixed_precision=bf16")
-    return f"{' and '.join(ways)} make it faster" if ways else "only more processes are faster"
+    return f"{' and '.join(ways)} make it faster" if ways else "only more processes make it faster"
 
 
 def _lighter_model(facts: Facts) -> str:
@@ -136,7 +136,7 @@ AVOIDABLE: dict[str, Rule] = {
 
 
 def smaller(config: Config, phase: int, device_type: str) -> str:
-    """How a phase needs less memory on such a device, as the end of a sentence."""
+    """How to reduce the memory of a phase on such a device, as the end of a sentence."""
     key, batch_size = f"data.{SETS[phase]}", config.data.of_phase(phase).batch_size
     # On CPUs the default is less than the batch, by an amount that is not known here.
     in_a_pass = config.memory.images_per_pass or (1 if device_type == "cpu" else batch_size)
@@ -146,6 +146,6 @@ def smaller(config: Config, phase: int, device_type: str) -> str:
     if device_type == "cpu":
         mends.append("lower data.num_workers and run the same command again")
     if batch_size > 1:
-        mends.append(f"begin a run with a smaller {key}.batch_size and as much more {key}.gradient_accumulation_steps")
-    chosen = ", or ".join(mends or ["begin a run with a smaller backbone or data.image_size"])
+        mends.append(f"start a new run with a smaller {key}.batch_size and a larger {key}.gradient_accumulation_steps")
+    chosen = ", or ".join(mends or ["start a new run with a smaller backbone or data.image_size"])
     return f"{chosen} (trajdist plan --memory tells what fits)"

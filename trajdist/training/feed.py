@@ -1,4 +1,4 @@
-"""Batches with their trajectories: from the cache where it has them, else from the backbone.
+"""Batches with their trajectories, from the cache if it has them, else from the backbone.
 
 Shape suffixes: B images, P places, K chosen places, L steps, D channels of a trajectory.
 """

@@ -42,7 +42,7 @@ class Sums:
         loss, recon, kl: sums of the per-image losses, in units of ``1 / FIXED_POINT``.
         digest: sum of :func:`trajdist.sharding.digest` over the batches.
         failures: images that could not be used.
-        not_finite: images whose loss, and steps whose gradient was not finite.
+        not_finite: images whose loss, plus steps whose gradient, was not finite.
     """
 
     images: int = 0
@@ -80,14 +80,13 @@ class BadLimit:
     def check(self, failures: int, rundir: RunDir) -> None:
         """
         Raises:
-            DataError: there are more, or no others; names the file that lists them.
+            DataError: there are more, or no image was usable; names the file that lists them.
         """
-        # By chance, a few images hold a larger share of the bad ones than the set has.
+        # By chance, a small sample may hold a larger share of bad images than the set.
         of_images = max(self.num_images, min(self.set_size, FEW_IMAGES))
         if failures == self.num_images:
             raise DataError(
-                f"{failures} of {self.num_images} images could not be used, and none is left: see "
-                f"{str(rundir.bad_images)!r}, and fix them."
+                f"none of {self.num_images} images could be used: see {str(rundir.bad_images)!r}, and fix them."
             )
         if failures > self.fraction * of_images:
             raise DataError(
@@ -154,7 +153,7 @@ class Journal:
     ) -> None:
         """
         Args:
-            may_skip: steps in a row whose gradient need not be finite, as fp16 skips them and lowers its scale.
+            may_skip: consecutive steps whose gradient need not be finite, as fp16 skips them and lowers its scale.
         """
         self.phase, self._rundir, self._processes = phase, rundir, processes
         self._name_of, self._files_of = name_of, files_of
@@ -162,7 +161,7 @@ class Journal:
         self._bad_images = BadImages(rundir, processes)
         device = processes.device
         self._device_sums = torch.zeros(len(vars(Sums())), dtype=torch.int64, device=device)
-        # Of a loss, and of a gradient.
+        # First step with a non-finite loss, and with a non-finite gradient.
         self._first_bad_steps = torch.full((2,), NEVER, dtype=torch.int64, device=device)
         self._may_skip, self._skipped = may_skip, torch.zeros((), dtype=torch.int64, device=device)
         self.line, self.epoch, self.total = Sums(), Sums(), Sums()
@@ -183,7 +182,7 @@ class Journal:
         self._note_bad(0, step, bad.any())
 
     def check_gradient(self, step: Step, norm: torch.Tensor) -> None:
-        """Count a gradient that is not finite: a finite loss may have one, and it spoils the weights of its step.
+        """Count a gradient that is not finite: even a finite loss may have one, and it would spoil the weights.
 
         Args:
             norm: scalar, the norm of the gradient.
@@ -274,7 +273,7 @@ class Journal:
 
     def _explain_not_finite(self) -> str:
         loss_at, gradient_at = self._processes.minimum(self._first_bad_steps).tolist()
-        # Of an infinite loss the gradient is none either.
+        # A loss that is not finite has such a gradient too, so it is reported as the loss.
         what, index = ("gradient", gradient_at) if gradient_at < loss_at else ("loss", loss_at)
         skipped = f" (fp16 has skipped {self._may_skip} before it)" if what == "gradient" and self._may_skip else ""
         files = self._files_of(index)

@@ -79,7 +79,7 @@ class Keeper:
         return self._best_weights or self.judged(weights)
 
     def summary(self) -> Found | None:
-        """For summary.json; None without a validation."""
+        """The validation's entry in summary.json; None without a validation."""
         if self.best is None:
             return None
         kept = "best" if self._best_weights else "last"

@@ -22,7 +22,7 @@ from trajdist.training.job import Job
 from trajdist.training.schedules import warmup_cosine
 from trajdist.training.state import save_checkpoint
 
-# On CUDA, reading a flag waits for the device, so processes agree only every so many steps. But launchers kill a job
+# On CUDA, reading a flag waits for the device, so processes agree only every few steps. But launchers kill a job
 # soon after asking it to stop, so processes with slow steps agree more often.
 AGREE_EVERY_ON_CUDA = 10
 AGREE_WITHIN_S = 2.0
@@ -72,7 +72,7 @@ def walk(job: Job, cursor: int = 0) -> Iterator[None]:
                 batch, trajectories = next_batch(job)
                 add_gradients(job, step, micro_batch, batch, trajectories)
                 num_used += batch.weights.sum()
-                # The next batch is made while these names would keep the last one.
+                # Otherwise these names would keep the batch alive while the next one is made.
                 del batch, trajectories
             with job.clock("sync"):
                 job.processes.sum(num_used)

@@ -43,21 +43,21 @@ class CleanImages:
 
     @property
     def set_name(self) -> str:
-        """Of the image set that the phase trains on."""
+        """Name of the image set that the phase trains on."""
         return SETS[self.selection.phase]
 
     @property
     def num_sampled(self) -> int:
-        """How many of the images trained on a pass takes."""
+        """Number of training images that a pass takes."""
         return min(self.selection.num_train, self.session.config.trajectory.statistics_images)
 
     @property
     def num_held_out(self) -> int:
-        """How many of the held-out images a pass takes."""
+        """Number of held-out images that a pass takes."""
         return min(self.selection.num_holdout, self.session.config.trajectory.statistics_images)
 
     def sampled(self, title: str, fit: Fit | None = None) -> Iterator[ImageBatch]:
-        """A pass over a random sample of the images trained on, or over all of them."""
+        """A pass over a random sample of the training images, or over all of them."""
         index_at, scattered = self.selection.sample(self.num_sampled), self.num_sampled < self.selection.num_train
         return clean_batches(
             self.session, self.set_name, index_at, self.num_sampled, title, fit=fit, scattered=scattered
@@ -84,7 +84,7 @@ def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtra
     path, weights = session.rundir.trajectory, session.config.backbone.weights
     if not session.processes.main_knows(path.exists):
         backbone = _make_projection(session, selection)
-        # Eigenvectors differ in their last bits between machines, so all processes read those of the main process.
+        # The last bits of eigenvectors differ between machines, so all processes read those of the main process.
         session.extractor = _ready(session, bundle.with_projection(path, backbone, weights))
     return load_extractor(session)
 
@@ -163,8 +163,8 @@ def clean_batches(
         index_at: which images, such as ``selection.train``.
         title: shown to the user.
         defects: draws a defect into a copy of each image, as in training; the copies follow the images.
-        fit: how images are made square; None is as the set's config says.
-        scattered: whether they are few of each shard.
+        fit: how images are made square; None takes the set's config.
+        scattered: whether the pass takes only a few images of each shard.
 
     Raises:
         StopRequested: a stop was requested.
@@ -206,7 +206,7 @@ def contrast_residuals(clean: CleanImages, model: nn.Module, base: str) -> Resid
     path, checkpoint = session.rundir.contrast, session.newest_checkpoint()
     detector = clean.detector(path.parent.name, model)
     begun = checkpoint is not None and checkpoint.state["phase"] == clean.selection.phase
-    # Before the first checkpoint, Phase 1 may have gone on since these were measured.
+    # Before the first checkpoint, Phase 1 may have been trained further since these were measured.
     if not session.processes.main_knows(lambda: path.exists() and (begun or _is_of(path, base))):
         detector.residual.fit(_residual_moments(clean, detector))
 
@@ -247,9 +247,9 @@ def calibrate(
     fit_detector(clean, detector, whitened)
     detector.held_out = clean.selection.num_holdout > 0
     if not detector.held_out:
-        session.say("no images are held out: p-values rest on images that were trained on, and promise too much")
+        session.say("no images are held out: p-values rest on training images, and are too small")
     elif _chose_weights(session):
-        session.say("the held-out images also chose the weights: p-values lean a little to the small side")
+        session.say("the held-out images also chose the weights: p-values are slightly too small")
     cells, images = detector.cells.histogram, detector.images.histogram
     # Make images square as scoring will, however training did it: otherwise these scores and new ones do not compare.
     fit = session.config.data.domain.fit

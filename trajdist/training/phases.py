@@ -1,4 +1,4 @@
-"""A run from start to finish; Phase 1: measure statistics, build the model, train, save, calibrate."""
+"""A run from start to finish, and Phase 1: measure statistics, build the model, train, save, calibrate."""
 
 from __future__ import annotations
 
@@ -73,24 +73,24 @@ def _run_phases(session: Session, at: Position, phases: Sequence[int]) -> None:
     with session.watchdog.watching(lambda why: session.record(at, TrainingError(why))):
         for phase in sorted(phases):
             PHASES[phase](session, at)
-            # Accelerate keeps all that it prepared: Phase 2 would carry Phase 1's weights and optimizer.
+            # Accelerate keeps all that it prepared, so Phase 2 would hold Phase 1's weights and optimizer.
             session.accelerator.free_memory()
-            # A start between the phases does not know how far fp16's scale of the gradients has come.
+            # fp16's gradient scale starts anew, as in a run that is resumed between the phases.
             if scaler is not None:
                 scaler.load_state_dict(initial)
         session.accept()
 
 
 def _check_request(config: Config, phases: Sequence[int], fresh: bool) -> None:
-    """Refuse what the command cannot have been meant to do, before anything is opened.
+    """Refuse what the user cannot have meant, before anything is opened.
 
     Raises:
-        ConfigError: names the key and the command that is meant instead.
+        ConfigError: names the key and the intended command.
     """
     if 1 in phases and config.phase1 is not None and not RunDir(config.run_dir).is_at(config.phase1):
         raise ConfigError(
-            f"phase1={config.phase1!r} is another run's Phase 1, and this command trains one: leave it out, or give "
-            "the command adapt."
+            f"phase1={config.phase1!r} is another run's Phase 1, but this command trains its own: leave it out, or "
+            "use the command adapt."
         )
     if fresh and 1 not in phases and (config.phase1 is None or RunDir(config.run_dir).is_at(config.phase1)):
         raise ConfigError(
@@ -98,7 +98,7 @@ def _check_request(config: Config, phases: Sequence[int], fresh: bool) -> None:
             f"another run_dir, with phase1={config.run_dir!r}."
         )
     if 2 in phases and config.domain_adaptation.lora.target_modules != "all-linear":
-        # Only where names were chosen: PEFT takes longer to import than torch, and Phase 1 does without.
+        # Only if needed: PEFT takes longer to import than torch, and Phase 1 does without.
         from trajdist.saved import lora
 
         lora.check_targets(config)
@@ -114,7 +114,7 @@ def _record_end(session: Session, at: Position, error: BaseException | None) -> 
         session.say(f"all files are in {session.rundir.path}")
     elif isinstance(error, (StopRequested, KeyboardInterrupt)):
         session.rundir.forget_stop()
-        session.say(f"stopped ({error}): run the same command again to go on")
+        session.say(f"stopped ({error}): run the same command again to resume")
 
 
 def phase1(session: Session, at: Position) -> None:
@@ -154,11 +154,11 @@ def phase1(session: Session, at: Position) -> None:
 
 
 def _was_adopted(session: Session) -> bool:
-    """Whether the run has Phase 1 from another one, by ``phase1=DIR``; a Phase 1 of its own notes its images first."""
+    """Whether Phase 1 was adopted (``phase1=DIR``); a run that trains its own records its images first."""
     rundir = session.rundir
     adopted = session.processes.main_knows(lambda: rundir.model.exists() and rundir.recall(SETS[1]) is None)
     if adopted:
-        session.say("phase 1 was taken over from another run: nothing to train")
+        session.say("phase 1 was adopted from another run: nothing to train")
     return adopted
 
 

@@ -1,4 +1,4 @@
-"""Which images of a set a phase trains on: drawn from the set, or again from what the run directory recorded."""
+"""Which images of a set a phase trains on: drawn from the set, or redrawn from the run directory's records."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _draw(config: Config, phase: int, total: int, order: Order) -> Selection:
 
 
 def selection_facts(source: ImageSource, selection: Selection) -> dict[str, Any]:
-    """What a run records about a set, to refuse a different one and to draw the same order again without the set."""
+    """What a run records about a set, to refuse a different one and to redraw the same order without the set."""
     known: dict[str, Any] = {"num_images": len(source), "fingerprint": source.fingerprint}
     if selection.member_sizes is not None:
         known["shard_sizes"] = source.shard_sizes()
@@ -67,7 +67,7 @@ def recall_selection(rundir: RunDir, config: Config, phase: int) -> Selection | 
         raise _damaged(rundir, f"{SETS[phase]} has no number of images")
     sizes = known.get("shard_sizes", [])
     if not isinstance(sizes, list) or not all(isinstance(size, int) and 0 <= size <= total for size in sizes):
-        raise _damaged(rundir, f"{SETS[phase]}.shard_sizes are no sizes")
+        raise _damaged(rundir, f"{SETS[phase]}.shard_sizes are not sizes")
     if sizes and sum(sizes) != total:
         raise _damaged(rundir, f"{SETS[phase]}.shard_sizes do not add up to {total}")
     order = Order(sizes, config.data.shuffle_window)

@@ -38,7 +38,7 @@ from trajdist.training.selection import draw_selection, keep_subset, selection_f
 
 # How much longer than runtime.timeout_s the process group itself waits for a lost process.
 GRACE_S = 60.0
-# How many images are looked at before training, where they may be those of a 12-bit camera.
+# How many images are checked before training for being those of a 12-bit camera.
 FIRST_IMAGES = 4
 
 
@@ -97,7 +97,7 @@ class Session:
                 self.rundir.write_status(status, at.phase, at.step, why)
 
     def accept(self) -> None:
-        """Replace the config that the run began with by this command's, once nothing is left that could refuse it.
+        """Replace the run's config by this command's, once nothing can refuse it any more.
 
         Raises:
             ArtifactError: it cannot be written.
@@ -141,7 +141,7 @@ class Session:
         return replace(self, console=Console(quiet=True))
 
     def settings(self, set_name: str) -> ImageSet:
-        """Config of an image set. Labelled validation images use that of the domain, as scoring does."""
+        """Config of an image set. Labelled validation images use the domain's, as scoring does."""
         settings: ImageSet = getattr(self.config.data, set_name, self.config.data.domain)
         return settings
 
@@ -149,7 +149,7 @@ class Session:
         """Refuse a set that changed since a phase was trained on it.
 
         Raises:
-            DataError: there are other images in it.
+            DataError: it holds other images.
         """
         source, known = self.sources[set_name], self.processes.main_knows(lambda: self.rundir.recall(set_name))
         if not isinstance(known, dict) or "fingerprint" not in known:
@@ -166,10 +166,10 @@ class Session:
         )
 
     def selection(self, phase: int) -> Selection:
-        """Which images a phase trains on; refuses a set that changed since the run began.
+        """The images that a phase trains on; refuses a set that changed since the run began.
 
         Raises:
-            DataError: the files are not the same as before, or there is nothing to train on.
+            DataError: the images are not the same as before, or there are none to train on.
         """
         set_name = SETS[phase]
         source = self.sources[set_name]
@@ -186,19 +186,19 @@ class Session:
         return selection
 
     def _tell_of_dim(self, set_name: str, selection: Selection) -> None:
-        """Say so if the first images are those of a 12-bit camera in files of 16 bits."""
+        """Tell the user if the first images look like those of a 12-bit camera in 16-bit files."""
         source, first = self.sources[set_name], selection.train(0, np.arange(min(FIRST_IMAGES, selection.num_train)))
         if not isinstance(source, EncodedSource):
             return
-        with suppress(Exception):  # What cannot be read is told of where it is trained on.
+        with suppress(Exception):  # Unreadable images are reported when they are trained on.
             if all(is_dim(source.read(index)) for index in first.tolist()):
                 self.say(
-                    f"data.{set_name}.path={self.settings(set_name).path!r}: the first images have grey values of 16 "
-                    "bits that are all below 4096, as of a 12-bit camera, and come out dark: multiply them by 16."
+                    f"data.{set_name}.path={self.settings(set_name).path!r}: the first images are 16-bit grey, but "
+                    "all values are below 4096, as from a 12-bit camera, and look nearly black: multiply them by 16."
                 )
 
     def _has_begun(self, phase: int) -> bool:
-        """Whether a phase has made anything of its images."""
+        """Whether a phase has produced anything from its images."""
         checkpoint = self.newest_checkpoint()
         made = self.processes.main_knows(lambda: any(self.rundir.path.glob(f"phase{phase}/**/*.safetensors")))
         return made or (checkpoint is not None and checkpoint.state["phase"] == phase)
@@ -225,13 +225,13 @@ class Session:
         """The loader of a plan, sharded by Accelerate; batches stay on the host until the feed moves them.
 
         Args:
-            index_at: which image is at which position of an epoch, such as ``selection.train``.
+            index_at: maps positions of an epoch to images, such as ``selection.train``.
             cursor: images consumed so far; the loader starts there.
             draw: chooses the places to train on; None trains on all of them.
             cache: supplies trajectories of images seen before.
             defects: draws a defect into a copy of each image.
-            sharing: number of loaders that the workers are divided among, rounded up.
-            fit: how images are made square; None is as the set's config says.
+            sharing: number of loaders among which the workers are divided, rounded up.
+            fit: how images are made square; None takes the set's config.
             scattered: see :meth:`trajdist.data.base.ImageSource.scattered`.
         """
         data, source = self.config.data, self.sources[set_name]
@@ -299,8 +299,8 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
     accelerator = start_accelerator(runtime.mixed_precision, backstop_s, runtime.deterministic, init_method)
     processes = Processes(accelerator)
     check_all_reduce(processes)
-    # A restart by the launcher must not apply ``--fresh`` again, if the start before it came so far. Ask all processes:
-    # a launcher none of whose own processes failed does not count the restart.
+    # A restart by the launcher must not apply ``--fresh`` again if the first start got this far. Ask all processes:
+    # a launcher whose own processes did not fail does not count the restart.
     restarted = processes.any(launcher.has_restarted())
     rundir, console = RunDir(config.run_dir), make_console(processes.is_main)
 

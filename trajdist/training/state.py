@@ -15,7 +15,7 @@ def save_checkpoint(job: Job, step: Step) -> None:
     """Hand the state to the checkpoint writer. The journal must have been flushed.
 
     Raises:
-        ArtifactError: the checkpoint before this one could not be written.
+        ArtifactError: the previous checkpoint could not be written.
     """
     job.last_saved = time.monotonic()
     if not job.processes.is_main:

@@ -14,11 +14,11 @@ from trajdist.training.session import Session
 
 
 def is_done(session: Session, phase: int) -> bool:
-    """Whether a phase is done. If more epochs are wanted now it is not, unless a later phase was built on it.
+    """Whether a phase is done. It is not if more epochs are wanted now, unless a later phase builds on it.
 
     Raises:
-        DataError: it is, but with other images.
-        ArtifactError: its files are gone, and a later phase was built on them.
+        DataError: it was done with other images.
+        ArtifactError: its files are gone, and a later phase builds on them.
     """
     rundir = session.rundir
     done, adapted, lost = session.processes.main_knows(
@@ -37,10 +37,10 @@ def is_done(session: Session, phase: int) -> bool:
     epochs, wanted = done["epochs"], session.config.data.of_phase(phase).num_epochs
     checkpoint = session.newest_checkpoint() if wanted > epochs and not (phase == 1 and adapted) else None
     if checkpoint and checkpoint.state["phase"] == phase:
-        session.say(f"phase {phase} has {epochs} epochs and goes on to {wanted}")
+        session.say(f"phase {phase} has {epochs} epochs and continues to {wanted}")
         return False
     built_on = phase == 1 and (adapted or checkpoint)
-    reason = "Phase 2 is built on these" if built_on else "there is no checkpoint to go on from"
+    reason = "Phase 2 is built on these" if built_on else "there is no checkpoint to resume from"
     why = "" if wanted <= epochs else f"; for {wanted} epochs start over with --fresh: {reason}"
     session.say(f"phase {phase} is done ({epochs} epochs): nothing to repeat{why}")
     return True
@@ -74,7 +74,7 @@ def summarise(session: Session, job: Job) -> dict[str, Any]:
 
 def _facts(session: Session, job: Job, time: dict[str, float], taken: float) -> Facts:
     config, processes = session.config, session.processes
-    # It draws new defects every epoch and trains on whole images: neither a cache nor fewer places would help.
+    # Contrast draws new defects every epoch and trains on whole images: neither a cache nor fewer places would help.
     contrast = config.contrasts(job.phase)
     workers = resolve_workers(config.data.num_workers, processes.local_world, processes.device.type)
     return Facts(
@@ -104,7 +104,7 @@ def finish(session: Session, phase: int, summary: dict[str, Any]) -> None:
 
 
 def combine(domains: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Combine the summaries of domains that were adapted to at once; each one's own is kept under ``domains``."""
+    """Combine the summaries of domains that were adapted to at once; the originals are kept under ``domains``."""
     parts = list(domains.values())
     totals = {key: sum(part[key] for part in parts) for key in ("images", "failures", "trained_parameters")}
     largest = ("epochs", "steps", "seconds", "peak_memory_bytes", "memory_growth_bytes", "num_processes")

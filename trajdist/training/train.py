@@ -38,8 +38,8 @@ from trajdist.training.session import Session
 from trajdist.training.state import restore
 from trajdist.training.validation import Examiner
 
-# fp16 skips a step whose gradient is not finite, and halves the scale of the gradients, which begins at 2**16. After so
-# many in a row it is next to nothing, and so are they: the scale is not to blame.
+# fp16 skips a step whose gradient is not finite and halves the gradient scale, which starts at 2**16. After this many
+# in a row the scale is so small that it cannot be to blame.
 MOST_SKIPPED = 30
 
 
@@ -52,7 +52,7 @@ class Task:
         base: fingerprint of what the model builds on: the trajectories in Phase 1, the base model in Phase 2.
         defects: draws the defects that the objective contrasts clean images with, new ones every epoch; training is
             then on whole images.
-        whitened: supplies the whitening that the model is trained with, if any.
+        whitened: the residual model whose whitening the model is trained with, if any.
     """
 
     model: nn.Module
@@ -142,7 +142,7 @@ def _make_job(
 
     Args:
         feed: gets a stream of the training's images.
-        sharing: how many trainings read at once.
+        sharing: number of trainings that read at the same time.
     """
     session, selection, task = training.session, training.selection, training.task
     config, phase = session.config, selection.phase
@@ -184,7 +184,7 @@ def _make_job(
     )
     if checkpoint:
         restore(job, checkpoint)
-        # One clock for all jobs.
+        # All jobs share one clock.
         if len(feed.streams) == 1:
             clock.restore(checkpoint.state["stages"])
     return job, cursor
@@ -203,7 +203,7 @@ def _wrapped(session: Session, task: Task, clock: Clock) -> tuple[nn.Module, tor
 
 
 def _open_stream(training: Training, plan: Plan, cursor: int, extractor: TrajectoryExtractor, sharing: int) -> Stream:
-    """The images that are trained on, from ``cursor`` on, and their cache; ``sharing`` as in :func:`_make_job`."""
+    """The training images from ``cursor`` on, and their cache; ``sharing`` as in :func:`_make_job`."""
     session, selection, defects = training.session, training.selection, training.task.defects
     set_name, whole = SETS[selection.phase], defects is not None
     cache = open_cache(session, set_name, extractor) if session.config.cache.dir and not whole else None
@@ -271,8 +271,8 @@ def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None
     checkpoint = session.newest_checkpoint()
     if checkpoint and checkpoint.state["phase"] > phase:
         raise ArtifactError(
-            f"{str(session.rundir.path)!r} has a Phase 2 on a Phase 1 that is not finished, which would start over "
-            "below it: name another run_dir, or start over with --fresh."
+            f"{str(session.rundir.path)!r} has a Phase 2, but its Phase 1 is not finished and would start over: "
+            "name another run_dir, or start over with --fresh."
         )
     if checkpoint and checkpoint.state["phase"] != phase:
         checkpoint = None
@@ -291,9 +291,9 @@ def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None
 
 
 def _set_aside_unfinished(session: Session) -> None:
-    """Set aside the checkpoints of a Phase 1 that was going on to more epochs: Phase 2 builds on finished ones."""
+    """Set aside the checkpoints of further, unfinished epochs of Phase 1: Phase 2 builds on its finished ones."""
     if left := set_aside_above(session.rundir.checkpoints, _steps_before(session, 2)):
-        session.say(f"checkpoints of more epochs of phase 1, which were not finished, are set aside: {', '.join(left)}")
+        session.say(f"checkpoints of unfinished further epochs of phase 1 are set aside: {', '.join(left)}")
 
 
 def _cursor_of(checkpoint: Checkpoint, plan: Plan, set_name: str) -> int:
@@ -323,7 +323,7 @@ def _announcement(phase: int, plan: Plan, cursor: int, model: nn.Module, world: 
         f"phase {phase}: {plan.num_images:,} images x {plan.num_epochs} epochs, {trained:,} weights, "
         f"{plan.global_batch} images per step ({world} processes x {plan.slots} x {plan.micro_batches} micro-batches)"
     )
-    return text + (f"; going on after {cursor:,} images" if cursor else "")
+    return text + (f"; resuming after {cursor:,} images" if cursor else "")
 
 
 def _journal(session: Session, phase: int, plan: Plan, selection: Selection) -> Journal:

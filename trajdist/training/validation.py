@@ -44,7 +44,7 @@ class Examiner:
         clean: the images of the phase.
         model: of the same architecture as the one in training; weights are copied into it.
         defects: draws the defects that the objective needs, if any.
-        whitened: supplies the whitening that the model is trained with, if any.
+        whitened: the residual model whose whitening the model is trained with, if any.
         labelled: the labelled images, or None.
     """
 
@@ -122,7 +122,7 @@ class Examiner:
         return torch.stack([counted.sum(), bad.sum(), *(fixed_point(part, batch.weights) for part in losses)])
 
     def _labelled_aurocs(self, labelled: LabelledFolder) -> dict[str, Any]:
-        """AUROCs after a calibration as at the end of the phase: the figures that ``evaluate`` would report."""
+        """AUROCs after a calibration like that at the end of the phase: the figures that ``evaluate`` would report."""
         clean = self._silently()
         session = clean.session
         detector = clean.detector("validation", self._reconstructing())
