@@ -22,9 +22,12 @@ echo "+ pytest"
 waiting=$(mktemp)
 "${pytest[@]}" -m "(slurm or netns) and not slow" > "$waiting" 2>&1 &
 beside=$!
-trap 'kill "$beside" 2> /dev/null || true; rm -f "$waiting"' EXIT
+trap 'if [ -n "$beside" ]; then kill "$beside" 2> /dev/null || true; fi; rm -f "$waiting"' EXIT
+# Those in the background do not hear Ctrl-C.
+trap 'exit 130' INT
 code=0
 "${pytest[@]}" -m "not (slurm or netns or slow)" "${two[@]}" || code=$?
 wait "$beside" || code=$?
+beside=
 cat "$waiting"
 exit "$code"

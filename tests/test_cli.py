@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -22,7 +23,6 @@ from trajdist.config_files import load_config
 from trajdist.runtime.clock import STAGES
 from trajdist.saved.bundle import TrajectoryDocument
 from trajdist.saved.rundir import RunDir
-from trajdist.screen import READER_GONE
 from trajdist.training import loop
 from trajdist.training.doctor import smaller
 
@@ -272,8 +272,30 @@ def test_what_is_printed_to_a_full_disk_or_to_nobody(debug_run, monkeypatch, cap
     os.close(reader)
     with open(writer, "w") as gone, monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", gone)
-        assert main(words) == READER_GONE
+        assert main(words) == 141
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_is_done_stays_done_if_nobody_reads_it(tmp_path, monkeypatch, fresh_accelerate):
+    reader, writer = os.pipe()
+    os.close(reader)
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr("trajdist.training.session.Session.say", lambda self, text: None)
+    monkeypatch.setattr("trajdist.runtime.progress.Progress.show", lambda self, record: None)
+    with open(writer, "w") as gone, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", gone)
+        assert main(["train", "debug", f"run_dir={run_dir}", "runtime.mixed_precision=no"]) == 141
+    assert json.loads((run_dir / "status.json").read_text())["status"] == "done"
+
+
+def test_a_process_without_stdout_says_what_is_wrong(tmp_path):
+    """As under a launcher whose shell closed it."""
+    command = [sys.executable, "-m", "trajdist", "config", "debug", "model.latent_dim=x"]
+    environment = {**os.environ, "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    closed = ["bash", "-c", 'exec "$@" >&-', "bash", *command]
+    done = subprocess.run(closed, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert_sentence(done.stderr, "model.latent_dim")
 
 
 @pytest.mark.parametrize(

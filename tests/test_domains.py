@@ -353,6 +353,15 @@ def test_a_lack_of_memory_is_told_in_the_domains_as_in_the_run(folders, base, tm
         assert (status["status"], f"trajdist: {status['why']}\n") == ("failed", said)
 
 
+def test_what_needs_less_memory_is_a_key_of_the_largest_domain(folders, base, tmp_path, monkeypatch, capsys):
+    def allocate(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(loop, "add_gradients", allocate)
+    assert main([*several(folders, tmp_path / "run", base), "data.domains.bark.batch_size=64"]) == 1
+    assert "a smaller data.domains.bark.batch_size and as much more" in capsys.readouterr().err
+
+
 def test_images_that_cannot_be_read_are_listed_where_they_belong(folders, base, tmp_path, capsys):
     bad = {**folders, "bark": shutil.copytree(folders["bark"], tmp_path / "bark")}
     for path in sorted(bad["bark"].iterdir())[:9]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 from jobs import REPOSITORY, environment
 from outcome import assert_done, read
@@ -86,6 +89,30 @@ def test_it_says_what_it_runs_and_passes_unknown_options_on(script, stand_ins):
     lines = [line for line in done.stdout.splitlines() if "--fresh --unheard-of=1 seed=2" in line]
     assert lines[0].startswith("+ ")
     assert not lines[-1].startswith("+ ")
+
+
+def test_an_interrupt_ends_the_tests_in_the_background_too(tmp_path, stand_ins):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.write_text(f"#!/usr/bin/env bash\necho $$ >> {tmp_path}/started\nexec sleep 60\n")
+    started = tmp_path / "started"
+    job = subprocess.Popen(["bash", LAUNCH / "test.sh"], env=environment(stand_ins), start_new_session=True)
+    try:
+        while not started.exists() or len(started.read_text().split()) < 2:
+            time.sleep(0.02)
+        os.killpg(job.pid, signal.SIGINT)
+        assert job.wait(20) == 130
+        for pid in started.read_text().split():
+            wait_until_gone(int(pid))
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+
+
+def wait_until_gone(pid: int, timeout_s: float = 20) -> None:
+    end = time.monotonic() + timeout_s
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, f"{pid} lives"
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

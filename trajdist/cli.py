@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 EPILOG = """\
 Several processes: accelerate launch --config_file accelerate_config.yaml -m trajdist run CONFIG [key=value ...]
 Exit codes: 0 done; 1 training failed, or a problem that audit found; 2 wrong usage or config; 3 wrong data; 4 wrong or
-damaged artifact; 75 stopped on request with a checkpoint saved (0 under a launcher; status.json tells); 130 Ctrl-C."""
+damaged artifact; 75 stopped on request with a checkpoint saved (0 under a launcher; status.json tells); 130 Ctrl-C;
+141 the reader of the output has gone."""
 
 Command = Callable[[argparse.Namespace], int]
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -386,8 +387,8 @@ def _end(code: int) -> int:
     launcher would take the finished job for a crash.
     """
     if launcher.is_launched():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         os._exit(code)
     return code
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,15 @@ from typing import Any, TextIO
 
 from trajdist.errors import ArtifactError, one_line
 
-# The exit code that a shell reports for a program killed by SIGPIPE, as when its reader has gone (``| head``).
-READER_GONE = 141
+
+class ReaderGone(SystemExit):
+    """Ends the command as if SIGPIPE had killed it: nobody reads what it prints any more (``| head``)."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGPIPE)
+
+    def __str__(self) -> str:
+        return "what read the output has ended"
 
 
 class _Guarded:
@@ -38,7 +46,7 @@ def guarded_stdout() -> Iterator[None]:
 
     Raises:
         ArtifactError: it cannot be written, as on a full disk.
-        SystemExit: its reader has gone.
+        ReaderGone: nobody reads it any more.
     """
     before = sys.stdout
     with open(os.devnull, "w") as nowhere:
@@ -57,9 +65,10 @@ def _naming(stream: TextIO) -> Iterator[None]:
         yield
     except OSError as error:
         # Otherwise flushing the buffer would fail again when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
         if isinstance(error, BrokenPipeError):
-            raise SystemExit(READER_GONE) from None
+            raise ReaderGone from None
         raise ArtifactError(
             f"stdout cannot be written ({one_line(error)}): free some space, or redirect it elsewhere."
         ) from None

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trajdist.data.base import EncodedSource
+from trajdist.data.storage import read_bytes
 from trajdist.errors import DataError, one_line
 from trajdist.files import user_path
 
@@ -67,7 +68,7 @@ class HubDataset(EncodedSource):
         image: dict[str, Any] | None = self._data[index][self._column]
         if image is None:
             raise OSError("the row holds no image")
-        content: bytes = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        content: bytes = image["bytes"] if image["bytes"] is not None else read_bytes(Path(image["path"]), retries=0)
         return content
 
     def classes(self) -> npt.NDArray[np.int64] | None:

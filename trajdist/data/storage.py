@@ -253,7 +253,7 @@ def read_bytes(path: Path, retries: int) -> bytes:
 
 def _without_waiting(path: str, flags: int) -> int:
     """``os.open`` that returns at once even if the file is a pipe that nobody writes to."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class _File:

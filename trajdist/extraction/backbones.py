@@ -75,6 +75,7 @@ class Backbone(nn.Module):
         network: any image network; it is modified in place.
         patterns: globs of module names; if empty, residual blocks are found by class name.
         image_size: side of the input images, in pixels.
+        state: identifies the network instead of its own state dict: interpolated embeddings depend on the processor.
         mean, std: normalisation of RGB values in 0..1.
 
     Attributes:
@@ -96,6 +97,7 @@ class Backbone(nn.Module):
         image_size: int,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        state: dict[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
@@ -107,7 +109,7 @@ class Backbone(nn.Module):
         self.blocks = self._discover(find_blocks(network, patterns), image_size)
         names = [block.name for block in self.blocks]
         # Before BatchNorm is folded: it identifies the original network.
-        self.fingerprint = fingerprint(self.network.state_dict(), {"blocks": names})
+        self.fingerprint = fingerprint(state or self.network.state_dict(), {"blocks": names})
         fold_batchnorm(self.network, names, lambda: self._outputs(names, image_size))
         use_fast_linear(self.network)
         for tensor in (*self.network.parameters(), *self.network.buffers()):
@@ -328,5 +330,5 @@ def build_backbone(name: str, weights: str, patterns: list[str], image_size: int
             :class:`Backbone` refuses.
         ArtifactError: a weight file that is damaged or belongs to another network.
     """
-    network, mean, std = build_network(name, weights, seed, image_size)
-    return Backbone(network, patterns, image_size, mean, std)
+    network, mean, std, state = build_network(name, weights, seed, image_size)
+    return Backbone(network, patterns, image_size, mean, std, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +21,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Built(NamedTuple):
-    """A network and the pixel normalisation that it was trained with."""
+    """A network and the pixel normalisation that it was trained with.
+
+    Attributes:
+        state: its state dict as loaded, before position embeddings were interpolated.
+    """
 
     network: nn.Module
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    state: dict[str, torch.Tensor] | None = None
 
 
 def build_network(name: str, weights: str, seed: int, image_size: int) -> Built:
@@ -49,7 +55,8 @@ def build_network(name: str, weights: str, seed: int, image_size: int) -> Built:
             built = _torchvision(name, weights)
     if weights not in ("DEFAULT", "none"):
         _load_weights(built.network, user_path(weights))
-    return built._replace(network=_at_size(built.network, name, image_size))
+    state = dict(built.network.state_dict())
+    return built._replace(network=_at_size(built.network, name, image_size), state=state)
 
 
 def _at_size(network: Any, name: str, image_size: int) -> nn.Module:
@@ -68,8 +75,10 @@ def _at_size(network: Any, name: str, image_size: int) -> nn.Module:
         # Otherwise timm would drop the remainder at the right and at the bottom.
         if image_size % max(embedding.patch_size):
             raise ValueError(f"it is not a multiple of the patch size, {max(embedding.patch_size)}")
-        network.set_input_size(img_size=(image_size, image_size))
-    except (RuntimeError, AssertionError, ValueError) as error:
+        with warnings.catch_warnings():  # Of PyTorch about timm's way of interpolating.
+            warnings.simplefilter("ignore")
+            network.set_input_size(img_size=(image_size, image_size))
+    except (AssertionError, ValueError) as error:
         raise ConfigError(f"data.image_size={image_size} does not suit {name!r}: {one_line(error)}") from None
     return network
 
@@ -80,9 +89,10 @@ def _torchvision_vit(network: Any, name: str, image_size: int) -> nn.Module:
 
     if network.image_size == image_size:
         return network
-    resized: nn.Module = get_model(name, weights=None, image_size=image_size)
+    with torch.device("meta"):  # No weights of its own, and no random numbers for them.
+        resized: nn.Module = get_model(name, weights=None, image_size=image_size)
     state = interpolate_embeddings(image_size, network.patch_size, OrderedDict(network.state_dict()))
-    resized.load_state_dict(state)
+    resized.load_state_dict(state, assign=True)
     return resized
 
 

@@ -228,6 +228,7 @@ class Books(BaseModel):
     first_loss: float | None
     final_loss: float | None
     epoch_memory: list[float]
+    skipped: int = Field(0, ge=0)
 
 
 class Validated(BaseModel):

@@ -310,8 +310,8 @@ class RunDir:
         for phase, figures in summary.items():
             if lacks := _lacking(figures):
                 raise ArtifactError(
-                    f"{str(self.path / 'summary.json')!r} is damaged: its {phase} has no {lacks}; restore it, or start "
-                    "over with --fresh."
+                    f"{str(self.path / 'summary.json')!r} is damaged: its {phase} has no {lacks}; restore it, or name "
+                    "another run_dir."
                 )
         return summary
 

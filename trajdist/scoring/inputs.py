@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from trajdist.data.decode import OVERSHOOT, decode, to_rgb, upright
+from trajdist.data.storage import read_bytes
 from trajdist.errors import DataError
 from trajdist.files import user_path
 
@@ -48,7 +49,7 @@ def to_pil(image: Any, size: int) -> Image.Image:
     if isinstance(image, Image.Image):
         return to_rgb(upright(image.copy()))
     if isinstance(image, (str, Path)):
-        return decode(user_path(image).read_bytes(), size)
+        return decode(read_bytes(user_path(image), retries=0), size)
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = image.float() if image.is_floating_point() else image  # NumPy has no bfloat16.

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any, NoReturn
 
 import numpy as np
@@ -33,7 +33,7 @@ from trajdist.scoring.histogram import ScoreHistogram
 # What to do about a missing file that a phase writes at its end.
 GO_ON = "the run is not finished; wait for it, or run its command again to resume it"
 COPY = "finish the adapter's run, or copy the file from there"
-_LOADING = Lock()
+_LOADING = RLock()  # A model of another package may load one itself.
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def _adapt_to_all(session: Session, at: Position) -> None:
     domains = {name: session.of_domain(name) for name in progress}
     under_way = dict(domains)
     try:
-        with naming_memory(session.processes, lambda device: smaller(session.config, 2, device)):
+        with naming_memory(session.processes, lambda device: _smaller_of(domains, device)):
             under_way = {name: domain for name, domain in domains.items() if not is_done(domain, 2)}
             adaptations = [_prepare(domain, progress[name]) for name, domain in under_way.items()]
             jobs = train(extractor, [adaptation.training for adaptation in adaptations]) if adaptations else []
@@ -91,6 +91,12 @@ def _adapt_to_all(session: Session, at: Position) -> None:
         at.step = max(position.step for position in progress.values())
         for domain in domains.values():
             domain.rundir.unlock()
+
+
+def _smaller_of(domains: dict[str, Session], device_type: str) -> str:
+    """How several domains need less memory; it is the largest batch that counts."""
+    name, largest = max(domains.items(), key=lambda each: each[1].config.data.domain.batch_size)
+    return smaller(largest.config, 2, device_type).replace("data.domain.", f"data.domains.{name}.")
 
 
 def _summaries(rundirs: dict[str, RunDir]) -> dict[str, dict[str, Any]]:

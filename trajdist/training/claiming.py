@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trajdist.config import SETS, Config
 from trajdist.config_files import dump_yaml, read_yaml
 from trajdist.config_schema import fields, flatten
 from trajdist.errors import ArtifactError, ConfigError
+from trajdist.runtime.processes import device_type
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 
@@ -44,12 +47,19 @@ def _check_same_config(rundir: RunDir, config: Config) -> None:
     for key, default, _, may_change in fields():
         # A key that did not exist in the version that began the run counts as its default.
         began = before.get(key, default)
-        if not may_change and began != now[key] and not (key == "backbone.weights" and _have_moved(rundir, now[key])):
+        if not may_change and began != now[key] and not _means_the_same(rundir, key, began, now[key]):
             of_phase2 = key.startswith(("data.domain.", "domain_adaptation."))
             raise ConfigError(
                 f"{key}={now[key]!r}, but the run in {str(rundir.path)!r} began with {began!r}: keep the old value, "
                 f"name another run_dir, or {how_to_start_over(rundir, of_phase2)}."
             )
+
+
+def _means_the_same(rundir: RunDir, key: str, began: object, now: Any) -> bool:
+    """Whether a key may change because the result does not: the same weights elsewhere, or what fp16 was on CPUs."""
+    if key == "backbone.weights":
+        return _have_moved(rundir, now)
+    return key == "runtime.mixed_precision" and (began, now) == ("fp16", "no") and device_type() == "cpu"
 
 
 def _have_moved(rundir: RunDir, weights: str) -> bool:

@@ -251,6 +251,7 @@ class Journal:
             "first_loss": self.first_loss,
             "final_loss": self.final_loss,
             "epoch_memory": self.epoch_memory,
+            "skipped": int(self._skipped),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -258,6 +259,7 @@ class Journal:
         self.line, self.epoch, self.total = (Sums(**state[name]) for name in ("line", "epoch", "total"))
         self.first_loss, self.final_loss = state["first_loss"], state["final_loss"]
         self.epoch_memory = list(state["epoch_memory"])
+        self._skipped.fill_(state["skipped"])
 
     def _ledger_record(self, step: Step, start: int, sums: Sums, missing: list[int]) -> dict[str, Any]:
         return {

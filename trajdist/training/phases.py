@@ -53,7 +53,6 @@ def run(
         try:
             with naming_memory(session.processes, lambda device: smaller(config, at.phase or 1, device)):
                 _run_phases(session, at, phases)
-            _record_end(session, at, None)
         except StopRequested as stop:
             _record_end(session, at, stop)
             session.processes.leave()
@@ -61,6 +60,8 @@ def run(
         except BaseException as error:
             _record_end(session, at, error)
             raise
+        else:
+            _record_end(session, at, None)
         finally:
             session.rundir.unlock()
     session.processes.leave()
@@ -105,10 +106,10 @@ def _check_request(config: Config, phases: Sequence[int], fresh: bool) -> None:
 
 
 def _record_end(session: Session, at: Position, error: BaseException | None) -> None:
+    session.record(at, error, ended=True)
     session.trackers.finish()
     if not session.processes.is_main:
         return
-    session.record(at, error, ended=True)
     if error is None:
         session.console.print(summary_table(session.rundir.read_summary()))
         session.say(f"all files are in {session.rundir.path}")

@@ -192,8 +192,9 @@ class Session:
             return
         with suppress(Exception):  # Unreadable images are reported when they are trained on.
             if all(is_dim(source.read(index)) for index in first.tolist()):
+                key = f"data.domains.{self.domain}" if self.domain else f"data.{set_name}"
                 self.say(
-                    f"data.{set_name}.path={self.settings(set_name).path!r}: the first images are 16-bit grey, but "
+                    f"{key}.path={self.settings(set_name).path!r}: the first images are 16-bit grey, but "
                     "all values are below 4096, as from a 12-bit camera, and look nearly black: multiply them by 16."
                 )
 
