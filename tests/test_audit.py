@@ -114,7 +114,7 @@ def spoil(lines: list[dict]) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (drop, "line 2: phase 1, epoch 1 leaves a gap: 16 images (epoch 1 position 16 to epoch 1 position 31) are in"),
+        (drop, "line 2: phase 1, epoch 1 leaves a gap: 16 images (epoch 1 position 16 to epoch 1 position 31) are"),
         (repeat, "line 3: phase 1, epoch 1 repeats images: 16 images (epoch 1 position 16 to epoch 1 position 31)"),
         (swap, "line 1: phase 1, epoch 1 did not train on the images that positions 0 to 16 stand for"),
         (shorten, "line 5: phase 1, epoch 2 leaves a gap: 1 images (epoch 1 position 49 to epoch 1 position 49)"),

@@ -144,7 +144,7 @@ def test_an_image_in_no_class_folder(root, stray):
 
 def test_a_defect_without_a_mask(root):
     (root / "ground_truth/hole/7.png").unlink()
-    mend = r"add '.*ground_truth/hole/7_mask\.png', or move ground_truth away to measure images alone\.$"
+    mend = r"add '.*ground_truth/hole/7_mask\.png', or move ground_truth away to measure images only\.$"
     with pytest.raises(DataError, match=rf"test/hole/7\.jpg' has no mask: {mend}"):
         LabelledFolder(root, "DATASET")
 

@@ -88,7 +88,7 @@ def test_targets_by_regular_expression():
 
 @pytest.mark.parametrize("targets", [["qq"], r"encoder\.\d+"], ids=["nothing", "also an activation function"])
 def test_targets_that_are_no_linear_layers(targets):
-    with pytest.raises(ConfigError, match=r"target_modules=.*must match linear layers.*there are encoder\.0"):
+    with pytest.raises(ConfigError, match=r"target_modules=.*must match linear layers.*choose from encoder\.0"):
         attach(base_model(), targets)
 
 

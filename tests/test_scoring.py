@@ -416,7 +416,7 @@ def test_killed_and_started_again(debug_run, tmp_path, capsys, fresh_accelerate)
     assert 7 <= seen < 70, "it was to be killed on the way"
     begun = rows.read_bytes()[: rows.read_bytes().index(b"\n")]
     assert score(debug_run, folder, tmp_path / "out", *options, "all") == 0
-    assert "images are scored already: going on" in capsys.readouterr().out
+    assert "images are scored already: resuming" in capsys.readouterr().out
     assert rows.read_bytes().startswith(begun), "what was done is not done again"
     assert score(debug_run, folder, tmp_path / "whole", *options, "all") == 0
     assert_same_scores(tmp_path / "out", tmp_path / "whole")
@@ -453,8 +453,8 @@ def test_a_finished_scoring_is_not_repeated(debug_run, scored, images, tmp_path,
 @pytest.mark.parametrize(
     ("kept", "told", "scored_again"),
     [
-        (7, "4 images are scored already, and 3 that could not be read are tried again", [[1, 2], [5]]),
-        (5, "2 images are scored already, and 2 that could not be read are tried again", [[4, 5], [6], [1, 2]]),
+        (7, "4 images are scored already, and 3 unreadable ones are tried again", [[1, 2], [5]]),
+        (5, "2 images are scored already, and 2 unreadable ones are tried again", [[4, 5], [6], [1, 2]]),
     ],
     ids=["finished", "interrupted"],
 )

@@ -206,7 +206,7 @@ def test_without_a_terminal_rich_makes_no_bar(tmp_path, monkeypatch):
         ("cut in a member", "is damaged or cut short"),
         ("cut between members", "is cut short"),
         ("empty", "is damaged or cut short"),
-        ("two archives", "goes on after its end"),
+        ("two archives", "continues after its end"),
         ("compressed", r"is compressed \(gzip\)"),
         ("no tar", "is damaged or cut short"),
     ],

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 Several processes: accelerate launch --config_file accelerate_config.yaml -m trajdist run CONFIG [key=value ...]
 Exit codes: 0 done; 1 training failed, or a problem that audit found; 2 wrong usage or config; 3 wrong data; 4 wrong or
-damaged artifact; 75 stopped on request with a checkpoint saved (0 under a launcher; status.json tells); 130 Ctrl-C;
+damaged artifact; 75 stopped on request with a checkpoint saved (0 under a launcher: see status.json); 130 Ctrl-C;
 141 the reader of the output has gone."""
 
 Command = Callable[[argparse.Namespace], int]
@@ -63,8 +63,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     late = [word for word in rest if "=" in word and not word.startswith("-") and takes_keys]
     if wrong := [word for word in rest if word not in late]:
         is_key = takes_keys and any(word.startswith("--") and ("=" in word or "." in word) for word in wrong)
-        mend = ": write keys of the config as key=value, without the dashes" if is_key else ""
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}{mend}")
+        fix = ": write keys of the config as key=value, without the dashes" if is_key else ""
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}{fix}")
     if late:
         arguments.overrides = [*arguments.overrides, *late]
     return arguments
@@ -145,7 +145,7 @@ def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> 
     parser.add_argument("--out", metavar="DIR", type=types.place, required=True, help="where everything is written")
     parser.add_argument("--phase", type=int, choices=(1, 2), help="1 for the unadapted model (default: the latest)")
     parser.add_argument(
-        "--adapter", metavar="DIR", action="append", default=[], help="another adapter; several are compared"
+        "--adapter", metavar="DIR", action="append", default=[], help="instead of the run's own; several are compared"
     )
     parser.add_argument(
         "--false-alarm-rate",
@@ -160,12 +160,12 @@ def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> 
 
 
 def _add_export(commands: Commands) -> None:
-    export = _add(commands, "export", "one file, images in, maps and scores out, that needs no trajdist", _export)
+    export = _add(commands, "export", "one file that needs no trajdist: images in, maps and scores out", _export)
     export.add_argument("run_dir", metavar="RUN_DIR")
     export.add_argument("--format", choices=("onnx", "torch"), required=True, help="torch is a program of torch.export")
     export.add_argument("--out", metavar="FILE", type=types.place, help="(RUN_DIR/export.onnx or .pt2)")
     export.add_argument("--phase", type=int, choices=(1, 2), help="1 for the unadapted model (default: the latest)")
-    export.add_argument("--adapter", metavar="DIR", help="another adapter than the run's own")
+    export.add_argument("--adapter", metavar="DIR", help="instead of the run's own")
 
 
 def _add_pack(commands: Commands) -> None:

@@ -55,8 +55,8 @@ def _check_domains(config: Config) -> None:
     precision = config.runtime.mixed_precision
     if (launcher.mixed_precision() if precision == "auto" else precision) == "fp16":
         raise ConfigError(
-            "runtime.mixed_precision='fp16', set here or by accelerate launch, scales the gradients of one domain "
-            "alone: use bf16 or no."
+            "runtime.mixed_precision='fp16', set here or by accelerate launch, can scale the gradients of only one "
+            "domain: use bf16 or no."
         )
 
 
@@ -105,8 +105,8 @@ def _explain(error: ValidationError, known: list[str]) -> str:
             inner, value = next(iter(value.items()))
             key = f"{key}.{inner}"
         shown, close = key if key.isprintable() else ascii(key), _nearest(key, known)
-        mend = f"did you mean {close}?" if close else "trajdist config lists all keys."
-        return f"unknown config key {shown} (= {_shown(value)}): {mend}"
+        fix = f"did you mean {close}?" if close else "trajdist config lists all keys."
+        return f"unknown config key {shown} (= {_shown(value)}): {fix}"
     if key in sections:
         return f"{key} = {_shown(value)} is not a group of keys: write {key}.KEY=VALUE (see trajdist config)."
     # For a key that takes several types, pydantic reports an error for each.

@@ -111,11 +111,11 @@ class LabelledFolder(EncodedSource):
             (width, height), turned = _upright_size(read_bytes(image, self._retries))
         # A mask may have another scale than its image, with sides rounded to whole pixels.
         if 2 * abs(mask.width * height - mask.height * width) > width + height:
-            mend = ": give the mask its image's shape."
+            fix = ": give the mask its image's shape."
             if turned and mask.size == (height, width):
-                mend = " once it is upright by its EXIF orientation: turn the mask in the same way."
+                fix = " once it is upright by its EXIF orientation: turn the mask in the same way."
             raise DataError(
-                f"the mask {str(path)!r} is {mask.width} x {mask.height} pixels but its image {width} x {height}{mend}"
+                f"the mask {str(path)!r} is {mask.width} x {mask.height} pixels but its image {width} x {height}{fix}"
             )
         return to_square(mask, size, fit, Image.Resampling.NEAREST) > 0
 
@@ -129,7 +129,7 @@ class LabelledFolder(EncodedSource):
                 return folder / name
         wanted = str(folder / f"{stem}_mask.png")
         raise DataError(
-            f"{self._shown(index)} has no mask: add {wanted!r}, or move ground_truth away to measure images alone."
+            f"{self._shown(index)} has no mask: add {wanted!r}, or move ground_truth away to measure images only."
         )
 
     def _shown(self, index: int) -> str:

@@ -182,7 +182,7 @@ def _check_end(file: IO[bytes], end: int, shard: str, version: Version) -> None:
         raise DataError(f"{shard!r} is damaged at byte {end:,} of {version.size:,}: copy or pack it again.")
     while rest := file.read(storage.PIECE):
         if any(rest):
-            raise DataError(f"{shard!r} goes on after its end at byte {end:,}: split the two archives in it.")
+            raise DataError(f"{shard!r} continues after its end at byte {end:,}: split the two archives in it.")
 
 
 class _Member(tarfile.TarInfo):

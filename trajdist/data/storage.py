@@ -229,8 +229,8 @@ def refusal(key: str, name: str, error: Exception) -> DataError:
         return DataError(f"{shown} may not be read ({reason}): check its permissions and your credentials.")
     if isinstance(error, ImportError):
         extra = EXTRAS.get(name.partition("://")[0])
-        mend = f"pip install 'trajdist[{extra}]'" if extra else "install it"
-        return DataError(f"{shown} needs another package ({reason}): {mend}.")
+        fix = f"pip install 'trajdist[{extra}]'" if extra else "install it"
+        return DataError(f"{shown} needs another package ({reason}): {fix}.")
     return DataError(f"{shown} cannot be read ({reason}): fix it, or try again later.")
 
 

@@ -101,9 +101,9 @@ def _torchvision(name: str, weights: str) -> Built:
 
     known = zoo.list_models(module=zoo)
     if name not in known:
-        mend = _meant(name, [*known, "efficientnet_lite0"])
+        fix = _meant(name, [*known, "efficientnet_lite0"])
         raise ConfigError(
-            f"backbone.name={name!r} is not a torchvision classification model (timm's are written timm:NAME): {mend}"
+            f"backbone.name={name!r} is not a torchvision classification model (timm's are written timm:NAME): {fix}"
         )
     if weights != "DEFAULT":
         # Inception and GoogLeNet warn unless told how to initialise.

@@ -41,13 +41,13 @@ SAME_FILES = "let all machines see the same files"
 SAME_COMMAND = "start all processes with the same command"
 SAME_VERSION = "install the same version on all machines"
 NETWORK = "check the network between the machines (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
-NO_GPU = "torch finds no GPU (nvidia-smi tells what this machine has); set ACCELERATE_USE_CPU=true to use its CPUs"
+NO_GPU = "torch finds no GPU (nvidia-smi shows what this machine has); set ACCELERATE_USE_CPU=true to use its CPUs"
 FIXES = {
     "trajdist": SAME_VERSION,
     "torch": SAME_VERSION,
     "accelerate": SAME_VERSION,
     "python": SAME_VERSION,
-    "device": "give all processes the same kind of device (nvidia-smi tells what that machine has)",
+    "device": "give all processes the same kind of device (nvidia-smi shows what that machine has)",
     "number of images": SAME_FILES,
     "list of images": SAME_FILES,
 }
@@ -296,8 +296,8 @@ def check_all_reduce(processes: Processes) -> None:
     expected = _rank_and_world(os.environ)[1]
     if processes.world < expected:
         # Without a GPU, Accelerate treats each process as a job of its own, unless it is told to use the CPU.
-        mend = NO_GPU if "LOCAL_RANK" in os.environ else "set LOCAL_RANK as well, or start them by accelerate launch"
-        raise ConfigError(f"Accelerate sees {processes.world} processes where WORLD_SIZE is {expected}: {mend}.")
+        fix = NO_GPU if "LOCAL_RANK" in os.environ else "set LOCAL_RANK as well, or start them by accelerate launch"
+        raise ConfigError(f"Accelerate sees {processes.world} processes where WORLD_SIZE is {expected}: {fix}.")
     if processes.world > 1:
         _check_sum(processes, _sum_in_time(processes))
 

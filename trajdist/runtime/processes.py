@@ -358,8 +358,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def naming_memory(processes: Processes, mend: Callable[[str], str]) -> Iterator[None]:
-    """Turn an out-of-memory error in the block into one sentence that ends with ``mend`` of the device type.
+def naming_memory(processes: Processes, fix: Callable[[str], str]) -> Iterator[None]:
+    """Turn an out-of-memory error in the block into one sentence that ends with ``fix`` of the device type.
 
     Raises:
         TrainingError: there was not enough memory.
@@ -374,7 +374,7 @@ def naming_memory(processes: Processes, mend: Callable[[str], str]) -> Iterator[
         device = torch.device("cpu") if on_host else processes.device
         what = one_line(error) or type(error).__name__
         raise TrainingError(
-            f"process {processes.rank} ran out of memory on {device} ({what}): {mend(device.type)}."
+            f"process {processes.rank} ran out of memory on {device} ({what}): {fix(device.type)}."
         ) from error
 
 

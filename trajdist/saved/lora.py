@@ -129,8 +129,8 @@ def check_base(folder: Path, base_fingerprint: str) -> None:
     """Refuse an adapter that was trained on another base model, projection or backbone."""
     if not (folder / ADAPTER_CONFIG).is_file():
         inside = [path for path in (folder / "adapter", folder / "phase2/adapter") if (path / ADAPTER_CONFIG).is_file()]
-        mend = f"name {str(inside[0])!r}" if inside else "name a folder like RUN_DIR/phase2/adapter"
-        raise ArtifactError(f"the adapter {str(folder)!r} has no {ADAPTER_CONFIG}: {mend}.")
+        fix = f"name {str(inside[0])!r}" if inside else "name a folder like RUN_DIR/phase2/adapter"
+        raise ArtifactError(f"the adapter {str(folder)!r} has no {ADAPTER_CONFIG}: {fix}.")
     document = read_json(folder / ADAPTER_CONFIG)
     base = str(document.get("base_model_name_or_path")) if isinstance(document, dict) else json.dumps(document)
     if base != BASE_PREFIX + base_fingerprint:

@@ -94,9 +94,9 @@ class ScoreHistogram:
         edges, counts = tensors.get(f"{name}.edges"), tensors.get(f"{name}.counts")
         if edges is None or counts is None:
             raise ArtifactError(f"{str(path)!r} lacks the score histogram {name!r}: make the calibration again.")
-        sound = edges.dtype == torch.float32 and counts.dtype == torch.float64
-        sound = sound and edges.ndim == 1 and edges.shape == counts.shape and bool(edges.isfinite().all())
-        if not sound or not bool((counts.isfinite() & (counts > 0)).all()):
+        valid = edges.dtype == torch.float32 and counts.dtype == torch.float64
+        valid = valid and edges.ndim == 1 and edges.shape == counts.shape and bool(edges.isfinite().all())
+        if not valid or not bool((counts.isfinite() & (counts > 0)).all()):
             raise ArtifactError(f"{str(path)!r} holds a damaged score histogram {name!r}: make the calibration again.")
         bins = bins_of(edges)
         if not torch.equal(lower_edges(bins), edges) or not bool((bins.diff() > 0).all()):

@@ -98,7 +98,7 @@ class MapsFile:
     """``maps.safetensors``: one float32 tensor ``maps`` ``[N, H, W]``, filled in place, NaN where an image failed.
 
     Attributes:
-        is_there: whether there is a file of an earlier process to go on filling.
+        is_there: whether there is an earlier process's file to continue.
     """
 
     def __init__(self, path: Path, count: int, side: int) -> None:

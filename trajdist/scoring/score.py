@@ -289,8 +289,8 @@ def _prepare_out(job: Scoring, maps: MapsFile, resumable: bool) -> tuple[int, li
     maps.open()
     failed = failed_positions(job.out) if done else []
     if done:
-        again = f", and {len(failed)} that could not be read are tried again" if failed else ""
-        job.console.print(f"{done - len(failed)} images are scored already{again}: going on")
+        again = f", and {len(failed)} unreadable ones are tried again" if failed else ""
+        job.console.print(f"{done - len(failed)} images are scored already{again}: resuming")
     return done, failed
 
 

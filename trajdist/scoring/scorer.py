@@ -319,14 +319,14 @@ def _load_detector(rundir: RunDir, extractor: TrajectoryExtractor) -> Detector:
     return detector
 
 
-def _made(path: Path, mend: str = GO_ON) -> Path:
+def _made(path: Path, fix: str = GO_ON) -> Path:
     """The path of a file that a phase writes at its end.
 
     Raises:
         ArtifactError: it is not there.
     """
     if not path.is_file():
-        raise ArtifactError(f"{str(path)!r} does not exist: {mend}.")
+        raise ArtifactError(f"{str(path)!r} does not exist: {fix}.")
     return path
 
 

@@ -107,7 +107,7 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
         raise ConfigError(f"--out {str(path)!r} is a folder: name a file, such as {str(path / FILES[kind])!r}.")
     scorer.to("cpu")
     detector = scorer.detectors[0]
-    # Without requires_grad, or the exported program would keep every activation for a backward pass.
+    # With requires_grad, the exported program would keep every activation for a backward pass.
     module = Exported(scorer, detector).eval().requires_grad_(False)
     document = {"version": __version__, "size": scorer.size, "fit": scorer.fit, "input": "uint8 [B, 3, S, S], RGB"}
     document |= {"outputs": list(OUTPUTS), "detector": detector.name, "clean_images": detector.images.count}

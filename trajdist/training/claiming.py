@@ -79,4 +79,6 @@ def _have_moved(rundir: RunDir, weights: str) -> bool:
 
 def how_to_start_over(rundir: RunDir, of_phase2: bool) -> str:
     """How to start over, as the end of a sentence; if only Phase 2 is concerned, Phase 1 is kept."""
-    return f"adapt anew with phase1={str(rundir.path)!r} in another run_dir" if of_phase2 else "start over with --fresh"
+    return (
+        f"adapt again with phase1={str(rundir.path)!r} in another run_dir" if of_phase2 else "start over with --fresh"
+    )

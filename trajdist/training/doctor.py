@@ -140,12 +140,14 @@ def smaller(config: Config, phase: int, device_type: str) -> str:
     key, batch_size = f"data.{SETS[phase]}", config.data.of_phase(phase).batch_size
     # On CPUs the default is less than the batch, by an amount that is not known here.
     in_a_pass = config.memory.images_per_pass or (1 if device_type == "cpu" else batch_size)
-    mends = []
+    fixes = []
     if in_a_pass > 1:
-        mends.append(f"set memory.images_per_pass={in_a_pass // 2} or less and run the same command again")
+        fixes.append(f"set memory.images_per_pass={in_a_pass // 2} or less and run the same command again")
     if device_type == "cpu":
-        mends.append("lower data.num_workers and run the same command again")
+        fixes.append("lower data.num_workers and run the same command again")
     if batch_size > 1:
-        mends.append(f"start a new run with a smaller {key}.batch_size and a larger {key}.gradient_accumulation_steps")
-    chosen = ", or ".join(mends or ["start a new run with a smaller backbone or data.image_size"])
-    return f"{chosen} (trajdist plan --memory tells what fits)"
+        fixes.append(
+            f"start a new run with a smaller {key}.batch_size and {key}.gradient_accumulation_steps raised to match"
+        )
+    chosen = ", or ".join(fixes or ["start a new run with a smaller backbone or data.image_size"])
+    return f"{chosen} (trajdist plan --memory finds what fits)"
