@@ -145,11 +145,9 @@ def test_a_gradient_that_is_not_finite_is_in_no_checkpoint(images, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("sound", "most", "stopped_at", "ends_at"), [(1, 30, 4, None), (None, 30, 4, 4), (None, 3, 4, 3), (None, 30, 1, 4)]
+    ("sound", "most", "stop", "ends_at"), [(1, 30, 4, None), (None, 30, 4, 4), (None, 3, 4, 3), (None, 30, 1, 4)]
 )
-def test_steps_that_fp16_skips(
-    images, tmp_path, monkeypatch, capsys, fresh_accelerate, sound, most, stopped_at, ends_at
-):
+def test_steps_that_fp16_skips(images, tmp_path, monkeypatch, capsys, fresh_accelerate, sound, most, stop, ends_at):
     """In a run of four: all but one; all of them, which would leave the model untrained, also over a restart; more in a
     row than may be.
     """
@@ -164,14 +162,14 @@ def test_steps_that_fp16_skips(
         add_gradients(job, step, *rest)
         if step.index != sound:
             next(job.model.parameters()).grad[0] = float("nan")
-        if step.index == stopped_at:
+        if step.index == stop:
             job.stop.ask("it is tested")
 
     monkeypatch.setattr(session, "start_accelerator", with_scale)
     monkeypatch.setattr(loop, "add_gradients", spoilt)
     monkeypatch.setattr(train, "MOST_SKIPPED", most)
     command = arguments("train", images, tmp_path / "run", *batches(16, 1), "checkpoint.every_steps=1")
-    if stopped_at < 4:
+    if stop < 4:
         assert main(command) == 75
     assert main(command) == (0 if ends_at is None else 1)
     if ends_at is not None:
