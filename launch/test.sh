@@ -9,24 +9,23 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 "$venv"/bin/ruff check .
 "$venv"/bin/ruff format --check .
 "$venv"/bin/mypy trajdist
-pytest=("$venv"/bin/python -m pytest)
 # Many tests wait for jobs that they start: two at a time keep two cores busy. The tests of a file stay together, so that
 # they share one object store and one finished run.
 two=(-n 2 --dist loadfile --no-loadscope-reorder)
 if [ $# -gt 0 ]; then
   echo "+ pytest $*"
-  exec "${pytest[@]}" -m "not slow" "${two[@]}" "$@"
+  exec "$venv"/bin/python -m pytest -m "not slow" "${two[@]}" "$@"
 fi
 # Those of Slurm and of the network wait for most of their time, so they run beside the others.
 echo "+ pytest"
 waiting=$(mktemp)
-"${pytest[@]}" -m "(slurm or netns) and not slow" > "$waiting" 2>&1 &
+"$venv"/bin/python -m pytest -m "(slurm or netns) and not slow" > "$waiting" 2>&1 &
 beside=$!
 trap 'if [ -n "$beside" ]; then kill "$beside" 2> /dev/null || true; fi; rm -f "$waiting"' EXIT
 # Those in the background do not hear Ctrl-C.
 trap 'exit 130' INT
 code=0
-"${pytest[@]}" -m "not (slurm or netns or slow)" "${two[@]}" || code=$?
+"$venv"/bin/python -m pytest -m "not (slurm or netns or slow)" "${two[@]}" || code=$?
 wait "$beside" || code=$?
 beside=
 cat "$waiting"
