@@ -172,7 +172,7 @@ def test_hostile_tensors(file, tensors, stopped, tmp_path, capsys):
     write_tensors(folder / file, tensors)
     reseal(folder)
     assert main(arguments(run_dir)) == 4
-    assert "than the model: it belongs to another run" in capsys.readouterr().err
+    assert "does not match the model: it belongs to another run" in capsys.readouterr().err
 
 
 def test_a_full_disk_while_scoring(uninterrupted, tmp_path, monkeypatch, capsys):

@@ -305,7 +305,7 @@ def check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch
     wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
     if wrong:
         raise ArtifactError(
-            f"the checkpoint's {wrong[0]!r} differs from {what}: it belongs to another run; restore the "
+            f"the checkpoint's {wrong[0]!r} does not match {what}: it belongs to another run; restore the "
             "checkpoints folder, or start over with --fresh."
         )
 

@@ -104,7 +104,7 @@ class Keeper:
         self.epoch, self.stale, self.best, self.last = (state[key] for key in ("epoch", "stale", "best", "last"))
         kinds = ["average"] * self.averages + ["best"] * (self._keeps_best and self.best is not None)
         expected = {f"{kind}.{name}": weight.shape for kind in kinds for name, weight in weights.items()}
-        check_shapes(tensors, expected, "this run keeps")
+        check_shapes(tensors, expected, "what this run keeps")
         for name, average in self._average.items():
             average.copy_(tensors[f"average.{name}"])
         if "best" in kinds:
