@@ -96,7 +96,10 @@ def test_an_interrupt_ends_the_tests_in_the_background_too(tmp_path, stand_ins):
     python = tmp_path / "venv" / "bin" / "python"
     python.write_text(f"#!/usr/bin/env bash\necho $$ >> {tmp_path}/started\nexec sleep 60\n")
     started = tmp_path / "started"
-    job = subprocess.Popen(["bash", LAUNCH / "test.sh"], env=environment(stand_ins), start_new_session=True)
+    # A job in the background ignores SIGINT, and so would all that it starts.
+    hears = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', sys.argv)"
+    command = [sys.executable, "-c", hears, LAUNCH / "test.sh"]
+    job = subprocess.Popen(command, env=environment(stand_ins), start_new_session=True)
     try:
         while not started.exists() or len(started.read_text().split()) < 2:
             time.sleep(0.02)
