@@ -110,6 +110,7 @@ def test_an_interrupt_ends_the_tests_in_the_background_too(tmp_path, stand_ins):
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
 
 
 def wait_until_gone(pid: int, timeout_s: float = 20) -> None:
