@@ -11,7 +11,7 @@ import pytest
 from jobs import Finished, Job, free_port
 from outcome import assert_same_bits, read
 
-pytestmark = [pytest.mark.netns, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(480)]
 
 
 @pytest.fixture(scope="module")

@@ -169,11 +169,11 @@ class Submitted:
         printed = self.log.read_text(errors="replace") if self.log.exists() else ""
         return f"{self.record()}\n{printed}"
 
-    def wait_for(self, condition: Callable[[], object], timeout_s: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], object], timeout_s: float = 240) -> None:
         """Wait for something that the job does."""
         wait_for(condition, timeout_s, self.told)
 
-    def end(self, timeout_s: float = 200) -> dict[str, str]:
+    def end(self, timeout_s: float = 400) -> dict[str, str]:
         """Wait until it has ended for good; returns its record."""
         self.wait_for(lambda: self.record()["JobState"] in ENDED, timeout_s)
         return self.record()

@@ -8,7 +8,7 @@ import pytest
 from cluster import ONE_NODE, TWO_NODES, Cluster, Submitted, training
 from outcome import assert_done, assert_same_bits, read
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
 def begin(cluster: Cluster, folder: Path, *overrides: str, options: tuple[str, ...] = TWO_NODES) -> Submitted:
@@ -114,7 +114,7 @@ def test_an_array_adapts_to_each_domain(cluster, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("warning", ["B:USR1@25", "B:CONT@1"], ids=["warned", "unwarned"])
 def test_the_time_limit(warning, cluster, tmp_path):
     """The job comes back after the warning, and without one at the limit itself."""
