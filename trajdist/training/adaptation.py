@@ -22,7 +22,7 @@ from trajdist.training.doctor import smaller
 from trajdist.training.job import Job, Position
 from trajdist.training.objectives import ContrastModel, DefectContrast
 from trajdist.training.passes import CleanImages, calibrate, contrast_residuals, load_extractor
-from trajdist.training.session import Session
+from trajdist.training.session import Session, with_keys_of
 from trajdist.training.summary import combine, finish, is_done, summarise
 from trajdist.training.train import Task, Training, reconstruction, train
 
@@ -96,7 +96,7 @@ def _adapt_to_all(session: Session, at: Position) -> None:
 def _smaller_of(domains: dict[str, Session], device_type: str) -> str:
     """How several domains need less memory; it is the largest batch that counts."""
     name, largest = max(domains.items(), key=lambda each: each[1].config.data.domain.batch_size)
-    return smaller(largest.config, 2, device_type).replace("data.domain.", f"data.domains.{name}.")
+    return with_keys_of(name, smaller(largest.config, 2, device_type))
 
 
 def _summaries(rundirs: dict[str, RunDir]) -> dict[str, dict[str, Any]]:

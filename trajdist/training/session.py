@@ -76,7 +76,7 @@ class Session:
 
     def say(self, text: str) -> None:
         """Show the user a line, from the main process."""
-        self.console.print(self.titled(text))
+        self.console.print(self.titled(with_keys_of(self.domain, text)))
 
     def titled(self, text: str) -> str:
         """``text`` preceded by the name of the domain, if there are several."""
@@ -192,9 +192,8 @@ class Session:
             return
         with suppress(Exception):  # Unreadable images are reported when they are trained on.
             if all(is_dim(source.read(index)) for index in first.tolist()):
-                key = f"data.domains.{self.domain}" if self.domain else f"data.{set_name}"
                 self.say(
-                    f"{key}.path={self.settings(set_name).path!r}: the first images are 16-bit grey, but "
+                    f"data.{set_name}.path={self.settings(set_name).path!r}: the first images are 16-bit grey, but "
                     "all values are below 4096, as from a 12-bit camera, and look nearly black: multiply them by 16."
                 )
 
@@ -267,6 +266,11 @@ class Session:
         return None if path is None else load_checkpoint(path)
 
 
+def with_keys_of(domain: str, text: str) -> str:
+    """``text`` with the keys of one of several domains in place of ``data.domain``; an empty name changes nothing."""
+    return text.replace("data.domain.", f"data.domains.{domain}.") if domain else text
+
+
 @contextmanager
 def naming(domain: str) -> Iterator[None]:
     """Make user errors raised in the block name ``domain``; if that is empty they pass unchanged."""
@@ -275,9 +279,8 @@ def naming(domain: str) -> Iterator[None]:
     except UserError as error:
         if not domain:
             raise
-        own, folder = f"data.domains.{domain}.", os.path.join("domains", domain)
-        text = str(error).replace("data.domain.", own)
-        named = own in text or folder in text
+        text = with_keys_of(domain, str(error))
+        named = f"data.domains.{domain}." in text or os.path.join("domains", domain) in text
         raise type(error)(text if named else f"domain {domain}: {text}") from error
 
 
