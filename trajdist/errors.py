@@ -3,6 +3,9 @@
 Every message is one sentence that names the field or the file, its value, and how to fix it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def one_line(error: BaseException, most: int = 200) -> str:
     """The message of a third-party error, for the middle of a sentence: at most ``most`` characters on one line."""
@@ -44,3 +47,18 @@ class StopRequested(Exception):
     """A signal or the STOP file asked the run to stop. Training so far is in a checkpoint; other passes start over."""
 
     exit_code = 75
+
+
+@contextmanager
+def os_errors(problem: str, fix: str, kind: type[UserError] = ArtifactError) -> Iterator[None]:
+    """Turn an ``OSError`` into a sentence: what cannot be done, the system's reason, and how to fix it.
+
+    >>> with os_errors("'/a' cannot be written", fix="free some space"):
+    ...     raise OSError(28, "No space left on device")
+    Traceback (most recent call last):
+    trajdist.errors.ArtifactError: '/a' cannot be written (No space left on device): free some space.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{problem} ({one_line(error)}): {fix}.") from None

@@ -20,7 +20,7 @@ from trajdist.data.base import EncodedSource
 from trajdist.data.decode import Fit, open_image, reason, to_square, upright
 from trajdist.data.sources import ImageFolder
 from trajdist.data.storage import read_bytes
-from trajdist.errors import DataError
+from trajdist.errors import DataError, os_errors
 from trajdist.files import user_path
 
 GOOD = "good"
@@ -148,10 +148,8 @@ def _files_in(folder: Path) -> frozenset[str]:
     """One listing: a stat per file is slow on network file systems."""
     if not os.path.isdir(folder):
         return frozenset()
-    try:
+    with os_errors(f"the folder {str(folder)!r} cannot be listed", fix="make it readable", kind=DataError):
         return frozenset(os.listdir(folder))
-    except OSError as error:
-        raise DataError(f"the folder {str(folder)!r} cannot be listed ({error.strerror}): make it readable.") from None
 
 
 def _upright_size(raw: bytes) -> tuple[tuple[int, int], bool]:

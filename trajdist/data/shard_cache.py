@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trajdist.data.storage import PIECE, Version, read_exactly
-from trajdist.errors import ArtifactError
+from trajdist.errors import os_errors
 
 GIB = 2**30
 # Files with other names in the folder are not ours.
@@ -37,14 +37,10 @@ class ShardCache:
 
     def __init__(self, folder: Path, limit_gib: float) -> None:
         self._folder, self._limit = folder, int(limit_gib * GIB)
-        try:
+        with os_errors(f"data.cache_dir={str(folder)!r} cannot be written", fix="name another"):
             folder.mkdir(parents=True, exist_ok=True)
             with self._locked("room"):
                 pass
-        except OSError as error:
-            raise ArtifactError(
-                f"data.cache_dir={str(folder)!r} cannot be written ({error.strerror}): name another."
-            ) from None
 
     def path_of(self, url: str, version: Version, retries: int) -> Path:
         """The local copy of a shard, downloaded first if missing.

@@ -6,12 +6,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from trajdist.errors import ArtifactError
+from trajdist.errors import ArtifactError, os_errors
 from trajdist.files import hold, is_held, read_object, user_path, write_bytes, write_json
 
 # Required in every summary of a phase: its readers rely on them.
@@ -111,12 +110,8 @@ class RunDir:
         Raises:
             ArtifactError: it cannot be removed.
         """
-        try:
+        with os_errors(f"{str(self.stop_file)!r} cannot be removed", fix="remove it, as it would stop the run"):
             self.stop_file.unlink(missing_ok=True)
-        except OSError as error:
-            raise ArtifactError(
-                f"{str(self.stop_file)!r} cannot be removed ({error.strerror}) and would stop the run: remove it."
-            ) from None
 
     def has_begun(self) -> bool:
         """Whether the run has produced anything that depends on its config."""
@@ -134,14 +129,8 @@ class RunDir:
             # An empty file means that every image was usable.
             self.bad_images.touch()
 
-    @contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ArtifactError(
-                f"run_dir={str(self.path)!r} cannot be {what} ({error.strerror}): name a folder that can be written."
-            ) from None
+    def _writing(self, what: str) -> AbstractContextManager[None]:
+        return os_errors(f"run_dir={str(self.path)!r} cannot be {what}", fix="name a folder that can be written")
 
     def sweep(self) -> None:
         """Remove partial files left by a killed process. Call only while holding the lock."""
@@ -319,14 +308,8 @@ class RunDir:
         write_json(self.path / "summary.json", {**self.read_summary(), phase: summary})
 
 
-@contextmanager
-def _recording(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ArtifactError(
-            f"{str(file)!r} cannot be written ({error.strerror}): free some space or make it writable."
-        ) from None
+def _recording(file: Path) -> AbstractContextManager[None]:
+    return os_errors(f"{str(file)!r} cannot be written", fix="free some space or make it writable")
 
 
 def _lacking(figures: Any) -> str | None:

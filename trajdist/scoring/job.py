@@ -25,7 +25,8 @@ from trajdist.files import user_path
 from trajdist.runtime.processes import Processes, start_accelerator
 from trajdist.runtime.progress import make_console
 from trajdist.saved.rundir import RunDir
-from trajdist.scoring.scorer import Detector, Scorer, load
+from trajdist.scoring.detector import Detector
+from trajdist.scoring.scorer import Scorer, load
 from trajdist.sharding import Int64s, Plan, picked
 
 # How long the processes wait for one another.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,12 @@ from trajdist.data.loader import (
     in_threads,
 )
 from trajdist.data.sources import PICTURES, SCORED
-from trajdist.errors import ArtifactError, ConfigError, DataError
+from trajdist.errors import ArtifactError, ConfigError, DataError, os_errors
 from trajdist.files import hold, read_object, write_json
 from trajdist.runtime.processes import Processes, to_device
 from trajdist.runtime.progress import Progress
 from trajdist.scoring import pictures, residuals
+from trajdist.scoring.detector import CellScores, Detector
 from trajdist.scoring.job import Scoring
 from trajdist.scoring.output import (
     MapsFile,
@@ -42,7 +43,6 @@ from trajdist.scoring.output import (
     replace_rows,
     unreadable,
 )
-from trajdist.scoring.scorer import CellScores, Detector
 from trajdist.sharding import Int64s, Plan
 
 # Number of unreadable images named on the screen; scores.jsonl has all.
@@ -138,14 +138,8 @@ def _try_again(job: Scoring, failed: list[int], maps: MapsFile) -> None:
     job.processes.main_does(replace)
 
 
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ArtifactError(
-            f"--out {str(out)!r} cannot be written ({error.strerror}): free some space and run the same command again."
-        ) from None
+def _writing(out: Path) -> AbstractContextManager[None]:
+    return os_errors(f"--out {str(out)!r} cannot be written", fix="free some space and run the same command again")
 
 
 def _draw_all(job: Scoring, scored: list[Scored]) -> None:
@@ -302,12 +296,8 @@ def _claim_out(job: Scoring) -> None:
         ConfigError: it holds the scores of something else.
     """
     marker, identity = job.out / SCORED, _identity(job)
-    try:
+    with os_errors(f"--out {str(job.out)!r} cannot be made", fix="name a folder that can be written"):
         (job.out / PICTURES).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError(
-            f"--out {str(job.out)!r} cannot be made ({error.strerror}): name a folder that can be written."
-        ) from None
     job.lock = hold(job.out / ".lock")
     if job.lock is None:
         raise ArtifactError(

@@ -1,11 +1,10 @@
 """A trained run as a function: images in, anomaly maps, scores and p-values out.
 
-Shape suffixes: B images, H W grid, L steps, D channels, S pixels per side.
+Shape suffixes: B images, C colours, S pixels per side.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from trajdist.artifacts import load_state, read_document, read_tensors, write_tensors
 from trajdist.data.decode import reason, to_square
 from trajdist.errors import ArtifactError, ConfigError, DataError, one_line
 from trajdist.extraction.trajectory import TrajectoryExtractor, full_precision
@@ -27,22 +25,12 @@ from trajdist.files import user_path
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring import inputs, residuals
-from trajdist.scoring.calibration import QuantileSketch
-from trajdist.scoring.histogram import ScoreHistogram
+from trajdist.scoring.detector import CellScores, Detector
 
 # What to do about a missing file that a phase writes at its end.
 GO_ON = "the run is not finished; wait for it, or run its command again to resume it"
 COPY = "finish the adapter's run, or copy the file from there"
 _LOADING = RLock()  # A model of another package may load one itself.
-
-
-@dataclass(frozen=True)
-class CellScores:
-    """Scores of a batch: of each place, of each block at each place, and of each image."""
-
-    cells_BHW: torch.Tensor
-    energies_BHWL: torch.Tensor
-    images_B: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -61,88 +49,6 @@ class Scores:
     maps: npt.NDArray[np.float32]
     scores: npt.NDArray[np.float32]
     p_values: npt.NDArray[np.float64]
-
-
-class Detector:
-    """One model (the base, or the base with one adapter) and the statistics of its residuals on clean images.
-
-    Attributes:
-        residual: fitted by :meth:`load` or by a calibration.
-        cells, images: scores of clean cells and images that were not trained on.
-        held_out: False if no images were held out, so that training images had to serve.
-        adapted: whether :func:`load` gave the model an adapter.
-    """
-
-    def __init__(self, name: str, model: nn.Module, valid_LD: torch.Tensor, resolution: int) -> None:
-        """``valid_LD`` marks the entries of a trajectory that are not padding; ``resolution``: places per side."""
-        self.name, self.model, self.valid_LD = name, model.eval(), valid_LD
-        self.residual = residuals.ResidualModel(valid_LD.sum(1).tolist(), resolution)
-        self.cells, self.images = QuantileSketch(ScoreHistogram()), QuantileSketch(ScoreHistogram())
-        self.held_out, self.adapted = True, False
-
-    def to(self, device: torch.device) -> Detector:
-        self.model.to(device)
-        self.residual.to(device)
-        self.valid_LD = self.valid_LD.to(device)
-        return self
-
-    def with_model(self, name: str, model: nn.Module) -> Detector:
-        """The same calibration with another form of the same model."""
-        other = copy.copy(self)
-        other.name, other.model = name, model.eval()
-        return other
-
-    def residuals(self, trajectories_BHWLD: torch.Tensor) -> torch.Tensor:
-        """Valid entries of trajectory minus reconstruction, ``[N, F]``."""
-        target_NLD = trajectories_BHWLD.flatten(0, 2)
-        error_NLD = target_NLD - self.model(target_NLD).output_NLD.float()
-        # Without padding there is nothing to leave out, and indexing would only copy.
-        padded = sum(self.residual.widths) < self.valid_LD.numel()
-        return error_NLD[:, self.valid_LD] if padded else error_NLD.flatten(1)
-
-    @torch.no_grad()
-    def energies(self, trajectories_BHWLD: torch.Tensor) -> torch.Tensor:
-        """Blocks' energies, ``[B, P, L]``, in float32."""
-        return self.residual.energies(self.residuals(trajectories_BHWLD))
-
-    @torch.no_grad()
-    def score(self, trajectories_BHWLD: torch.Tensor) -> CellScores:
-        """Score a batch of trajectories."""
-        grid = trajectories_BHWLD.shape[1:3]
-        energies_BPL = self.energies(trajectories_BHWLD)
-        cells_BP = self.residual.cells(energies_BPL)
-        image_scores_B = residuals.image_scores(cells_BP)
-        return CellScores(cells_BP.unflatten(1, grid), energies_BPL.unflatten(1, grid), image_scores_B)
-
-    def save(self, path: Path, base: str) -> None:
-        """Write the calibration."""
-        tensors = {f"residual.{name}": tensor for name, tensor in self.residual.state_dict().items()}
-        tensors |= self.cells.histogram.to_tensors("cells") | self.images.histogram.to_tensors("images")
-        write_tensors(path, tensors, {"format": 1, "kind": "calibration", "base": base, "held_out": self.held_out})
-
-    def load(self, path: Path, base: str) -> None:
-        """Read what :meth:`save` wrote; the detector stays on its device.
-
-        Raises:
-            ArtifactError: missing, damaged, or made for another model.
-        """
-        document = read_document(path)
-        if not isinstance(document, dict) or document.get("kind") != "calibration":
-            raise ArtifactError(f"{str(path)!r} is not a trajdist calibration: finish the phase to make one.")
-        if document.get("base") != base:
-            raise ArtifactError(f"{str(path)!r} was made for another model: use the one of the same run.")
-        tensors = read_tensors(path)
-        own = {name.removeprefix("residual."): t for name, t in tensors.items() if name.startswith("residual.")}
-        device = self.residual.centre.device
-        load_state(self.residual, own, path)
-        self.residual.to(device)
-        self.residual.lay_out()
-        for name, tensor in own.items():
-            if not bool(tensor.isfinite().all()):
-                raise ArtifactError(f"{str(path)!r} has non-finite values in {name!r}: make the calibration again.")
-        self.cells = QuantileSketch(ScoreHistogram.from_tensors(tensors, "cells", path))
-        self.images = QuantileSketch(ScoreHistogram.from_tensors(tensors, "images", path))
-        self.held_out = bool(document.get("held_out", False))
 
 
 class Scorer:

@@ -15,7 +15,7 @@ import logging
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +24,13 @@ import torch
 from torch import nn
 
 from trajdist import __version__
-from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
+from trajdist.errors import ConfigError, TrainingError, one_line, os_errors
 from trajdist.files import sync_file, sync_folder
 from trajdist.scoring import residuals
 from trajdist.scoring.calibration import QuantileSketch
+from trajdist.scoring.detector import CellScores, Detector
 from trajdist.scoring.histogram import bins_of, lower_edges
-from trajdist.scoring.scorer import CellScores, Detector, Scorer
+from trajdist.scoring.scorer import Scorer
 
 Arrays = tuple[np.ndarray[Any, Any], ...]
 INPUT, OUTPUTS = "images", ("maps", "scores", "p_values")
@@ -130,13 +131,8 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
     return found
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = one_line(error)
-        raise ArtifactError(f"{str(path)!r} cannot be written ({reason}): free some space or name another.") from None
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return os_errors(f"{str(path)!r} cannot be written", fix="free some space or name another")
 
 
 def _verify(scorer: Scorer, run: Callable[[torch.Tensor], Arrays], path: Path) -> Export:

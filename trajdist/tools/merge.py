@@ -8,10 +8,11 @@ from pathlib import Path
 import yaml
 
 from trajdist.config_files import read_yaml
-from trajdist.errors import ArtifactError, ConfigError, TrainingError
+from trajdist.errors import ArtifactError, ConfigError, TrainingError, os_errors
 from trajdist.saved import bundle, lora
 from trajdist.saved.rundir import RunDir
-from trajdist.scoring.scorer import Detector, Scorer, load, own_adapters
+from trajdist.scoring.detector import Detector
+from trajdist.scoring.scorer import Scorer, load, own_adapters
 from trajdist.tools.export import TRIALS, trial_images, unit
 
 # In the units of :func:`trajdist.tools.export.unit`; leaves room only for the rounding of W + B A.
@@ -46,14 +47,11 @@ def merge(run_dir: str | Path, adapter: str | Path | None, out: Path) -> float:
     target = RunDir(out.with_name(f".{out.name}.tmp"))
     shutil.rmtree(target.path, ignore_errors=True)
     try:
-        target.path.mkdir(parents=True)
-        _write(scorer.detectors[0], source, target, out)
-        difference = _difference(scorer, load(target.path, phase=1, device="cpu"))
-        target.path.rename(out)
-    except OSError as error:
-        raise ArtifactError(
-            f"--out {str(out)!r} cannot be written ({error.strerror}): free some space or name another."
-        ) from None
+        with os_errors(f"--out {str(out)!r} cannot be written", fix="free some space or name another"):
+            target.path.mkdir(parents=True)
+            _write(scorer.detectors[0], source, target, out)
+            difference = _difference(scorer, load(target.path, phase=1, device="cpu"))
+            target.path.rename(out)
     finally:
         shutil.rmtree(target.path, ignore_errors=True)
     return difference

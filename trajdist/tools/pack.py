@@ -12,7 +12,6 @@ import os
 import tarfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
@@ -25,7 +24,7 @@ from trajdist.data.base import EncodedSource
 from trajdist.data.decode import to_square
 from trajdist.data.shard_index import BLOCK, ShardIndex, keep_index, printable, scan, split_key
 from trajdist.data.storage import version
-from trajdist.errors import ArtifactError, ConfigError
+from trajdist.errors import ArtifactError, ConfigError, os_errors
 from trajdist.files import read_json, sha256, sync_file, sync_folder, write_bytes, write_json
 from trajdist.runtime.progress import Progress
 from trajdist.tools.preparation import Options, Packed, prepared
@@ -54,7 +53,8 @@ def pack(source: EncodedSource, title: str, out: Path, options: Options, workers
     if os.path.realpath(os.path.expanduser(title)) == os.path.realpath(out):
         raise ConfigError(f"OUT={str(out)!r} is SOURCE, and would hold images as well as shards: name another.")
     packing = Packing(out, source, options)
-    with _writing(out):
+    fix = "free some space or make it writable and run the same command again; it resumes after the last complete shard"
+    with os_errors(f"{str(out)!r} cannot be written", fix):
         packing.begin()
         with Progress(console, "packing", len(source), packing.done) as progress:
             for shard in packing.shards_to_write(prepared(source, options, packing.done, len(source), workers)):
@@ -62,17 +62,6 @@ def pack(source: EncodedSource, title: str, out: Path, options: Options, workers
                 progress.advance(packing.done)
     console.print(packing.describe(title))
     console.print(_compare_speed(source, packing))
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ArtifactError(
-            f"{str(out)!r} cannot be written ({error.strerror}): free some space or make it writable and run the same "
-            "command again; it resumes after the last complete shard."
-        ) from None
 
 
 class Packing:

@@ -22,8 +22,8 @@ from trajdist.runtime.allocator import trim
 from trajdist.runtime.clock import Clock
 from trajdist.runtime.progress import Progress
 from trajdist.saved import bundle
+from trajdist.scoring.detector import Detector
 from trajdist.scoring.residuals import PlaceMoments, ResidualModel, roots
-from trajdist.scoring.scorer import Detector
 from trajdist.sharding import Plan, Selection
 from trajdist.training.feed import move
 from trajdist.training.journal import BadImages, BadLimit
