@@ -3,6 +3,7 @@ small images are made with ``from images import write_images``."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("trajdist", deadline=None, derandomize=True)
 settings.load_profile("trajdist")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_are_no_garbage() -> None:
+    """Later collections of garbage skip what is alive now, mostly half a million objects of the libraries.
+
+    Accelerate collects garbage at the end of every phase, which took a quarter of a small run's time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

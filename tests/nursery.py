@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -213,4 +214,5 @@ def run(request: Request) -> None:
 if __name__ == "__main__":
     for name in IMPORTS:
         importlib.import_module(name)
+    gc.freeze()  # A collection in each of the processes would go through all that was imported, and copy its pages.
     run(serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from trajdist.artifacts import read_tensors
 from trajdist.errors import ArtifactError
-from trajdist.runtime.processes import memory_bytes, peak_memory_bytes, reset_peak_memory
+from trajdist.runtime.memory import memory_bytes, peak_memory_bytes, reset_peak_memory
 from trajdist.saved import checkpoint as writing
 from trajdist.saved.checkpoint import FILES, Checkpoint, CheckpointWriter, load_checkpoint, newest_checkpoint, verify
 

@@ -226,6 +226,9 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, make):
     make(tmp_path / "endless.png")
     with pytest.raises(OSError, match="not a regular file"):
         ImageFolder(tmp_path, "key").read(0)
+    make(tmp_path / "endless.tar")
+    with pytest.raises(DataError, match="not a regular file"):
+        open_source(str(tmp_path / "endless.tar"), "key")
 
 
 def failing_open(times: int, number: int):
@@ -249,7 +252,7 @@ def test_passing_errors_are_tried_again(tmp_path, monkeypatch, times, number, tr
     (tmp_path / "x").write_bytes(b"whole")
     opened, calls = failing_open(times, number)
     pauses: list[float] = []
-    monkeypatch.setattr("trajdist.data.storage._without_waiting", opened)
+    monkeypatch.setattr("trajdist.data.storage._open_regular", opened)
     monkeypatch.setattr("time.sleep", pauses.append)
     if succeeds:
         assert read_bytes(tmp_path / "x", retries=3) == b"whole"

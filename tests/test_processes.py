@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from trajdist.errors import ConfigError
-from trajdist.runtime.processes import Processes, StopFlag, precision, start_accelerator, supported_precision
+from trajdist.runtime.processes import Processes, precision, start_accelerator, supported_precision
+from trajdist.runtime.stopping import StopFlag
 
 
 class OneOfTwo(Processes):

@@ -284,7 +284,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 @contextmanager
 def _scoring(arguments: argparse.Namespace, source: ImageSource) -> Iterator[Scoring]:
     """Open a scoring; after the block, print where the report is and which images could not be read."""
-    from trajdist.runtime.processes import naming_memory
+    from trajdist.runtime.memory import naming_memory
     from trajdist.scoring.job import Options, open_scoring
     from trajdist.scoring.score import tell_unreadable
 

@@ -24,7 +24,7 @@ from trajdist.data.decode import decode
 from trajdist.data.loader import SlotDataset
 from trajdist.errors import ArtifactError, ConfigError, UserError
 from trajdist.extraction.backbones import build_backbone
-from trajdist.runtime.processes import peak_memory_bytes, reset_peak_memory
+from trajdist.runtime.memory import peak_memory_bytes, reset_peak_memory
 from trajdist.saved import bundle
 from trajdist.saved.checkpoint import FILES, load_checkpoint, verify
 from trajdist.saved.lora import load_adapter

@@ -188,7 +188,7 @@ def open_file(name: str) -> IO[bytes]:
         Exception: whatever the file system raises.
     """
     if not is_url(name):
-        return open(name, "rb")
+        return open(name, "rb", opener=_open_regular)
     file: IO[bytes] = _filesystem(name).open(name, "rb", block_size=PIECE, cache_type="readahead")
     return file
 
@@ -238,29 +238,38 @@ def read_bytes(path: Path, retries: int) -> bytes:
     """The contents of a local file, with retries after transient errors.
 
     Raises:
-        OSError: it cannot be read, or is not a regular file: a pipe could block, and a device may have no end.
+        OSError: it cannot be read, or is not a regular file.
     """
 
     def once() -> bytes:
-        with open(path, "rb", opener=_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "it is not a regular file")
-            os.set_blocking(file.fileno(), True)  # Hierarchical storage recalls a file only for a blocking read.
+        with open(path, "rb", opener=_open_regular) as file:
             return file.read()
 
     return retrying(once, retries)
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """``os.open`` that returns at once even if the file is a pipe that nobody writes to."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def _open_regular(path: str, flags: int) -> int:
+    """``os.open`` for regular files alone: a pipe could block, and a device may have no end.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        os.set_blocking(descriptor, True)  # Hierarchical storage recalls a file only for a blocking read.
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 class _File:
     """A file descriptor closed with its last reference, so that any thread may evict it while another one reads."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.descriptor = _open_regular(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

@@ -1,20 +1,13 @@
-"""The machine: Accelerate set-up, the process group, signals and memory readings."""
+"""Accelerate set-up, and the processes of a job as the rest of trajdist sees them."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import resource
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -29,7 +22,6 @@ from trajdist import launcher
 from trajdist.errors import ConfigError, TrainingError, UserError, one_line
 from trajdist.runtime.allocator import keep_freed_memory
 
-STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 Batch = TypeVar("Batch")
 Answer = TypeVar("Answer")
 
@@ -255,138 +247,8 @@ def named(ranks: list[int]) -> str:
     return f"process {shown}" if len(ranks) == 1 else f"processes {shown}"
 
 
-class StopFlag:
-    """Records a request to stop the run: SIGTERM, SIGINT, SIGUSR1, or the STOP file.
-
-    Handlers only set a flag, which the loop checks between steps. A second SIGINT raises KeyboardInterrupt at once.
-    """
-
-    def __init__(self, stop_file: Path, watches_file: bool) -> None:
-        self._file, self._watches_file = stop_file, watches_file
-        self.why = ""
-        self._interrupted = self._heard = False
-        self._heard_from: int | None = None
-
-    def __bool__(self) -> bool:
-        if not self.why and self._watches_file and os.path.exists(self._file):
-            self.why = f"the file {self._file.name} was created"
-        return bool(self.why)
-
-    def ask(self, why: str) -> None:
-        """Request a stop; the first reason is kept."""
-        self.why = self.why or why
-
-    def heard(self) -> bool:
-        """Whether a signal has arrived, even if the main thread is in code that keeps it from running handlers."""
-        if self._heard_from is not None:
-            # Python writes the number of every handled signal there, such as SIGCHLD when a worker ends.
-            with contextlib.suppress(OSError):
-                self._heard |= not STOP_SIGNALS.isdisjoint(os.read(self._heard_from, 2**16))
-        return self._heard
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[StopFlag]:
-        """Handle signals while the block runs, then restore the previous handlers."""
-        self._heard_from, write = os.pipe()
-        for end in (self._heard_from, write):
-            os.set_blocking(end, False)
-        woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(woken)
-            for end in (self._heard_from, write):
-                os.close(end)
-            self._heard_from = None
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if name == "SIGINT" and self._interrupted:
-            raise KeyboardInterrupt("received SIGINT twice")
-        self._interrupted = self._interrupted or name == "SIGINT"
-        self.ask(f"received {name}")
-
-
-@functools.cache
-def _this_process() -> psutil.Process:
-    return psutil.Process()
-
-
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a tuple's tensors to the device; its other items stay. On CUDA it does not wait for the copies."""
     # On MPS an asynchronous copy may read memory that has been freed meanwhile.
     moved: Batch = send_to_device(batch, device, non_blocking=device.type == "cuda")
     return moved
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Bytes in use now: allocated on a CUDA or MPS device, else the resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.current_allocated_memory()
-    return int(_this_process().memory_info().rss)
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new measurement of :func:`peak_memory_bytes`."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes in use since the reset: allocated on CUDA, else resident (without /proc: since the process started).
-
-    MPS records no peak: there it is what Metal holds for this process now, free blocks included.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextlib.contextmanager
-def naming_memory(processes: Processes, fix: Callable[[str], str]) -> Iterator[None]:
-    """Turn an out-of-memory error in the block into one sentence that ends with ``fix`` of the device type.
-
-    Raises:
-        TrainingError: there was not enough memory.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _lacks_memory(error):
-            raise
-        # A process that trains on a GPU decodes images in host memory.
-        on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
-        device = torch.device("cpu") if on_host else processes.device
-        what = one_line(error) or type(error).__name__
-        raise TrainingError(
-            f"process {processes.rank} ran out of memory on {device} ({what}): {fix(device.type)}."
-        ) from error
-
-
-def _lacks_memory(error: Exception) -> bool:
-    """CUDA has an exception type for it; MPS, CUDA's libraries and torch's CPU allocator only have messages."""
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
-
-
-def empty_cache(device: torch.device) -> None:
-    """Return the allocator's free blocks to the device."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()

@@ -12,7 +12,8 @@ import torch
 
 from trajdist import launcher
 from trajdist.errors import StopRequested, TrainingError
-from trajdist.runtime.processes import Processes, StopFlag, named, open_store
+from trajdist.runtime.processes import Processes, named, open_store
+from trajdist.runtime.stopping import StopFlag
 
 INTERVAL_S = 1.0
 # Two readings of the signs of life, this far apart, distinguish a slow process from a lost one.

@@ -10,6 +10,7 @@ Shape suffixes: K bins.
 
 from __future__ import annotations
 
+import math
 from decimal import ROUND_CEILING, Context, Decimal
 from functools import cached_property
 
@@ -63,8 +64,9 @@ class QuantileSketch:
 
         ``score >= threshold`` and ``p_value <= false_alarm_rate`` are the same decision for every finite score.
         Infinite if ``false_alarm_rate < 1 / (n + 1)``: n clean scores are too few to flag anything at this rate; it
-        takes at least ``1 / false_alarm_rate - 1``.
+        takes at least ``1 / false_alarm_rate - 1``. Minus infinity for a rate of 1: everything is flagged.
         """
         passing = (self._p_values_K <= false_alarm_rate).nonzero()
         # The bin that starts at infinity is always empty: it is the first to pass only if n is too small for the rate.
-        return float(lower_edges(passing[0])) if len(passing) else float("inf")
+        edge = float(lower_edges(passing[0])) if len(passing) else math.inf
+        return -math.inf if math.isnan(edge) else edge

@@ -11,7 +11,7 @@ from trajdist.artifacts import fingerprint
 from trajdist.data.drawing import DefectDraw
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.files import write_bytes
-from trajdist.runtime.processes import naming_memory
+from trajdist.runtime.memory import naming_memory
 from trajdist.saved import bundle
 from trajdist.saved.card import adapter_card
 from trajdist.saved.rundir import RunDir

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from trajdist.runtime.clock import Clock
-from trajdist.runtime.processes import Processes, StopFlag
+from trajdist.runtime.processes import Processes
 from trajdist.runtime.progress import Progress
+from trajdist.runtime.stopping import StopFlag
 from trajdist.runtime.trackers import Picture, Trackers
 from trajdist.runtime.watchdog import Watchdog
 from trajdist.saved.checkpoint import CheckpointWriter, Tensors

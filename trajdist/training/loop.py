@@ -15,7 +15,7 @@ import torch
 
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import ArtifactError, ConfigError, StopRequested
-from trajdist.runtime.processes import empty_cache, memory_bytes, peak_memory_bytes
+from trajdist.runtime.memory import empty_cache, memory_bytes, peak_memory_bytes
 from trajdist.sharding import Step, seed_of
 from trajdist.training.feed import Pair
 from trajdist.training.job import Job

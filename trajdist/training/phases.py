@@ -10,7 +10,7 @@ import torch
 from trajdist.config import SETS, Config
 from trajdist.data.base import ImageSource
 from trajdist.errors import ConfigError, StopRequested, TrainingError
-from trajdist.runtime.processes import naming_memory
+from trajdist.runtime.memory import naming_memory
 from trajdist.runtime.progress import summary_table
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir

@@ -24,8 +24,9 @@ from trajdist.data.trajectory_cache import TrajectoryCache
 from trajdist.errors import ArtifactError, DataError, StopRequested, UserError
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.runtime.preflight import check_all_reduce, check_processes_agree
-from trajdist.runtime.processes import Processes, StopFlag, start_accelerator
+from trajdist.runtime.processes import Processes, start_accelerator
 from trajdist.runtime.progress import make_console
+from trajdist.runtime.stopping import StopFlag
 from trajdist.runtime.trackers import Trackers, check_installed
 from trajdist.runtime.watchdog import Watchdog
 from trajdist.saved import bundle

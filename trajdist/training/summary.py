@@ -7,7 +7,7 @@ from typing import Any
 from trajdist.config import SETS
 from trajdist.data.loader import processors, resolve_threads, resolve_workers
 from trajdist.errors import ArtifactError
-from trajdist.runtime.processes import peak_memory_bytes
+from trajdist.runtime.memory import peak_memory_bytes
 from trajdist.training.doctor import Facts, diagnose, split
 from trajdist.training.job import Job
 from trajdist.training.session import Session

@@ -19,7 +19,7 @@ from trajdist.errors import ArtifactError, ConfigError, DataError
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.runtime.allocator import trim
 from trajdist.runtime.clock import Clock, sum_gradients
-from trajdist.runtime.processes import reset_peak_memory
+from trajdist.runtime.memory import reset_peak_memory
 from trajdist.runtime.profiling import nothing, profiling
 from trajdist.runtime.progress import Progress
 from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter, set_aside_above
