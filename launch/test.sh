@@ -12,6 +12,15 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Many tests wait for jobs that they start: two at a time keep two cores busy. The tests of a file stay together, so that
 # they share one object store and one finished run.
 two=(-n 2 --dist loadfile --no-loadscope-reorder)
+# The files of the tests go to memory where there is plenty: to save safely, each run waits for the disk dozens of times.
+free_kib() {
+  df --output=avail -k /dev/shm | tail -n 1
+  sed -n 's/^MemAvailable: *\([0-9]*\).*/\1/p' /proc/meminfo
+}
+least=$(free_kib 2> /dev/null | sort -n | head -n 1 || true)
+if [ -d /dev/shm ] && [ "${least:-0}" -gt $((12 * 1024 * 1024)) ]; then
+  export PYTEST_DEBUG_TEMPROOT=/dev/shm
+fi
 if [ $# -gt 0 ]; then
   echo "+ pytest $*"
   exec "$venv"/bin/python -m pytest -m "not slow" "${two[@]}" "$@"

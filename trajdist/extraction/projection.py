@@ -1,11 +1,12 @@
 """The projection of a step's channels to ``feature_dim`` numbers, and the streaming statistics to fit it.
 
-Shape suffixes: B images, P places, C channels of a step, L steps, D channels of a trajectory, N rows.
+Shape suffixes: B images, P places, C channels of a step, L steps, D channels of a trajectory, N rows, R of a panel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 # Variances below this fraction of the mean channel variance are noise, or belong to channels that were silent in the
 # sample: they are not scaled up to unit variance.
 VARIANCE_FLOOR = 1e-4
+# A symmetric matrix is kept as panels of this many rows, each up to the diagonal: 5/8 of the entries of 2048 x 2048.
+PANEL = 512
 
 
 class Projection(nn.Module):
@@ -67,47 +70,73 @@ class BlockMoments:
 
     Each batch is centred on its own mean before the product, so a large mean costs no float32 precision; sums are
     float64 where the device supports it.
+
+    Attributes:
+        count, mean_C: of the rows so far.
+        panels: the scatter matrix up to its diagonal, ``[R, stop]`` for the rows that end before ``stop``.
     """
 
     def __init__(self, channels: int, device: torch.device) -> None:
         kind = torch.float32 if device.type == "mps" else torch.float64
         self.count = torch.zeros((), dtype=kind, device=device)
         self.mean_C = torch.zeros(channels, dtype=kind, device=device)
-        self.scatter_CC = torch.zeros(channels, channels, dtype=kind, device=device)
+        stops = [*range(PANEL, channels, PANEL), channels]
+        heights = [min(PANEL, channels), *(stop - before for before, stop in pairwise(stops))]
+        self.panels = [
+            torch.zeros(height, stop, dtype=kind, device=device) for height, stop in zip(heights, stops, strict=True)
+        ]
 
     def update(self, rows_NC: torch.Tensor, weights_N: torch.Tensor) -> None:
         """Add float32 rows ``[N, C]``. Weights ``[N]`` are 0 or 1; a row of weight 0 does not count."""
         count = weights_N.sum()
         mean_C = (weights_N @ rows_NC) / count.clamp(min=1)
-        centred_NC = (rows_NC - mean_C) * weights_N[:, None]
-        self._merge(count.to(self.count), mean_C.to(self.count), linear(centred_NC.T, centred_NC.T))
+        centred_CN = ((rows_NC - mean_C) * weights_N[:, None]).T
+        self._merge(count.to(self.count), mean_C.to(self.count), centred_CN)
 
-    def _merge(self, count: torch.Tensor, mean_C: torch.Tensor, scatter_CC: torch.Tensor) -> None:
+    def _merge(self, count: torch.Tensor, mean_C: torch.Tensor, centred_CN: torch.Tensor) -> None:
         total = (self.count + count).clamp(min=1)
         delta_C = mean_C - self.mean_C
         # In place: the scatter matrix of a wide block is larger than everything else a batch needs.
-        self.scatter_CC += scatter_CC
-        self.scatter_CC.addr_(delta_C * (self.count * count / total), delta_C)
+        for panel in self.panels:
+            panel += linear(centred_CN[_rows_of(panel)], centred_CN[: panel.shape[1]])
+        self._shift(delta_C, self.count * count / total)
         self.mean_C += delta_C * (count / total)
         self.count += count
+
+    def _shift(self, delta_C: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add ``weight`` times the outer product of ``delta_C`` with itself to the scatter matrix."""
+        for panel in self.panels:
+            panel.addr_((delta_C * weight)[_rows_of(panel)], delta_C[: panel.shape[1]])
 
     def all_reduce(self, sum_over_processes: Reduce) -> None:
         """Merge the moments of all processes, after shifting each scatter matrix to the global mean."""
         count = sum_over_processes(self.count.clone())
         mean_C = sum_over_processes(self.mean_C * self.count) / count.clamp(min=1)
-        delta_C = self.mean_C - mean_C
-        self.scatter_CC = sum_over_processes(self.scatter_CC.addr_(delta_C * self.count, delta_C))
+        self._shift(self.mean_C - mean_C, self.count)
+        self.panels = [sum_over_processes(panel) for panel in self.panels]
         self.count, self.mean_C = count, mean_C
 
     @property
     def covariance_CC(self) -> torch.Tensor:
-        """Covariance ``[C, C]`` with divisor N."""
-        return self.scatter_CC / self.count.clamp(min=1)
+        """Covariance ``[C, C]`` with divisor N: a new matrix."""
+        covariance_CC = self.mean_C.new_empty(len(self.mean_C), len(self.mean_C))
+        for panel in self.panels:
+            rows, stop = _rows_of(panel), panel.shape[1]
+            covariance_CC[:stop, rows] = panel.T
+            covariance_CC[rows, :stop] = panel
+        return covariance_CC.div_(self.count.clamp(min=1))
 
     @property
     def variance_C(self) -> torch.Tensor:
         """Diagonal of the covariance, ``[C]``."""
-        return self.scatter_CC.diagonal() / self.count.clamp(min=1)
+        diagonal_C = torch.cat([panel[:, _rows_of(panel)].diagonal() for panel in self.panels])
+        return diagonal_C / self.count.clamp(min=1)
+
+
+def _rows_of(panel_RC: torch.Tensor) -> slice:
+    """The rows of the whole matrix that a panel holds."""
+    height, stop = panel_RC.shape
+    return slice(stop - height, stop)
 
 
 def pca_whitening(covariance_CC: torch.Tensor, width: int) -> torch.Tensor:
@@ -133,9 +162,13 @@ def random_projection(covariance_CC: torch.Tensor, width: int, seed: int) -> tor
 
 
 def fit_projection(projection: Projection, moments: list[BlockMoments], kind: str, seed: int) -> None:
-    """Fit every step's map to its moments; ``kind`` is ``trajectory.projection``, ``pca`` or ``random``."""
-    for step, moment in enumerate(moments):
-        width = min(projection.channels[step], projection.feature_dim)
+    """Fit every step's map to its moments; ``kind`` is ``trajectory.projection``, ``pca`` or ``random``.
+
+    Empties the list: each step's moments are let go before the next, mostly larger ones are used.
+    """
+    for step, channels in enumerate(projection.channels):
+        moment = moments.pop(0)
+        width = min(channels, projection.feature_dim)
         covariance = moment.covariance_CC
         if kind == "pca":
             matrix = pca_whitening(covariance, width)

@@ -183,6 +183,7 @@ def clean_batches(
             progress.advance(step.stop)
             if processes.any(bool(session.stop)):
                 raise StopRequested(session.stop.why or "another process was asked to stop")
+    trim()
     source = session.sources[set_name]
     bad = bad_images.write(set_name, source.name)
     BadLimit(num_images, len(source), session.config.data.max_bad_fraction).check(len(bad), session.rundir)
