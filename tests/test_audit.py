@@ -217,6 +217,32 @@ def test_images_done_without_are_listed(tmp_path):
     assert found.replaced == wanted
 
 
+def test_of_many_images_done_without_only_the_first_are_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("trajdist.tools.audit.SHOWN", 4)
+    absent = tuple(selection(2).train(0, np.arange(5)).tolist())
+    run_dir = write_run(tmp_path, records(1, (1,)) + records(2, (1,), absent))
+    found = audit(run_dir)
+    assert (len(found.replaced), found.num_replaced, found.problems) == (4, 15, [])
+    assert main(["audit", str(run_dir)]) == 0
+    assert "15 times an image could not be used" in (said := capsys.readouterr().out)
+    assert "and 11 more such images, all in bad_images.jsonl" in said
+
+
+@pytest.mark.parametrize(("block", "draws"), [(64, 5), (7, 2 * 8 + 3 * 3)])
+def test_the_order_of_a_block_is_drawn_once_for_all_its_lines(tmp_path, lines, monkeypatch, block, draws):
+    drawn, train = [], Selection.train
+
+    def counted(self: Selection, epoch: int, positions: np.ndarray) -> np.ndarray:
+        drawn.append((self.phase, epoch, *positions))
+        return train(self, epoch, positions)
+
+    monkeypatch.setattr("trajdist.tools.audit.CHUNK", block)
+    run_dir = write_run(tmp_path, lines)
+    monkeypatch.setattr(Selection, "train", counted)
+    assert not audit(run_dir).problems
+    assert len(drawn) == len(set(drawn)) == draws
+
+
 def test_a_real_run_with_a_bad_image(tmp_path, fresh_accelerate):
     images = write_images(tmp_path / "images", 12)
     (images / "0003.png").write_bytes(b"spoilt")

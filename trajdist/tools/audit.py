@@ -22,7 +22,7 @@ from trajdist.data.base import ImageSource, on_screen
 from trajdist.data.sources import open_source
 from trajdist.errors import ArtifactError, UserError
 from trajdist.saved.rundir import RunDir
-from trajdist.sharding import Selection, digest
+from trajdist.sharding import Int64s, Selection, digest
 from trajdist.training.selection import recall_selection
 
 CHUNK = 2**16
@@ -51,6 +51,8 @@ class PhaseAudit:
 
     Attributes:
         name_of: the name of an image, given its number in the set.
+        missing: epoch and number of the first images that an epoch had to do without, of ``num_missing``.
+        block: the epoch and first position of a block of :data:`CHUNK` positions, and their images.
     """
 
     phase: int
@@ -59,8 +61,10 @@ class PhaseAudit:
     name_of: Callable[[int], str]
     cursor: int = 0
     worlds: list[int] = field(default_factory=list)
-    missing: dict[int, list[int]] = field(default_factory=dict)
+    missing: list[tuple[int, int]] = field(default_factory=list)
+    num_missing: int = 0
     problems: list[str] = field(default_factory=list)
+    block: tuple[tuple[int, int], Int64s] | None = field(default=None, repr=False)
 
     def add(self, number: int, stretch: Stretch) -> None:
         """Check line ``number`` of the ledger."""
@@ -80,7 +84,9 @@ class PhaseAudit:
             names = self._names(begin, begin + stretch.stop - stretch.start)
             self.problems.append(f"{where} did not train on the images that {positions} stand for: {names}")
         self.cursor = max(self.cursor, stretch.epoch * size + stretch.stop)
-        self.missing.setdefault(stretch.epoch, []).extend(stretch.missing)
+        # Many epochs without the same thousands of images would fill the memory.
+        self.missing += [(stretch.epoch, image) for image in stretch.missing[: SHOWN - len(self.missing)]]
+        self.num_missing += len(stretch.missing)
         if self.worlds[-1:] != [stretch.num_processes]:
             self.worlds.append(stretch.num_processes)
 
@@ -109,13 +115,19 @@ class PhaseAudit:
         if absent is None or len(set(stretch.missing)) != len(absent):
             return False
         expected, found = 0, 0
-        for start in range(stretch.start, stretch.stop, CHUNK):
-            positions = np.arange(start, min(start + CHUNK, stretch.stop))
-            images = self.selection.train(stretch.epoch, positions)
+        for images in self._images(stretch):
             expected += digest(images)
-            found += int(np.isin(absent, images).sum())
+            found += int(np.isin(absent, images).sum()) if len(absent) else 0
         read = stretch.stop - stretch.start - len(absent)
         return found == len(absent) and stretch.images == read and stretch.digest == expected - digest(absent)
+
+    def _images(self, stretch: Stretch) -> Iterator[Int64s]:
+        """The images of a stretch, in parts. Consecutive stretches share a block, whose order is drawn only once."""
+        for first in range(stretch.start - stretch.start % CHUNK, stretch.stop, CHUNK):
+            if self.block is None or self.block[0] != (stretch.epoch, first):
+                positions = np.arange(first, min(first + CHUNK, self.selection.num_train))
+                self.block = (stretch.epoch, first), self.selection.train(stretch.epoch, positions)
+            yield self.block[1][max(stretch.start - first, 0) : stretch.stop - first]
 
     def describe(self, epochs: int | None) -> str:
         """One line about what was seen."""
@@ -126,8 +138,8 @@ class PhaseAudit:
         if done >= self.num_epochs:
             so_far = "all its epochs are done, but not the calibration"
         unfinished = f"; not finished: {so_far}" if epochs is None else ""
-        count = sum(map(len, self.missing.values()))
-        return text + unfinished + (f"; {count} times an image could not be used" if count else "")
+        unusable = f"; {self.num_missing} times an image could not be used" if self.num_missing else ""
+        return text + unfinished + unusable
 
 
 def _fits(numbers: list[int]) -> bool:
@@ -136,11 +148,12 @@ def _fits(numbers: list[int]) -> bool:
 
 @dataclass(frozen=True)
 class Audit:
-    """What :func:`audit` found."""
+    """What :func:`audit` found; ``replaced`` are sentences about the first of ``num_replaced`` unusable images."""
 
     status: str
     facts: list[str]
     replaced: list[str]
+    num_replaced: int
     problems: list[str]
 
 
@@ -161,7 +174,8 @@ def audit(run_dir: str | Path) -> Audit:
     done = rundir.read_summary().get("phase2", {}).get("domains", {})
     gone = set(done) - {path.name for path in rundir.domains()}
     problems += [f"{name}: its folder {str(rundir.path / 'domains' / name)!r} is gone" for name in sorted(gone)]
-    return Audit(rundir.told_status(), facts, replaced, problems)
+    num_replaced = sum(part.num_replaced for part in parts.values())
+    return Audit(rundir.told_status(), facts, replaced, num_replaced, problems)
 
 
 def _audit_one(rundir: RunDir) -> Audit:
@@ -184,7 +198,8 @@ def _audit_one(rundir: RunDir) -> Audit:
         found.close(epochs[phase])
         problems += found.problems
     facts = [found.describe(epochs[phase]) for phase, found in phases.items() if found.cursor or epochs[phase]]
-    return Audit(status, facts, list(_replaced(rundir, phases)), problems)
+    num_replaced = sum(found.num_missing for found in phases.values())
+    return Audit(status, facts, list(_replaced(rundir, phases)), num_replaced, problems)
 
 
 def _phases(rundir: RunDir, config: Config) -> Iterator[tuple[int, PhaseAudit]]:
@@ -230,22 +245,23 @@ def _parse(line: bytes) -> Stretch | None:
 
 
 def _replaced(rundir: RunDir, phases: dict[int, PhaseAudit]) -> Iterator[str]:
-    """A sentence for each image that an epoch had to do without."""
-    known = _bad_images(rundir.bad_images)
+    """A sentence for each of the first images that an epoch had to do without."""
+    wanted = {(SETS[phase], image) for phase, found in phases.items() for _, image in found.missing}
+    known = _bad_images(rundir.bad_images, wanted)
     for phase, found in phases.items():
-        for epoch, images in sorted(found.missing.items()):
-            for image in images:
-                what = known.get((SETS[phase], image), f"image number {image}")
-                yield f"phase {phase}, epoch {epoch + 1} did without {what}"
+        for epoch, image in found.missing:
+            what = known.get((SETS[phase], image), f"image number {image}")
+            yield f"phase {phase}, epoch {epoch + 1} did without {what}"
 
 
-def _bad_images(path: Path) -> dict[tuple[str, int], str]:
-    """Name and reason by set and number."""
+def _bad_images(path: Path, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """Name and reason of those that are wanted, by set and number."""
     found: dict[tuple[str, int], str] = {}
     for line in _lines(path) if path.exists() else ():
         try:
             record = json.loads(line)
-            found[record["set"], record["index"]] = f"{record['image']} ({record['reason']})"
+            if (record["set"], record["index"]) in wanted:
+                found[record["set"], record["index"]] = f"{record['image']} ({record['reason']})"
         except (ValueError, KeyError, TypeError, RecursionError):
             continue  # A line truncated by a crash.
     return found
@@ -256,8 +272,8 @@ def report(found: Audit) -> Iterator[str]:
     yield f"status: {found.status}"
     yield from found.facts
     yield from found.replaced[:SHOWN]
-    if len(found.replaced) > SHOWN:
-        yield f"and {len(found.replaced) - SHOWN} more such images, all in bad_images.jsonl"
+    if found.num_replaced > SHOWN:
+        yield f"and {found.num_replaced - SHOWN} more such images, all in bad_images.jsonl"
     yield from found.problems[:SHOWN]
     if len(found.problems) > SHOWN:
         yield f"and {len(found.problems) - SHOWN} more such problems"
