@@ -13,6 +13,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 GIB = 2**30
+# A stage without lines of its own prints one after this many seconds where there is no bar.
+LINE_EVERY_S = 60.0
 
 
 def make_console(is_main: bool, bars: bool = True) -> Console:
@@ -77,9 +79,12 @@ class Progress:
         return (self._last[1] - self._first[1]) / max(self._last[0] - self._first[0], 1e-9)
 
     def advance(self, images: int) -> None:
-        """Move the bar; prints no line."""
+        """Move the bar of a stage that writes no records; without one, print a line if the last is a minute old."""
         if self._bar:
             self._bar.update(self._task, completed=images)
+        elif time.monotonic() - self._last[0] > LINE_EVERY_S:
+            rate = f"{self.rate(images):.1f} images/s"
+            self._console.print(f"{self._title}: {images:,}/{self._total:,} images  {rate}  {self._left(images)} left")
 
     def show(self, record: dict[str, Any]) -> None:
         """Show a line of metrics.jsonl."""
@@ -88,9 +93,12 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, completed=images, note=note)
         else:
-            left = format_seconds((self._total - images) / max(self.mean_rate(), 1e-9))
             step = f"epoch {record['epoch']} step {record['step']} images {images}/{self._total}"
-            self._console.print(f"{self._title}: {step}  {note}  {left} left")
+            self._console.print(f"{self._title}: {step}  {note}  {self._left(images)} left")
+
+    def _left(self, images: int) -> str:
+        """The time that the rest takes at the mean rate."""
+        return format_seconds((self._total - images) / max(self.mean_rate(), 1e-9))
 
 
 def format_seconds(seconds: float) -> str:
