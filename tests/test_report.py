@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 
 from trajdist.errors import ArtifactError
+from trajdist.scoring import report
 from trajdist.scoring.histogram import ScoreHistogram, plot_bins
 from trajdist.scoring.metrics import Curve, bootstrap_interval, curve
 from trajdist.scoring.page import CurvePair, DefectKind, ImageRow, Metric, Picture, ReportData, ScoreBars, write_report
@@ -412,3 +414,18 @@ def test_hardly_any_data(tmp_path, data):
     assert seen["ready"] == "true"
     assert ("too few clean images" in seen["text"]) == (data.title == "one")
     assert "NaN" not in seen["text"]
+
+
+def test_the_bars_of_many_images_are_counted_at_once(tmp_path, monkeypatch):
+    scores = [0.5, None, *np.random.default_rng(0).gamma(4, 1.5, 50).tolist()]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps({"score": score}) + "\n" for score in scores))
+    detector = SimpleNamespace(images=SimpleNamespace(histogram=histogram([1.0, 2.0])))
+    expected = ScoreBars(
+        *plot_bins({"calibration": histogram([1.0, 2.0]), "images": histogram([s for s in scores if s])})
+    )
+    calls, update = [], ScoreHistogram.update
+    monkeypatch.setattr(ScoreHistogram, "update", lambda self, found: (calls.append(len(found)), update(self, found)))
+    bars = report._bars(SimpleNamespace(scorer=SimpleNamespace(detectors=[detector]), out=tmp_path), None)
+    assert calls == [51]
+    assert bars.counts["images"].tolist() == expected.counts["images"].tolist()
+    assert bars.counts["images"].sum() == 51
