@@ -6,6 +6,7 @@ import gc
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from trajdist.extraction.backbones import build_backbone
 from trajdist.models.losses import trajectory_losses
 from trajdist.saved import bundle
 from trajdist.saved.checkpoint import newest_checkpoint
+from trajdist.saved.rundir import RunDir
 from trajdist.training import loop, objectives, session, train
+from trajdist.training.journal import BadImages
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 KINDS = ("autoencoder", "vae", "transformer")
@@ -122,6 +125,20 @@ def test_unreadable_images_leave_the_mean_of_the_others(images, tmp_path, fresh_
         torch.testing.assert_close(weight, final_weights(tmp_path / "good")[name], rtol=1e-3, atol=1e-5)
     named = [json.loads(line)["image"] for line in (tmp_path / "bad" / "bad_images.jsonl").read_text().splitlines()]
     assert named == ["0001.png", "0004.png", "0006.png"]
+
+
+def test_many_bad_images_are_listed_in_one_write(tmp_path, monkeypatch):
+    """On a network file system each write of a file that is opened for it takes milliseconds."""
+    writes, append = [], RunDir.append
+    monkeypatch.setattr(RunDir, "append", lambda self, file, *lines: (writes.append(lines), append(self, file, *lines)))
+    processes = SimpleNamespace(is_main=True, gather=list)
+    (tmp_path / "bad_images.jsonl").write_text('{"set": "imagenet", "image": "7.png"}\n{"torn')
+    bad_images = BadImages(RunDir(tmp_path), processes)
+    bad_images.note([(number, "spoilt") for number in range(99, -1, -1)])
+    assert bad_images.write("imagenet", lambda number: f"{number}.png") == list(range(100))
+    named = [json.loads(line)["image"] for line in (tmp_path / "bad_images.jsonl").read_text().splitlines()]
+    assert named == ["7.png", *(f"{number}.png" for number in range(100) if number != 7)]
+    assert [len(lines) for lines in writes] == [99]
 
 
 def test_a_gradient_that_is_not_finite_is_in_no_checkpoint(images, tmp_path, monkeypatch, capsys, fresh_accelerate):

@@ -7,7 +7,7 @@ so they do not depend on the order of summation: a restart or a different number
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,13 +116,16 @@ class BadImages:
         """
         found = sorted(self._processes.gather(self._new))
         self._new = []
-        if self._processes.is_main:
-            for index, reason in found:
-                record = {"set": set_name, "index": index, "image": name_of(index), "reason": reason}
-                if (set_name, record["image"]) not in self._known:
-                    self._known.add((set_name, record["image"]))
-                    self._rundir.append(self._rundir.bad_images, record)
+        if self._processes.is_main and found:
+            self._rundir.append(self._rundir.bad_images, *self._unlisted(found, set_name, name_of))
         return [index for index, _ in found]
+
+    def _unlisted(self, found: list[tuple[int, str]], set_name: str, name_of: NameOf) -> Iterator[dict[str, Any]]:
+        for index, reason in found:
+            image = name_of(index)
+            if (set_name, image) not in self._known:
+                self._known.add((set_name, image))
+                yield {"set": set_name, "index": index, "image": image, "reason": reason}
 
 
 def _names_in(path: Path) -> set[tuple[str, str]]:
