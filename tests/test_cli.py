@@ -376,6 +376,21 @@ def test_inspect_folds_folders_of_many_files(debug_run, tmp_path, capsys):
     assert "phase2/adapter/adapter_config.json" in shown
 
 
+def test_inspect_while_a_run_removes_a_file(debug_run, tmp_path, capsys, monkeypatch):
+    run_dir = shutil.copytree(debug_run, tmp_path / "run")
+    (run_dir / "checkpoints" / "old").write_text("x")
+    stat = os.stat
+
+    def seen_last(path: object, **options: object) -> os.stat_result:
+        found = stat(path, **options)
+        if str(path).endswith("checkpoints/old"):
+            os.unlink(path)
+        return found
+
+    monkeypatch.setattr(os, "stat", seen_last)
+    assert "checkpoints/old 1 bytes" in inspected(run_dir, capsys)
+
+
 @pytest.mark.parametrize(
     ("time", "words"),
     [(1795699843.06, r"2026-11-2\d \d\d:\d\d:43[+-]\d\d:\d\d "), ("noon", "noon"), (1e300, r"1e\+300"), (None, "None")],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -78,20 +79,28 @@ def _local_time(seconds: Any) -> Any:
 
 def _listing(path: Path) -> str:
     """All files of a run except those of its domains, which are runs themselves; a folder of many files is one row."""
-    folders: defaultdict[Path, list[Path]] = defaultdict(list)
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path)
-        if name.parts[0] != "domains" and not file.name.startswith(".") and file.is_file():
-            folders[name.parent].append(file)
-    return "\n".join(row for folder, files in folders.items() for row in _rows(path, folder, files))
+    rows: list[str] = []
+    for folder, subfolders, names in os.walk(path):
+        inside = Path(folder).relative_to(path)
+        subfolders[:] = sorted(name for name in subfolders if inside / name != Path("domains"))
+        rows += _rows(inside, _sizes(folder, names))
+    return "\n".join(rows)
 
 
-def _rows(path: Path, folder: Path, files: list[Path]) -> Iterator[str]:
-    sizes = [file.stat().st_size for file in files]
-    if len(files) > MOST_FILES:
-        yield f"{folder}/  {len(files):,} files, {sum(sizes):,} bytes"
+def _sizes(folder: str, names: list[str]) -> dict[str, int]:
+    """The sizes of these files in bytes, sorted by name; without hidden ones, and those that a run has just removed."""
+    sizes = {}
+    for name in sorted(name for name in names if not name.startswith(".")):
+        with suppress(OSError):
+            sizes[name] = os.stat(os.path.join(folder, name)).st_size
+    return sizes
+
+
+def _rows(folder: Path, sizes: dict[str, int]) -> Iterator[str]:
+    if len(sizes) > MOST_FILES:
+        yield f"{folder}/  {len(sizes):,} files, {sum(sizes.values()):,} bytes"
     else:
-        yield from (f"{file.relative_to(path)}  {size:,} bytes" for file, size in zip(files, sizes, strict=True))
+        yield from (f"{folder / name}  {size:,} bytes" for name, size in sizes.items())
 
 
 def _inspect_adapter(path: Path) -> Iterator[RenderableType]:
