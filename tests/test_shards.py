@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import os
 import shutil
 import tarfile
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,6 +199,17 @@ def test_without_a_terminal_rich_makes_no_bar(tmp_path, monkeypatch):
     write_shards(tmp_path, write_images(tmp_path / "images", 6), 3)
     monkeypatch.setattr("trajdist.data.shards.track", None)
     assert len(open_source(f"{tmp_path}/*.tar", "key")) == 6
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_without_a_terminal_the_main_process_says_how_far_the_indexes_are(tmp_path, monkeypatch, capsys, rank):
+    """The time that it sees is half a minute later each time that it looks."""
+    write_shards(tmp_path, write_images(tmp_path / "images", 6), 1)
+    monkeypatch.setattr("trajdist.data.shards.time", SimpleNamespace(monotonic=itertools.count(0, 31).__next__))
+    monkeypatch.setenv("RANK", str(rank))
+    assert names(open_source(f"{tmp_path}/*.tar", "key")) == [f"set-{n:06d}.tar/{n:04d}.png" for n in range(6)]
+    lines = [f"trajdist: indexes of the shards: {count}/6" for count in (2, 4, 6)]
+    assert capsys.readouterr().err.splitlines() == ([] if rank else lines)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import hashlib
 import os
 import sys
 import threading
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,8 @@ from trajdist.files import user_path
 
 THREADS = 16
 SHOWN = 5
+TELL_EVERY_S = 60.0
+T = TypeVar("T")
 
 
 class TarShards(EncodedSource):
@@ -194,15 +198,29 @@ def _open_shards(paths: list[str], key: str, access: Access) -> list[_Shard]:
             failed.set()
             raise error if isinstance(error, UserError) else storage.refusal(key, path, error) from None
 
-    console = Console(stderr=True)
-    silent = launcher.rank() > 0 or not console.is_terminal
     with ThreadPoolExecutor(min(THREADS, len(paths))) as threads:
-        loading = threads.map(load, paths[first:] + paths[:first])
-        # rich before 14.3 ends even a disabled bar with an empty line.
-        title = "indexes of the shards"
-        shown = loading if silent else track(loading, title, len(paths), console=console, transient=True)
-        found = dict(shown)
+        found = dict(_shown_while_loading(threads.map(load, paths[first:] + paths[:first]), len(paths)))
     return [shard for path in paths if (shard := found[path]) is not None]
+
+
+def _shown_while_loading(loading: Iterable[T], total: int) -> Iterable[T]:
+    """The same, with a bar on a terminal, elsewhere with a line a minute; from the main process only."""
+    console, title = Console(stderr=True), "indexes of the shards"
+    if launcher.rank():
+        return loading
+    # rich before 14.3 ends even a disabled bar with an empty line.
+    if console.is_terminal:
+        return track(loading, title, total, console=console, transient=True)
+    return _telling(loading, title, total)
+
+
+def _telling(loading: Iterable[T], title: str, total: int) -> Iterator[T]:
+    told = time.monotonic()
+    for count, item in enumerate(loading, start=1):
+        if time.monotonic() - told > TELL_EVERY_S:
+            told = time.monotonic()
+            print(f"trajdist: {title}: {count:,}/{total:,}", file=sys.stderr, flush=True)
+        yield item
 
 
 def _tell_left_out(paths: list[str], shards: list[_Shard]) -> None:
