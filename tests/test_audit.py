@@ -228,6 +228,18 @@ def test_of_many_images_done_without_only_the_first_are_kept(tmp_path, monkeypat
     assert "and 11 more such images, all in bad_images.jsonl" in said
 
 
+def test_of_many_problems_only_those_that_are_shown_name_images(tmp_path, lines, monkeypatch, capsys):
+    monkeypatch.setattr("trajdist.tools.audit.SHOWN", 2)
+    for line in lines:
+        line["digest"] += 1
+    run_dir = write_run(tmp_path, lines)
+    named = [problem.count("image number") for problem in audit(run_dir).problems]
+    by_phase = [sum(line["phase"] == phase for line in lines) for phase in (1, 2)]
+    assert named == [count for lines in by_phase for count in (3, 3, *[0] * (lines - 2))]
+    assert main(["audit", str(run_dir)]) == 1
+    assert capsys.readouterr().out.count("image number") == 6
+
+
 @pytest.mark.parametrize(("block", "draws"), [(64, 5), (7, 2 * 8 + 3 * 3)])
 def test_the_order_of_a_block_is_drawn_once_for_all_its_lines(tmp_path, lines, monkeypatch, block, draws):
     drawn, train = [], Selection.train

@@ -103,7 +103,9 @@ class PhaseAudit:
         return f"{end - begin:,} images ({parts[0]} to {parts[1]}) {what}: {self._names(begin, end)}"
 
     def _names(self, begin: int, end: int) -> str:
-        """The first images of a range of positions, counted through all epochs."""
+        """The first images of a range of positions, counted through all epochs; for the problems that are shown."""
+        if len(self.problems) >= SHOWN:
+            return "..."
         size = self.selection.num_train
         shown = range(begin, min(end, begin + NAMED))
         images = [self.selection.train(at // size, np.array([at % size])) for at in shown]
