@@ -22,6 +22,7 @@ from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 from trajdist.cli import main
 from trajdist.data.defects import write_labelled
 from trajdist.data.sources import open_source
+from trajdist.scoring.report import GALLERY
 
 KEYS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
 KINDS = ("foreign", "scratch", "stain")
@@ -190,6 +191,13 @@ def test_the_report_shows_the_same_numbers(measured):
     data = json.loads(re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', page, re.DOTALL).group(1))
     metrics = read_metrics(measured)
     assert [card["value"] for card in data["metrics"]] == pytest.approx([metrics[key] for key in KEYS])
+    defects = {one["kind"]: (one["num_detected"], one["num_images"]) for one in data["defects"]}
+    assert defects == {kind: (own["num_detected"], own["num_images"]) for kind, own in metrics["defects"].items()}
+    low, high = data["map_scale"]["low"], data["map_scale"]["high"]
+    assert low < high
+    wrong = [row for row in data["rows"] if row["is_anomalous"] == (row["kind"] == "good")]
+    assert len(data["mistakes"]) == min(GALLERY, len(wrong))
+    assert all(picture["row"] in wrong for picture in data["mistakes"])
     assert {row["image"]: row["kind"] for row in data["rows"]} == dict(
         zip((row["image"] for row in read_rows(measured)), kinds_of(measured).tolist(), strict=True)
     )

@@ -23,7 +23,17 @@ from trajdist.errors import ArtifactError
 from trajdist.scoring import report
 from trajdist.scoring.histogram import ScoreHistogram, plot_bins
 from trajdist.scoring.metrics import Curve, bootstrap_interval, curve
-from trajdist.scoring.page import CurvePair, DefectKind, ImageRow, Metric, Picture, ReportData, ScoreBars, write_report
+from trajdist.scoring.page import (
+    CurvePair,
+    DefectKind,
+    ImageRow,
+    MapScale,
+    Metric,
+    Picture,
+    ReportData,
+    ScoreBars,
+    write_report,
+)
 
 HOSTILE = "</script><script>alert(1)</script><!--\"'&\u2028\n<img src=x onerror=alert(2)>@DATA@@TITLE@$&.png"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -80,7 +90,7 @@ def evaluated(num_rows: int) -> ReportData:
         title=HOSTILE,
         rows=rows,
         metrics=[Metric("Image AUROC", ours.area(), low, high), Metric("AUPRO", None)],
-        defects=[DefectKind(kind, 5, {"Image AUROC": 0.75, "AUPRO": None}) for kind in kinds[1:]],
+        defects=[DefectKind(kind, 5, 4, {"Image AUROC": 0.75, "AUPRO": None}) for kind in kinds[1:]],
         curves=[CurvePair("Images", ours.roc_points(), ours.pr_points()), CurvePair("Pixels", [], [])],
         most_anomalous=[picture(row) for row in rows[:3]],
     )
@@ -301,6 +311,112 @@ def test_verdicts_keep_to_a_line_in_narrow_cards(tmp_path):
     )
     assert "false alarm" in seen["names"]
     assert len(set(seen["heights"])) == 1
+
+
+@needs_browser
+def test_large_scores_stay_in_their_cards(tmp_path):
+    data = evaluated(60)
+    rows = [dataclasses.replace(row, score=1234567.8 if i % 2 else 123456.7) for i, row in enumerate(data.rows)]
+    path, _ = written(tmp_path, dataclasses.replace(data, most_anomalous=[picture(row) for row in rows[:6]]))
+    seen, _ = browse(
+        path,
+        """
+        all(".shots").forEach(grid => { grid.style.gridTemplateColumns = "repeat(auto-fill, 135px)"; });
+        const lines = all(".shot .line");
+        seen.wide = lines.filter(line => line.scrollWidth > line.clientWidth).map(line => line.textContent);
+        seen.scores = lines.slice(0, 2).map(line => line.firstChild.textContent);
+        """,
+    )
+    assert seen == {"wide": [], "scores": ["123,457", "1.2e+6"]}
+
+
+@needs_browser
+def test_without_a_threshold_nothing_is_called_clean(tmp_path):
+    data = dataclasses.replace(evaluated(60), threshold=math.inf)
+    path, _ = written(tmp_path, data)
+    seen, _ = browse(path, "seen.verdicts = [...new Set(all('.pill').map(pill => pill.textContent))];")
+    assert seen["verdicts"] == ["undecided"]
+
+
+@needs_browser
+def test_kinds_of_defects_sort_as_numbers(tmp_path):
+    found, aurocs = [9, 10, 0], [0.9, None, 0.1]
+    kinds = [
+        DefectKind(kind, 10, count, {"Image AUROC": auroc})
+        for kind, count, auroc in zip(["c/2", "c/10", "a"], found, aurocs, strict=True)
+    ]
+    path, _ = written(tmp_path, dataclasses.replace(evaluated(60), defects=kinds))
+    seen, console = browse(
+        path,
+        """
+        const kinds = () => all("#kinds tr").map(row => row.firstChild.textContent);
+        seen.given = kinds();
+        seen.counts = all("#kinds tr").map(row => row.children[1].textContent);
+        for (const name of ["kind", "found", "metric-0"]) {
+          press(`.kinds [data-sort=${name}]`);
+          seen[name] = kinds();
+        }
+        press(".kinds [data-sort=metric-0]");
+        seen.falling = kinds();
+        """,
+    )
+    assert console == []
+    assert seen["given"] == ["c/2", "c/10", "a"]
+    assert seen["counts"] == ["9 of 10", "10 of 10", "0 of 10"]
+    assert seen["kind"] == ["a", "c/2", "c/10"]
+    assert seen["found"] == ["a", "c/2", "c/10"]
+    assert seen["metric-0"] == ["a", "c/2", "c/10"], "what has no value comes last"
+    assert seen["falling"] == ["c/2", "a", "c/10"], "what has no value comes last"
+
+
+@needs_browser
+def test_what_a_mouse_can_do_a_keyboard_can(tmp_path):
+    path, _ = written(tmp_path, evaluated(60))
+    seen, console = browse(
+        path,
+        """
+        const focused = () => document.activeElement.getAttribute("aria-label");
+        press("tr.known td.name button");
+        seen.open = document.querySelector("dialog").open;
+        const next = document.querySelector("dialog [aria-label='next image']");
+        next.focus();
+        next.click();
+        seen.kept = focused();
+        document.querySelector("dialog [aria-label=close]").click();
+        seen.closed = !document.querySelector("dialog").open;
+        seen.names = all(".shot").map(shot => shot.getAttribute("aria-label"));
+        seen.texts = all(".shot .line").map(line => [...line.children, line.firstChild].map(part => part.textContent));
+        """,
+    )
+    assert console == []
+    assert (seen["open"], seen["kept"], seen["closed"]) == (True, "next image", True)
+    for name, (verdict, score) in zip(seen["names"], seen["texts"], strict=True):
+        assert name.endswith(f", score {score}, {verdict}"), "a reader of the screen hears what the card says"
+
+
+@needs_browser
+def test_mistakes_best_adapters_and_the_scale_of_the_maps(tmp_path):
+    data = evaluated(60)
+    adapters = [f"adapter-{i % 2}" for i in range(60)]
+    scale = MapScale(1.25, 8.5, ["rgb(0 0 0)", "rgb(255 0 0)"])
+    wrong = [picture(row) for row in data.rows if row.is_anomalous == (row.kind == "good")][:4]
+    data = dataclasses.replace(data, mistakes=wrong, best_adapters=adapters, map_scale=scale)
+    path, _ = written(tmp_path, data)
+    seen, console = browse(
+        path,
+        """
+        seen.titles = all("h2").map(title => title.textContent);
+        seen.shown = all(".shots")[0].querySelectorAll(".pill.wrong").length;
+        seen.scale = document.querySelector(".ramp").textContent;
+        seen.colours = document.querySelector(".ramp i").style.background;
+        seen.adapters = all("#rows tr").map(row => row.lastChild.textContent);
+        """,
+    )
+    assert console == []
+    assert seen["titles"].index("Mistakes") < seen["titles"].index("Most anomalous")
+    assert seen["shown"] == len(wrong) == 4
+    assert (seen["scale"], "rgb(255, 0, 0)" in seen["colours"]) == ("1.258.5", True)
+    assert seen["adapters"] == adapters[:50]
 
 
 @needs_browser

@@ -34,7 +34,7 @@ from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.output import most_anomalous, picture_name
 from trajdist.scoring.pictures import outline, overlay
-from trajdist.scoring.report import GALLERY, calmest_besides
+from trajdist.scoring.report import GALLERY, calmest_besides, mistakes
 from trajdist.scoring.residuals import upsample
 from trajdist.scoring.score import _row
 from trajdist.scoring.scorer import Scorer
@@ -294,6 +294,31 @@ def test_the_calmest_besides_the_most_anomalous(tmp_path, count, score_of):
     assert len(shown) == len(set(shown)) == min(count, 2 * GALLERY)
     left = [row["score"] for position, row in enumerate(rows) if position not in shown[: len(gallery)]]
     assert [row["score"] for _, row in calmest] == sorted(left)[:GALLERY]
+
+
+@pytest.mark.parametrize(
+    ("num_missed", "num_alarms", "shown"),
+    [(0, 0, (0, 0)), (3, 2, (3, 2)), (20, 2, (10, 2)), (2, 20, (2, 10)), (20, 20, (6, 6))],
+)
+def test_mistakes_are_the_lowest_misses_and_the_highest_alarms(tmp_path, num_missed, num_alarms, shown):
+    kinds = ["crack", "good"] * 25
+
+    class Kinds:
+        def kind(self, position: int) -> str:
+            return kinds[position]
+
+    missed, alarms = list(range(0, 2 * num_missed, 2)), list(range(1, 2 * num_alarms, 2))
+    right = [position for position, kind in enumerate(kinds) if kind == "crack" and position not in missed]
+    rows = [
+        {"image": str(position), "score": (position * 7) % 50, "is_anomalous": position in (*alarms, *right)}
+        for position in range(50)
+    ]
+    rows.append({"image": "unreadable", "score": None, "is_anomalous": None})
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = mistakes(tmp_path, Kinds())
+    scores = [row["score"] for _, row in found]
+    assert scores[: shown[0]] == sorted(rows[position]["score"] for position in missed)[: shown[0]]
+    assert scores[shown[0] :] == sorted((rows[p]["score"] for p in alarms), reverse=True)[: shown[1]]
 
 
 def test_names_of_pictures_are_flat_short_and_unlike():
@@ -701,6 +726,10 @@ def test_the_best_fitting_domain_is_named(compared):
     for row in rows:
         best = max(row["adapters"].items(), key=lambda item: (item[1]["p_value"], -item[1]["score"]))
         assert row["best_adapter"] == best[0]
+    shown = in_report(compared / "out")
+    named = {row["image"]: name for row, name in zip(shown["rows"], shown["best_adapters"], strict=True)}
+    assert named == {row["image"]: row["best_adapter"] for row in rows}
+    assert (shown["summary"]["adapter"], shown["summary"]["compared with"]) == ("run", "brick")
     own = {"brick": "brick", "gravel": "run"}
     assert sum(row["best_adapter"] == own[row["image"].split("-")[0]] for row in rows) >= 10
 

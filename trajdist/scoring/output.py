@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from trajdist.files import write_at
 from trajdist.scoring.pictures import Floats
 
 Row = dict[str, Any]
+Placed = tuple[int, Row]
+Keep = Callable[[int, Row], bool]
 
 
 def read_rows(out: Path) -> Iterator[Row]:
@@ -61,14 +63,14 @@ def failed_positions(out: Path) -> list[int]:
     return [position for position, row in enumerate(read_rows(out)) if row["score"] is None]
 
 
-def most_anomalous(out: Path, count: int) -> list[tuple[int, Row]]:
-    """Position and row of the images with the largest scores, in constant memory."""
-    return heapq.nlargest(count, _scored_rows(out), key=lambda item: item[1]["score"])
+def most_anomalous(out: Path, count: int, keep: Keep = lambda position, row: True) -> list[Placed]:
+    """Position and row of the images with the largest scores, of those to keep, in constant memory."""
+    return heapq.nlargest(count, _scored_rows(out, keep), key=lambda item: item[1]["score"])
 
 
-def least_anomalous(out: Path, count: int) -> list[tuple[int, Row]]:
-    """Position and row of the images with the smallest scores."""
-    return heapq.nsmallest(count, _scored_rows(out), key=lambda item: item[1]["score"])
+def least_anomalous(out: Path, count: int, keep: Keep = lambda position, row: True) -> list[Placed]:
+    """Position and row of the images with the smallest scores, of those to keep."""
+    return heapq.nsmallest(count, _scored_rows(out, keep), key=lambda item: item[1]["score"])
 
 
 def unreadable(out: Path, most: int) -> tuple[list[Row], int]:
@@ -82,8 +84,8 @@ def unreadable(out: Path, most: int) -> tuple[list[Row], int]:
     return rows, count
 
 
-def _scored_rows(out: Path) -> Iterator[tuple[int, Row]]:
-    return ((position, row) for position, row in enumerate(read_rows(out)) if row["score"] is not None)
+def _scored_rows(out: Path, keep: Keep) -> Iterator[Placed]:
+    return (item for item in enumerate(read_rows(out)) if item[1]["score"] is not None and keep(*item))
 
 
 def picture_name(image: str) -> str:

@@ -63,6 +63,7 @@ class DefectKind:
 
     kind: str
     num_images: int
+    num_detected: int
     metrics: Mapping[str, float | None]
 
 
@@ -87,6 +88,15 @@ class ScoreBars:
 
 
 @dataclass(frozen=True)
+class MapScale:
+    """The scores that heat maps show darkest and brightest, and colours (CSS) evenly spaced between them."""
+
+    low: float
+    high: float
+    colours: Sequence[str]
+
+
+@dataclass(frozen=True)
 class ReportData:
     """What the page shows. Only the first four fields are required; what is left out is not shown.
 
@@ -99,6 +109,8 @@ class ReportData:
         threshold: scores of at least this are anomalous; infinite if none can be.
         false_alarm_rate: the rate that the threshold was set for.
         blocks: names of the blocks, shallow to deep.
+        mistakes: where there are labels, missed defects and false alarms.
+        best_adapters: of several adapters, the one that fits each row best; empty if there is only one.
         unreadable: names and errors of the first images that could not be read, of ``num_unreadable``.
     """
 
@@ -113,8 +125,11 @@ class ReportData:
     defects: Sequence[DefectKind] = ()
     curves: Sequence[CurvePair] = ()
     blocks: Sequence[str] = ()
+    map_scale: MapScale | None = None
+    mistakes: Sequence[Picture] = ()
     most_anomalous: Sequence[Picture] = field(default=())
     least_anomalous: Sequence[Picture] = field(default=())
+    best_adapters: Sequence[str] = ()
     unreadable: Sequence[tuple[str, str]] = ()
     num_unreadable: int = 0
 

@@ -25,6 +25,8 @@ _POSITIONS = np.linspace(0, len(_ANCHORS_K3) - 1, _SHADES)
 _RAMP_K3 = np.stack(
     [np.interp(_POSITIONS, np.arange(len(_ANCHORS_K3)), _ANCHORS_K3[:, channel]) for channel in range(3)], -1
 ).astype(np.uint8)
+# The same colours for CSS.
+COLOURS = [f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in _ANCHORS_K3]
 _GAP, _BAR, _LABEL = 8, 14, 46
 # A colour that the ramp does not have.
 _OUTLINE = (45, 212, 255)

@@ -20,11 +20,12 @@ from trajdist.scoring import pictures
 from trajdist.scoring.histogram import ScoreHistogram, plot_bins
 from trajdist.scoring.job import Scoring
 from trajdist.scoring.metrics import PixelScores, curve
-from trajdist.scoring.output import Row, least_anomalous, most_anomalous, read_rows, unreadable
+from trajdist.scoring.output import Placed, Row, least_anomalous, most_anomalous, read_rows, unreadable
 from trajdist.scoring.page import (
     CurvePair,
     DefectKind,
     ImageRow,
+    MapScale,
     Metric,
     Picture,
     ReportData,
@@ -61,8 +62,13 @@ def report(job: Scoring, labels: Labels | None = None) -> None:
     top = most_anomalous(job.out, TABLE_ROWS)
     gallery = top[:GALLERY]
     bottom = calmest_besides(gallery, job.out)
-    scored = _score_again(job, [position for position, _ in (*gallery, *bottom)])
-    gallery, bottom = ([item for item in items if item[0] in scored] for items in (gallery, bottom))
+    wrong = mistakes(job.out, labels.dataset) if labels and np.isfinite(job.thresholds[0]) else []
+    scored = _score_again(job, [position for position, _ in (*gallery, *bottom, *wrong)])
+    several = len(job.scorer.detectors) > 1
+
+    def drawn(items: list[Placed]) -> list[Picture]:
+        return [_picture(job, scored[position], row, labels) for position, row in items if position in scored]
+
     failed, num_failed = unreadable(job.out, UNREADABLE)
     data = ReportData(
         title=f"{RunDir(job.run_dir).path.name}: {job.images_title}",
@@ -76,15 +82,30 @@ def report(job: Scoring, labels: Labels | None = None) -> None:
         defects=_defects(labels.metrics) if labels else (),
         curves=_curves(labels) if labels else (),
         blocks=job.step_names,
-        most_anomalous=[_picture(job, scored[position], row, labels) for position, row in gallery],
-        least_anomalous=[_picture(job, scored[position], row, labels) for position, row in bottom],
+        map_scale=MapScale(*job.map_range, pictures.COLOURS),
+        mistakes=drawn(wrong),
+        most_anomalous=drawn(gallery),
+        least_anomalous=drawn(bottom),
+        best_adapters=[row["best_adapter"] for _, row in top] if several else [],
         unreadable=[(row["image"], row["error"]) for row in failed],
         num_unreadable=num_failed,
     )
     write_report(job.out / "report.html", data)
 
 
-def calmest_besides(gallery: list[tuple[int, Row]], out: Path) -> list[tuple[int, Row]]:
+def mistakes(out: Path, dataset: LabelledFolder) -> list[Placed]:
+    """Missed defects, lowest scores first, and false alarms, highest first: half of a gallery each, if there are."""
+
+    def is_good(position: int) -> bool:
+        return dataset.kind(position) == GOOD
+
+    missed = least_anomalous(out, GALLERY, lambda position, row: not row["is_anomalous"] and not is_good(position))
+    alarms = most_anomalous(out, GALLERY, lambda position, row: row["is_anomalous"] and is_good(position))
+    alarms = alarms[: max(GALLERY // 2, GALLERY - len(missed))]
+    return missed[: GALLERY - len(alarms)] + alarms
+
+
+def calmest_besides(gallery: list[Placed], out: Path) -> list[Placed]:
     """The least anomalous images that are not in ``gallery``, so that no image is shown twice."""
     shown = {position for position, _ in gallery}
     others = [item for item in least_anomalous(out, GALLERY + len(gallery)) if item[0] not in shown]
@@ -94,14 +115,16 @@ def calmest_besides(gallery: list[tuple[int, Row]], out: Path) -> list[tuple[int
 def _summary(job: Scoring) -> dict[str, str | int | float]:
     detector = job.scorer.detectors[0]
     document = bundle.read(RunDir(job.run_dir).trajectory, bundle.TrajectoryDocument)
-    clean = f"{detector.images.count} {'held out' if detector.held_out else 'trained on'}"
+    others = [other.name for other in job.scorer.detectors[1:]]
+    clean = f"{detector.images.count} clean images{'' if detector.held_out else ', also trained on'}"
     return {
         "run": str(job.run_dir),
-        "model": detector.name,
+        **({"adapter": detector.name} if detector.adapted else {"model": "phase 1, without adapter"}),
+        **({"compared with": ", ".join(others)} if others else {}),
         "backbone": document.backbone,
         "grid": f"{document.spatial_resolution} x {document.spatial_resolution}",
         "blocks": len(job.scorer.extractor.backbone.blocks),
-        "clean images": clean,
+        "calibrated on": clean,
     }
 
 
@@ -174,7 +197,9 @@ def _cards(metrics: dict[str, Any]) -> list[Metric]:
 
 def _defects(metrics: dict[str, Any]) -> list[DefectKind]:
     return [
-        DefectKind(kind, values["num_images"], {title: values[key] for key, title in CARDS.items()})
+        DefectKind(
+            kind, values["num_images"], values["num_detected"], {title: values[key] for key, title in CARDS.items()}
+        )
         for kind, values in metrics["defects"].items()
     ]
 
