@@ -164,7 +164,7 @@ def test_a_run_under_way(tmp_path, lines, capsys):
     assert main(["audit", str(run_dir)]) == 0
     printed = capsys.readouterr().out
     assert "status: stopped" in printed
-    assert "phase 2: 1 epochs of 21 images, 2, then 1 processes; not finished: 0 images of epoch 2 so far" in printed
+    assert "phase 2: 1 epoch of 21 images, 2, then 1 process; not finished: 0 images of epoch 2 so far" in printed
 
 
 def test_all_epochs_are_done_and_the_calibration_is_not(tmp_path, lines, capsys):

@@ -7,6 +7,9 @@ import re
 
 LEAST_SPEED = 1e-9
 
+CONFIG_HELP = "a path, or a shipped config: default, imagenet, low_memory, quality, quickstart or debug"
+RUN_HELP = "the folder of a run"
+
 
 def place(text: str) -> str:
     """An output path. An empty one, as from an unset shell variable, would mean the current folder."""

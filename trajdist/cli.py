@@ -88,18 +88,18 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = _add_scoring(commands, "evaluate", "labelled images in MVTec layout -> metrics.json as well", _evaluate)
     evaluate.add_argument("images", metavar="DATASET", help="a folder with test/ and, for pixels, ground_truth/")
     merge = _add(commands, "merge", "adds an adapter to its base's weights, giving a new Phase 1", _merge)
-    merge.add_argument("run_dir", metavar="RUN_DIR")
+    merge.add_argument("run_dir", metavar="RUN_DIR", help=types.RUN_HELP)
     merge.add_argument("--adapter", metavar="DIR", help="(RUN_DIR/phase2/adapter)")
     merge.add_argument("--out", metavar="DIR", type=types.place, required=True, help="a folder that does not exist yet")
     _add_export(commands)
     _add_pack(commands)
     audit = _add(commands, "audit", "proves that each image was seen once per epoch", _audit)
-    audit.add_argument("run_dir", metavar="RUN_DIR")
+    audit.add_argument("run_dir", metavar="RUN_DIR", help=types.RUN_HELP)
     inspect = _add(commands, "inspect", "what is in a run, an adapter, a checkpoint or a safetensors file", _inspect)
-    inspect.add_argument("path", metavar="PATH")
+    inspect.add_argument("path", metavar="PATH", help="a folder or a file of a run")
     config = _add(commands, "config", "the resolved config", _config)
-    config.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="a path, or the name of a shipped config")
-    config.add_argument("overrides", metavar="key=value", nargs="*")
+    config.add_argument("config", metavar="CONFIG.yaml", nargs="?", help=types.CONFIG_HELP)
+    config.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
     config.add_argument("--schema", action="store_true", help="print JSON Schema instead, for editors")
     return parser
 
@@ -113,7 +113,7 @@ def _add(commands: Commands, name: str, text: str, command: Command) -> argparse
 
 def _add_training(commands: Commands, name: str, text: str, phases: list[int]) -> None:
     parser = _add(commands, name, text, _train)
-    parser.add_argument("config", metavar="CONFIG.yaml", help="a path, or the name of a shipped config")
+    parser.add_argument("config", metavar="CONFIG.yaml", help=types.CONFIG_HELP)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
     parser.add_argument("--fresh", action="store_true", help="start over; an old run directory is moved aside")
     parser.add_argument("--profile", action="store_true", help="also trace a few steps, to RUN_DIR/profile")
@@ -122,7 +122,7 @@ def _add_training(commands: Commands, name: str, text: str, phases: list[int]) -
 
 def _add_plan(commands: Commands) -> None:
     plan = _add(commands, "plan", "dry run: memory per process, steps, time, bytes; trains nothing", _plan)
-    plan.add_argument("config", metavar="CONFIG.yaml", help="a path, or the name of a shipped config")
+    plan.add_argument("config", metavar="CONFIG.yaml", help=types.CONFIG_HELP)
     plan.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.add_argument(
@@ -141,7 +141,7 @@ def _add_plan(commands: Commands) -> None:
 
 def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> argparse.ArgumentParser:
     parser = _add(commands, name, text, command)
-    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help=types.RUN_HELP)
     parser.add_argument("--out", metavar="DIR", type=types.place, required=True, help="where everything is written")
     parser.add_argument("--phase", type=int, choices=(1, 2), help="1 for the unadapted model (default: the latest)")
     parser.add_argument(
@@ -161,7 +161,7 @@ def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> 
 
 def _add_export(commands: Commands) -> None:
     export = _add(commands, "export", "one file that needs no trajdist: images in, maps and scores out", _export)
-    export.add_argument("run_dir", metavar="RUN_DIR")
+    export.add_argument("run_dir", metavar="RUN_DIR", help=types.RUN_HELP)
     export.add_argument("--format", choices=("onnx", "torch"), required=True, help="torch is a program of torch.export")
     export.add_argument("--out", metavar="FILE", type=types.place, help="(RUN_DIR/export.onnx or .pt2)")
     export.add_argument("--phase", type=int, choices=(1, 2), help="1 for the unadapted model (default: the latest)")

@@ -24,7 +24,7 @@ from trajdist.planning.budget import FLOAT, Budget, measure_bases, saved_copies
 from trajdist.planning.footprint import Rehearsal, build_modules
 from trajdist.planning.probe import Rates
 from trajdist.runtime.processes import device_type, supported_precision
-from trajdist.runtime.progress import GIB, Cells, format_seconds, phase_table
+from trajdist.runtime.progress import GIB, Cells, counted, format_seconds, phase_table
 from trajdist.sharding import Plan, Selection
 from trajdist.training.selection import draw_selection
 from trajdist.training.session import naming
@@ -329,15 +329,22 @@ _PARTS = {
 }
 
 
+def _workers(plan: dict[str, Any]) -> str:
+    return counted(plan["num_workers"], "worker") if plan["num_workers"] else "no workers"
+
+
 def _part(name: str) -> Callable[[dict[str, Any]], str]:
     return lambda plan: _size(plan["parts"][name])
 
 
 _ROWS: Cells = {
     "images": lambda p: f"{p['images']:,} (and {p['held_out_images']:,} held out)",
-    "processes": lambda p: f"{p['num_processes']} on {p['device']}, {p['precision']}, {p['num_workers']} workers each",
-    "images per step": lambda p: f"{p['global_batch']:,} ({p['micro_batches']} micro-batches)",
-    "steps": lambda p: f"{p['steps']:,} ({p['epochs']:,} epochs x {p['steps_per_epoch']:,})",
+    "processes": lambda p: f"{p['num_processes']} on {p['device']}, {_workers(p)} each",
+    "precision": lambda p: "float32" if p["precision"] == "no" else p["precision"],
+    "images per step": lambda p: (
+        f"{p['global_batch']:,} ({counted(p['micro_batches'], 'micro-batch', 'micro-batches')})"
+    ),
+    "steps": lambda p: f"{p['steps']:,} ({counted(p['epochs'], 'epoch')} x {p['steps_per_epoch']:,})",
     "weights": lambda p: f"{p['parameters']['trainable']:,} trained of {p['parameters']['model']:,}",
     "backbone's weights": lambda p: f"{p['parameters']['backbone']:,}",
     **{f"  {title}": _part(name) for name, title in _PARTS.items()},
@@ -356,5 +363,5 @@ _ROWS: Cells = {
     "all processes": lambda p: _rate(p["images_per_s"]),
     "time per epoch": lambda p: _hours(p["hours_per_epoch"]),
     "time in all": lambda p: _hours(p["hours"]),
-    "bottleneck": lambda p: str(p["bottleneck"]),
+    "bottleneck": lambda p: p["bottleneck"] if p["bottleneck"] in ("decode", "backbone", "model") else "",
 }

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 
 GIB = 2**30
 # A stage without lines of its own prints one after this many seconds where there is no bar.
@@ -54,8 +54,15 @@ class Progress:
         self._first = self._last = (time.monotonic(), done_images)
         self._bar: Bar | None = None
         if console.is_terminal and not console.quiet:
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            self._bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=console)
+            # In a narrow terminal the bar gives way first, then the note is folded; counts and times stay whole.
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(min(40, max(6, console.width - 76))),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[note]}", table_column=Column()),
+                console=console,
+            )
             self._task = self._bar.add_task(title, total=total_images, completed=done_images, note="")
 
     def __enter__(self) -> Progress:
@@ -99,6 +106,11 @@ class Progress:
     def _left(self, images: int) -> str:
         """The time that the rest takes at the mean rate."""
         return format_seconds((self._total - images) / max(self.mean_rate(), 1e-9))
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """``1 shard``, ``2,000 shards``."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -10,6 +10,7 @@ from operator import add
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from trajdist.data.labelled import GOOD, LabelledFolder
@@ -143,16 +144,21 @@ def _measure_kind(images: Curve, pixels: PixelScores) -> dict[str, Any]:
 
 def metrics_table(metrics: dict[str, Any]) -> Table:
     """Overall, per kind of defect and, if several were compared, per adapter."""
-    table = Table(title="metrics", title_justify="left")
+    # Without vertical rules it fits 60 columns; in a narrower terminal names are folded, and numbers stay whole.
+    table = Table(title=_told(metrics), title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
     keys = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
-    for column in ("", "images", *(key.replace("_", " ") for key in keys)):
-        table.add_column(column, justify="right")
+    table.add_column("", overflow="fold")
+    for column in ("found", *(key.replace("_", "\n", 1).replace("_", " ") for key in keys)):
+        table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
 
-    def add(name: str, images: str, values: dict[str, Any]) -> None:
-        table.add_row(name, images, *("-" if values.get(key) is None else f"{values[key]:.3f}" for key in keys))
+    def add(name: str, found: str, values: dict[str, Any]) -> None:
+        table.add_row(name, found, *("-" if values.get(key) is None else f"{values[key]:.3f}" for key in keys))
 
-    for name, values in {"all": metrics, **metrics.get("defects", {})}.items():
-        add(name, str(values.get("num_images", "")), values)
+    kinds = metrics.get("defects", {})
+    detected, count = (sum(kind[key] for kind in kinds.values()) for key in ("num_detected", "num_images"))
+    add("all", f"{detected} of {count}", metrics)
+    for name, values in kinds.items():
+        add(name, f"{values['num_detected']} of {values['num_images']}", values)
     if adapters := metrics.get("adapters", {}):
         table.add_section()
     for name, values in adapters.items():
@@ -160,6 +166,15 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     if metrics and metrics["pixel_auroc"] is None:
         table.caption = "no mask (ground_truth/<defect>/<name>_mask.png) marks a pixel: there are no pixel metrics"
     return table
+
+
+def _told(metrics: dict[str, Any]) -> str:
+    """The decisions in one line."""
+    found = sum(kind["num_detected"] for kind in metrics["defects"].values())
+    alarms = round(metrics["false_alarm_rate"] * metrics["num_good"])
+    failed = f", {metrics['num_unreadable']} unreadable" if metrics["num_unreadable"] else ""
+    defects = metrics["num_images"] - metrics["num_good"]
+    return f"{found} of {defects} defects found, {alarms} false alarms in {metrics['num_good']} good images{failed}"
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -348,8 +348,10 @@ def score_table(job: Scoring) -> Table:
     failed = sum(row["score"] is None for row in read_rows(job.out))
     title = f"{len(job.source)} images, {alarms} anomalous, {failed} unreadable"
     table = Table(title=title, title_justify="left")
-    for column in ("most anomalous", "score", "p-value", ""):
-        table.add_column(column, overflow="fold")
+    table.add_column("most anomalous", overflow="fold")
+    for column in ("score", "p-value"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
     for _, row in most_anomalous(job.out, 10):
         alarm = "anomalous" if row["is_anomalous"] else ""
         table.add_row(on_screen(row["image"]), f"{row['score']:.3f}", f"{row['p_value']:.4f}", alarm)

@@ -21,6 +21,7 @@ from trajdist.config_parsing import parse_config
 from trajdist.data.base import ImageSource, on_screen
 from trajdist.data.sources import open_source
 from trajdist.errors import ArtifactError, UserError
+from trajdist.runtime.progress import counted
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Int64s, Selection, digest
 from trajdist.training.selection import recall_selection
@@ -135,7 +136,9 @@ class PhaseAudit:
         """One line about what was seen."""
         done, position = divmod(self.cursor, self.selection.num_train)
         worlds = ", then ".join(map(str, self.worlds)) or "no"
-        text = f"phase {self.phase}: {done} epochs of {self.selection.num_train:,} images, {worlds} processes"
+        noun = "process" if self.worlds[-1:] == [1] else "processes"
+        size = self.selection.num_train
+        text = f"phase {self.phase}: {counted(done, 'epoch')} of {counted(size, 'image')}, {worlds} {noun}"
         so_far = f"{position:,} images of epoch {done + 1} so far"
         if done >= self.num_epochs:
             so_far = "all its epochs are done, but not the calibration"

@@ -118,7 +118,10 @@ def _inspect_checkpoint(path: Path) -> Iterator[RenderableType]:
     facts: dict[str, Any] = {"hashes": "hold" if problem is None else problem}
     if problem is None:
         shown = ("phase", "step", "cursor", "global_batch", "num_processes", "seconds")
-        facts |= {key: read_object(path / "state.json").get(key) for key in shown}
+        state = read_object(path / "state.json")
+        facts |= {key: state.get(key) for key in shown}
+        if isinstance(facts["seconds"], float):
+            facts["seconds"] = f"{facts['seconds']:.1f}"
     yield _facts(f"checkpoint {path}", facts)
 
 
@@ -128,8 +131,9 @@ def _inspect_safetensors(path: Path) -> Iterator[RenderableType]:
     if document is not None:
         yield _facts(str(path), _document(path, document))
     table = Table(title=_plain(f"tensors of {path}", "table.title"), title_justify="left")
-    for column in ("name", "type", "shape"):
-        table.add_column(column)
+    table.add_column("name", overflow="fold")
+    for column in ("type", "shape"):
+        table.add_column(column, no_wrap=True)
     for name, entry in sorted(header.items()):
         table.add_row(_plain(name), _plain(str(entry["dtype"])), " x ".join(map(str, entry["shape"])) or "scalar")
     yield table

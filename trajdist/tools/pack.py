@@ -26,7 +26,7 @@ from trajdist.data.shard_index import BLOCK, ShardIndex, keep_index, printable, 
 from trajdist.data.storage import version
 from trajdist.errors import ArtifactError, ConfigError, os_errors
 from trajdist.files import read_json, sha256, sync_file, sync_folder, write_bytes, write_json
-from trajdist.runtime.progress import Progress
+from trajdist.runtime.progress import Progress, counted
 from trajdist.tools.preparation import Options, Packed, prepared
 
 TRIAL = 64  # images in the speed comparison
@@ -185,8 +185,8 @@ class Packing:
         total = {key: sum(shard[key] for shard in self.shards) for key in ("bytes", "source_bytes", "renamed")}
         bad = sum(shard["not_decoded"] for shard in self.shards)
         text = (
-            f"{self.done:,} images of {title} are in {len(self.shards)} shards in {str(self.out)!r}: "
-            f"{total['bytes'] / 2**20:.1f} MiB, the files had {total['source_bytes'] / 2**20:.1f} MiB."
+            f"{self.done:,} images of {title} are in {counted(len(self.shards), 'shard')} in {str(self.out)!r}: "
+            f"{total['bytes'] / 2**20:,.2f} MiB, the files had {total['source_bytes'] / 2**20:,.2f} MiB."
         )
         if total["renamed"]:
             text += f" {total['renamed']} names changed, as WebDataset's extensions start at the first dot."

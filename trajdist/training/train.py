@@ -21,7 +21,7 @@ from trajdist.runtime.allocator import trim
 from trajdist.runtime.clock import Clock, sum_gradients
 from trajdist.runtime.memory import reset_peak_memory
 from trajdist.runtime.profiling import nothing, profiling
-from trajdist.runtime.progress import Progress
+from trajdist.runtime.progress import Progress, counted
 from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter, set_aside_above
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import PlaceDraw, Plan, Selection
@@ -320,8 +320,9 @@ def _cursor_of(checkpoint: Checkpoint, plan: Plan, set_name: str) -> int:
 def _announcement(phase: int, plan: Plan, cursor: int, model: nn.Module, world: int) -> str:
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     text = (
-        f"phase {phase}: {plan.num_images:,} images x {plan.num_epochs} epochs, {trained:,} weights, "
-        f"{plan.global_batch} images per step ({world} processes x {plan.slots} x {plan.micro_batches} micro-batches)"
+        f"phase {phase}: {plan.num_images:,} images x {counted(plan.num_epochs, 'epoch')}, {trained:,} weights, "
+        f"{plan.global_batch:,} images per step ({counted(world, 'process', 'processes')} x {plan.slots} images x "
+        f"{counted(plan.micro_batches, 'micro-batch', 'micro-batches')})"
     )
     return text + (f"; resuming after {cursor:,} images" if cursor else "")
 
