@@ -167,6 +167,22 @@ def test_siblings_links_and_second_members_of_a_key(tmp_path, capfd):
     assert len(json.loads((tmp_path / "a.tar.index.json").read_text())["left_out"]) == 3
 
 
+def test_no_private_step_of_tarfile_is_needed(tmp_path, monkeypatch):
+    """Since Python 3.14 tarfile reads a header without ``TarInfo.frombuf``, where a subclass could see it."""
+    frombuf = tarfile.TarInfo.frombuf.__func__
+
+    def fromtarfile(cls, tar):
+        member = frombuf(cls, tar.fileobj.read(512), tar.encoding, tar.errors)
+        member.offset = tar.fileobj.tell() - 512
+        return member._proc_member(tar)
+
+    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(fromtarfile))
+    monkeypatch.setattr(tarfile.TarInfo, "frombuf", None)
+    write_tar(tmp_path / "a.tar", {"0.png": encoded(0), "l" * 200 + ".png": encoded(1)})
+    source = shards(tmp_path)
+    assert np.array_equal(np.asarray(source.load(1, None)), np.asarray(noise(1)))
+
+
 def test_broken_members_are_empty_slots_with_names(tmp_path):
     write_tar(tmp_path / "a.tar", {"0.png": encoded(0), "1.jpg": b"no image", "2.png": b"", "3.png": encoded(3)[:200]})
     source = shards(tmp_path)

@@ -155,9 +155,9 @@ def scan(file: IO[bytes], shard: str, version: Version) -> ShardIndex:
     kind = next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), None)
     if kind:
         raise DataError(f"{shard!r} is compressed ({kind}), which allows no random access: unpack it to a plain tar.")
-    found = _Walk()
+    found = _Walk(file)
     try:
-        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 found.add(tar, member)
                 tar.members = []  # type: ignore[attr-defined]  # Or it keeps them all.
@@ -185,18 +185,6 @@ def _check_end(file: IO[bytes], end: int, shard: str, version: Version) -> None:
             raise DataError(f"{shard!r} continues after its end at byte {end:,}: split the two archives in it.")
 
 
-class _Member(tarfile.TarInfo):
-    """A member that knows the checksum of its header."""
-
-    header: int
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
-        member = super().frombuf(buf, encoding, errors)
-        member.header = zlib.crc32(buf)
-        return member
-
-
 class _Image(NamedTuple):
     name: str
     offset: int
@@ -207,7 +195,8 @@ class _Image(NamedTuple):
 class _Walk:
     """Collects an index while the members are scanned."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
         self._images: dict[str, _Image] = {}
         self._classes: dict[str, str] = {}
         self._left_out: dict[str, str] = {}
@@ -232,11 +221,16 @@ class _Walk:
         elif key in self._images:
             reason = f"its key {key!r} is that of {self._images[key].name!r}"
         if reason is None:
-            assert isinstance(member, _Member)
-            self._images[key] = _Image(printable(member.name), member.offset_data, member.size, member.header)
+            header = zlib.crc32(self._block(member.offset_data - BLOCK))
+            self._images[key] = _Image(printable(member.name), member.offset_data, member.size, header)
         else:
             # The offset keeps duplicates of a name apart, so that each one is reported.
             self._left_out[f"{member.name} at byte {member.offset}"] = reason
+
+    def _block(self, offset: int) -> bytes:
+        # tarfile has no public way to see a block as it reads it; it seeks before the next one.
+        self._file.seek(offset)
+        return self._file.read(BLOCK)
 
     def index(self, version: Version) -> ShardIndex:
         return ShardIndex(
