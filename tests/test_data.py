@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import multiprocessing
 import os
 import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -395,6 +397,19 @@ def test_workers_give_the_same_batches(spoilt):
     assert_same(alone, batches(spoilt, 2, plan))
     assert [int(batch.weights.sum()) + len(batch.failures) for batch in alone] == [4, 2, 4, 2]
     assert_same(alone[2:], batches(spoilt, 0, plan, cursor=6))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are spawned")
+def test_workers_are_forked_whatever_python_does_by_default(spoilt):
+    """As since Python 3.14. Only a forked worker knows what cannot be pickled."""
+    default = multiprocessing.get_start_method()
+    plan = Plan(num_images=4, num_epochs=1, global_batch=4, world=1, batch_size=4)
+    dataset = SlotDataset(spoilt, lambda epoch, positions: positions, 32, "squash")
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert len(list(build_loader(dataset, plan, num_workers=1, pin_memory=False))) == 1
+    finally:
+        multiprocessing.set_start_method(default, force=True)
 
 
 def test_threads_give_the_same_batches(spoilt):

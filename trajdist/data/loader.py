@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar, cast
@@ -178,6 +179,9 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals if num_workers else None,
+        # Since Python 3.14 the default on Linux is forkserver: each worker of each pass would import torch anew, and a
+        # signal to the process group would kill the server.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )
 
 
