@@ -105,7 +105,9 @@ def test_a_key_with_dashes_is_told_how_to_be_written(capsys, words):
         main(["train", "debug", *words])
     assert caught.value.code == 2
     told = capsys.readouterr().err
-    assert f"unrecognized arguments: {' '.join(words)}: write keys of the config as key=value, without the" in told
+    # Newer Pythons take the word after an unknown option for one of the overrides.
+    unknown = "|".join({words[0], " ".join(words)})
+    assert re.search(f"unrecognized arguments: ({unknown}): write keys of the config as key=value, without the", told)
 
 
 @pytest.mark.parametrize(
