@@ -376,6 +376,23 @@ def test_what_contrast_measured_before_phase1_went_on_is_measured_anew(tmp_path,
     assert main(command) == 0
 
 
+def test_the_status_names_the_phase_from_its_first_step(tmp_path, monkeypatch):
+    told, begin_step = [], loop.begin_step
+
+    def begin(job, step):
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        told.append((status["status"], status["phase"], status["step"]))
+        begin_step(job, step)
+
+    monkeypatch.setattr(loop, "begin_step", begin)
+    command = ["debug", PLAIN, f"run_dir={tmp_path / 'run'}"]
+    assert main(["run", *command, "data.imagenet.num_epochs=1", "data.domain.num_epochs=1"]) == 0
+    assert set(told) == {("running", 1, 0), ("running", 2, 0)}
+    told.clear()
+    assert main(["adapt", *command, "data.imagenet.num_epochs=1"]) == 0
+    assert set(told) == {("running", 2, 2)}
+
+
 def test_a_stop_file_that_cannot_be_removed(tmp_path, capsys):
     (tmp_path / "STOP" / "inside").mkdir(parents=True)
     assert main(["train", "debug", PLAIN, f"run_dir={tmp_path}"]) == 4

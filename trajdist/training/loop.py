@@ -86,6 +86,8 @@ def resume_at(job: Job, cursor: int) -> None:
     """Resume at ``cursor``. If the checkpoint is from between an epoch and its validation, validate first."""
     job.started = job.last_saved = time.monotonic()
     job.at.step = job.plan.step_index_at(cursor)
+    if job.processes.is_main:
+        job.rundir.write_status("running", job.phase, job.at.step)
     epochs, position = divmod(cursor, job.plan.num_images)
     if epochs > job.keeper.epoch and position == 0:
         validate_epoch(job, job.plan.step(job.at.step - 1))
