@@ -43,6 +43,11 @@ def test_metrics_are_whole_in_narrow_terminals(width):
     assert "33 of 36 defects found, 3 false alarms in 36 good images, 2 unreadable" in " ".join(shown.split())
 
 
+def test_one_false_alarm():
+    metrics = measured(["scratch"]) | {"false_alarm_rate": 1 / 36, "num_unreadable": 0}
+    assert "11 of 12 defects found, 1 false alarm in 36 good images" in printed(metrics_table(metrics), 200)
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_progress_says_what_is_left_in_narrow_terminals(width):
     console = Console(width=width, force_terminal=True, color_system=None)

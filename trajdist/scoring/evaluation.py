@@ -16,6 +16,7 @@ from rich.table import Table
 from trajdist.data.labelled import GOOD, LabelledFolder
 from trajdist.errors import DataError
 from trajdist.files import write_json
+from trajdist.runtime.progress import counted
 from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.job import Scoring
 from trajdist.scoring.metrics import Curve, PixelScores, bootstrap_interval, curve
@@ -174,7 +175,8 @@ def _told(metrics: dict[str, Any]) -> str:
     alarms = round(metrics["false_alarm_rate"] * metrics["num_good"])
     failed = f", {metrics['num_unreadable']} unreadable" if metrics["num_unreadable"] else ""
     defects = metrics["num_images"] - metrics["num_good"]
-    return f"{found} of {defects} defects found, {alarms} false alarms in {metrics['num_good']} good images{failed}"
+    of_good = f"{counted(alarms, 'false alarm')} in {counted(metrics['num_good'], 'good image')}"
+    return f"{found} of {counted(defects, 'defect')} found, {of_good}{failed}"
 
 
 def _share(part: int, whole: int) -> float | None:
