@@ -6,6 +6,9 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +44,28 @@ def run_torch(path: Path, images: np.ndarray):
 
 
 RUNNERS = {"onnx": run_onnx, "torch": run_torch}
+Exported = Callable[[str, int], tuple[Path, str]]
+
+
+@pytest.fixture(scope="module")
+def exported(debug_run, tmp_path_factory) -> Exported:
+    """The debug run as a file of a kind, made once, and what the command printed."""
+
+    @cache
+    def export_run(kind: str, phase: int) -> tuple[Path, str]:
+        path, printed = tmp_path_factory.mktemp("exported") / f"{kind}.pt2", io.StringIO()
+        with redirect_stdout(printed):
+            assert main(["export", str(debug_run), "--format", kind, "--out", str(path), "--phase", str(phase)]) == 0
+        return path, printed.getvalue()
+
+    return export_run
 
 
 @pytest.mark.parametrize("kind", RUNNERS)
 @pytest.mark.parametrize("phase", [1, 2])
-def test_the_file_gives_what_the_run_gives(debug_run, tmp_path, capsys, kind, phase):
-    path = tmp_path / f"{kind}.pt2"
-    assert main(["export", str(debug_run), "--format", kind, "--out", str(path), "--phase", str(phase)]) == 0
-    assert "scores within" in capsys.readouterr().out
+def test_the_file_gives_what_the_run_gives(debug_run, exported, kind, phase):
+    path, printed = exported(kind, phase)
+    assert "scores within" in printed
     scorer = trajdist.load(debug_run, phase=phase, device="cpu")
     for count in (1, 3, 5):
         images = squares(count, scorer.size)
@@ -71,7 +88,7 @@ def test_the_folder_of_the_file_is_made_and_may_lie_at_home(debug_run, tmp_path,
 
 
 @pytest.mark.parametrize("kind", ["16-bit grey", "on its side"])
-def test_the_example_of_the_page_decodes_as_the_run_does(debug_run, tmp_path, monkeypatch, kind):
+def test_the_example_of_the_page_decodes_as_the_run_does(exported, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     file, exif = io.BytesIO(), Image.Exif()
     if kind == "16-bit grey":
@@ -80,10 +97,10 @@ def test_the_example_of_the_page_decodes_as_the_run_does(debug_run, tmp_path, mo
         exif[ExifTags.Base.Orientation] = 6
         noise(0, 64).save(file, "PNG", exif=exif)
     (tmp_path / "part.jpg").write_bytes(file.getvalue())  # Pillow goes by the contents.
-    assert main(["export", str(debug_run), "--format", "onnx", "--out", "export.onnx"]) == 0
+    path, _ = exported("onnx", 2)
     block = re.search(r"```python\n(.*?)```", (REPOSITORY / "docs" / "export.md").read_text(), re.DOTALL)
     names: dict[str, np.ndarray] = {}
-    exec(block.group(1).replace("runs/mine/export.onnx", "export.onnx"), names)
+    exec(block.group(1).replace("runs/mine/export.onnx", str(path)), names)
     expected = to_square(decode(file.getvalue()), 64, "squash").transpose(2, 0, 1)[None]
     np.testing.assert_array_equal(names["images"], expected)
     assert names["scores"].shape == (1,)

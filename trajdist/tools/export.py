@@ -119,6 +119,7 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
         with _writing(path):
             with suppress(FileExistsError):
                 path.parent.mkdir(parents=True)
+            part.touch()  # Exporting takes long: find out first whether the folder can be written.
             run = writers[kind](module, trial_images(scorer.size, 2), part, json.dumps(document))
         found = _verify(scorer, run, path)
         with _writing(path):
