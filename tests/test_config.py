@@ -15,6 +15,7 @@ from trajdist.config_files import dump_yaml, find_config, load_config
 from trajdist.config_parsing import parse_config
 from trajdist.config_schema import fields, flatten, json_schema
 from trajdist.errors import ConfigError, DataError
+from trajdist.sharding import Selection
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -24,6 +25,13 @@ SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
 def test_shipped_configs_load_by_path_and_by_name(path):
     assert load_config(path) == load_config(path.stem)
     assert find_config(f"{path.stem}.yaml").samefile(path)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_hold_out_enough_of_a_small_domain(path):
+    """The same fraction is held out of both sets: what is plenty of ImageNet may be two images of a domain."""
+    held_out = Selection.draw(300, -1, load_config(path).calibration.holdout_fraction, seed=0, phase=2).num_holdout
+    assert 1 / (held_out + 1) < 0.05, "the rate of false alarms that they support"
 
 
 def test_default_yaml_shows_the_defaults():
