@@ -175,17 +175,32 @@ def assert_moments_of(moments: BlockMoments, batches: list[tuple[torch.Tensor, t
     if len(counted):
         np.testing.assert_allclose(moments.mean_C, counted.mean(0), rtol=1e-6)
         np.testing.assert_allclose(moments.covariance_CC, np.cov(counted.T, bias=True), rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(moments.variance_C, moments.covariance_CC.diagonal())
 
 
-@given(BATCHES)
-def test_moments_are_those_of_numpy(batches):
-    made, moments = rows_for(batches), BlockMoments(5, torch.device("cpu"))
+def moments_in_panels(height: int) -> BlockMoments:
+    """Of five channels, as those of thousands are kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trajdist.extraction.projection.PANEL", height)
+        return BlockMoments(5, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("height", "sizes"), [(2, [4, 8, 5]), (3, [9, 10]), (5, [25]), (512, [25])])
+def test_moments_keep_the_lower_half_in_panels(height, sizes):
+    assert [panel.numel() for panel in moments_in_panels(height).panels] == sizes
+
+
+@given(BATCHES, st.integers(1, 6))
+def test_moments_are_those_of_numpy(batches, height):
+    made, moments = rows_for(batches), moments_in_panels(height)
     for rows, weights in made:
         moments.update(rows, weights)
     assert_moments_of(moments, made)
 
 
-def test_moments_of_several_processes_are_those_of_all_rows():
+@pytest.mark.parametrize("height", [2, 512])
+def test_moments_of_several_processes_are_those_of_all_rows(height):
+    own = [moments_in_panels(height) for _ in range(4)]
     made = rows_for([[1.0, 1.0, 0.0, 1.0], [1.0, 1.0], [0.0], [1.0] * 5])
     barrier, boxes = threading.Barrier(4), [torch.empty(0)] * 4
 
@@ -197,7 +212,7 @@ def test_moments_of_several_processes_are_those_of_all_rows():
             barrier.wait(30)
             return total
 
-        moments = BlockMoments(5, torch.device("cpu"))
+        moments = own[rank]
         moments.update(*made[rank])
         moments.all_reduce(all_reduce)
         return moments
@@ -237,8 +252,9 @@ def test_noise_directions_are_not_blown_up():
     rows = torch.cat([torch.randn(500, 2, generator=generator), torch.zeros(500, 2)], 1)
     moments = BlockMoments(4, torch.device("cpu"))
     moments.update(rows, torch.ones(500))
-    projection = Projection([4], 4)
-    fit_projection(projection, [moments], "pca", seed=0)
+    projection, all_moments = Projection([4], 4), [moments]
+    fit_projection(projection, all_moments, "pca", seed=0)
+    assert not all_moments, "they are let go as they are used"
     assert projection.get_buffer("matrix_0").isfinite().all()
     assert projection.get_buffer("matrix_0").abs().max() < 1e3
     assert projection(0, rows[None])[..., 2:].abs().max() < 1e-2
