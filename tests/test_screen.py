@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from trajdist.argument_types import CONFIG_HELP
 from trajdist.config_files import _config_folders
-from trajdist.planning.plan import _ROWS
+from trajdist.planning.plan import _ROWS, advice
 from trajdist.runtime.progress import Progress, counted
 from trajdist.scoring.evaluation import metrics_table
 from trajdist.tools.inspection import inspect
@@ -73,6 +73,7 @@ def test_a_plan_names_the_precision():
     plan = {"num_processes": 1, "device": "cpu", "precision": "no", "num_workers": 1, "bottleneck": "given"}
     shown = {name: cell(plan) for name, cell in _ROWS.items() if name in ("processes", "precision", "bottleneck")}
     assert shown == {"processes": "1 on cpu, 1 worker each", "precision": "float32", "bottleneck": ""}
+    assert advice("decode", 1, "cpu").startswith("decoding by 1 worker per process is slowest")
 
 
 def test_one_is_not_a_plural():

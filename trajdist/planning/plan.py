@@ -270,7 +270,7 @@ def advice(bottleneck: str, workers: int, device: str) -> str:
     """The bottleneck as a sentence, with a remedy."""
     more = "raise data.num_workers, or shrink the files" if workers else "shrink the files, or ask for more processors"
     return {
-        "decode": f"decoding by {f'{workers} workers per' if workers else 'the'} process is slowest: {more}",
+        "decode": f"decoding by {counted(workers, 'worker') + ' per' if workers else 'the'} process is slowest: {more}",
         "backbone": f"the backbone on the {device} is slowest: more processes, a smaller backbone or data.image_size",
         "model": "the sequence model is slowest: a smaller model.hidden_dim or model.spatial_resolution",
         "given": "the rate was given, not measured",

@@ -35,7 +35,7 @@ class Detector:
         residual: fitted by :meth:`load` or by a calibration.
         cells, images: scores of clean cells and images that were not trained on.
         held_out: False if no images were held out, so that training images had to serve.
-        adapted: whether :func:`load` gave the model an adapter.
+        adapted: whether :func:`trajdist.scoring.scorer.load` gave the model an adapter.
     """
 
     def __init__(self, name: str, model: nn.Module, valid_LD: torch.Tensor, resolution: int) -> None:
