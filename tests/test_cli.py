@@ -378,7 +378,9 @@ def test_inspect_folds_folders_of_many_files(debug_run, tmp_path, capsys):
     assert "phase2/adapter/adapter_config.json" in shown
 
 
-def test_inspect_while_a_run_removes_a_file(debug_run, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("is_there", [True, False])
+def test_inspect_while_a_run_removes_a_file(debug_run, tmp_path, capsys, monkeypatch, is_there):
+    """It is gone after it was looked at, or once it was listed."""
     run_dir = shutil.copytree(debug_run, tmp_path / "run")
     (run_dir / "checkpoints" / "old").write_text("x")
     stat = os.stat
@@ -387,10 +389,10 @@ def test_inspect_while_a_run_removes_a_file(debug_run, tmp_path, capsys, monkeyp
         found = stat(path, **options)
         if str(path).endswith("checkpoints/old"):
             os.unlink(path)
-        return found
+        return found if is_there else stat(path, **options)
 
     monkeypatch.setattr(os, "stat", seen_last)
-    assert "checkpoints/old 1 bytes" in inspected(run_dir, capsys)
+    assert ("checkpoints/old 1 bytes" in inspected(run_dir, capsys)) == is_there
 
 
 @pytest.mark.parametrize(
