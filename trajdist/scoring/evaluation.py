@@ -155,7 +155,7 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     def add(name: str, found: str, values: dict[str, Any]) -> None:
         table.add_row(name, found, *("-" if values.get(key) is None else f"{values[key]:.3f}" for key in keys))
 
-    kinds = metrics.get("defects", {})
+    kinds = metrics["defects"]
     detected, count = (sum(kind[key] for kind in kinds.values()) for key in ("num_detected", "num_images"))
     add("all", f"{detected} of {count}", metrics)
     for name, values in kinds.items():
@@ -164,7 +164,7 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
         table.add_section()
     for name, values in adapters.items():
         add(f"adapter {name}", f"best for {values['num_best']}", values)
-    if metrics and metrics["pixel_auroc"] is None:
+    if metrics["pixel_auroc"] is None:
         table.caption = "no mask (ground_truth/<defect>/<name>_mask.png) marks a pixel: there are no pixel metrics"
     return table
 

@@ -27,7 +27,7 @@ from trajdist.data.sources import PICTURES, SCORED
 from trajdist.errors import ArtifactError, ConfigError, DataError, os_errors
 from trajdist.files import hold, read_object, write_json
 from trajdist.runtime.processes import Processes, to_device
-from trajdist.runtime.progress import Progress
+from trajdist.runtime.progress import Progress, counted
 from trajdist.scoring import pictures, residuals
 from trajdist.scoring.detector import CellScores, Detector
 from trajdist.scoring.job import Scoring
@@ -346,7 +346,7 @@ def score_table(job: Scoring) -> Table:
     """What the main process prints at the end."""
     alarms = sum(bool(row["is_anomalous"]) for row in read_rows(job.out))
     failed = sum(row["score"] is None for row in read_rows(job.out))
-    title = f"{len(job.source)} images, {alarms} anomalous, {failed} unreadable"
+    title = f"{counted(len(job.source), 'image')}, {alarms} anomalous, {failed} unreadable"
     table = Table(title=title, title_justify="left")
     table.add_column("most anomalous", overflow="fold")
     for column in ("score", "p-value"):
