@@ -20,9 +20,11 @@ from jobs import REPOSITORY, Finished, launch
 from trajdist.artifacts import read_document, read_tensors
 from trajdist.cli import main
 from trajdist.config_files import load_config
+from trajdist.errors import ArtifactError
 from trajdist.runtime.clock import STAGES
 from trajdist.saved.bundle import TrajectoryDocument
 from trajdist.saved.rundir import RunDir
+from trajdist.scoring.scorer import load
 from trajdist.training import loop
 from trajdist.training.doctor import smaller
 
@@ -250,6 +252,37 @@ def test_no_pickle_in_a_run_directory(debug_run):
             read_tensors(file)
         else:
             raw.decode("utf-8")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["adapt", "debug", "run_dir={folder}/run", "phase1={long}"],
+        ["train", "debug", "run_dir={folder}/run", "backbone.weights={long}"],
+        ["train", "debug", "run_dir={long}", "--fresh"],
+        ["score", "{long}", "skimage:gravel", "--out", "{folder}/out"],
+        ["score", "{run}", "skimage:gravel", "--adapter", "{long}", "--out", "{folder}/out"],
+        ["merge", "{run}", "--out", "{long}"],
+        ["export", "{run}", "--format", "torch", "--out", "{long}"],
+        ["audit", "{long}"],
+        ["inspect", "{long}"],
+    ],
+    ids=lambda words: " ".join(words[:1] + [word for word in words if "long" in word]),
+)
+def test_a_name_that_the_system_refuses_is_one_sentence(debug_run, tmp_path, capsys, fresh_accelerate, words):
+    """Python's own methods raise, or since Python 3.14 say that it is not there, as in a folder without permission."""
+    long = tmp_path / ("n" * 300)
+    assert main([word.format(folder=tmp_path, long=long, run=debug_run) for word in words]) == 4
+    assert_sentence(capsys.readouterr().err.splitlines(keepends=True)[-1], str(long), "File name too long")
+
+
+def test_an_adapter_out_of_reach_is_not_taken_for_none(debug_run, tmp_path):
+    """Scores of the unadapted model would pass for those of the adapted one."""
+    shutil.copytree(debug_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "phase2")
+    (tmp_path / "run" / "phase2").symlink_to("phase2")
+    with pytest.raises(ArtifactError, match=r"phase2/adapter' cannot be reached \(Too many levels of symbolic links\)"):
+        load(tmp_path / "run")
 
 
 def test_a_second_run_does_nothing(debug_run, tmp_path, capsys, fresh_accelerate):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from trajdist.errors import ArtifactError, one_line
-from trajdist.files import write_bytes
+from trajdist.files import is_file, write_bytes
 
 METADATA_KEY = "trajdist"
 _PIECE = 2**24  # bytes
@@ -100,7 +100,7 @@ def read_document(path: Path) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> ArtifactError:
-    if not path.is_file():
+    if not is_file(path):
         return ArtifactError(f"{str(path)!r} does not exist.")
     if "\ufffd" in os.fsencode(path).decode(errors="replace"):
         return ArtifactError(f"{str(path)!r} is not valid UTF-8, so safetensors cannot open it: rename the folder.")

@@ -8,11 +8,12 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import uuid
 from pathlib import Path
 from typing import Any
 
-from trajdist.errors import ArtifactError
+from trajdist.errors import ArtifactError, os_errors
 
 # Far more than trajdist writes; a malicious file must not fill the memory.
 LARGEST_JSON = 2**26
@@ -21,6 +22,37 @@ LARGEST_JSON = 2**26
 def user_path(path: str | Path) -> Path:
     """A path as the user wrote it, with ``~`` and ``~name`` replaced by home folders; an unknown ``~name`` stays."""
     return Path(os.path.expanduser(path))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder of that name.
+
+    Python's own methods raise where the system does not say, or, since Python 3.14, say no: what is only out of reach
+    would be reported as gone, or made anew.
+
+    Raises:
+        ArtifactError: the system does not say.
+    """
+    return _mode(path) != 0
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a file; see :func:`exists`."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder; see :func:`exists`."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    """The kind and permissions of what has that name; 0 if nothing has."""
+    with os_errors(f"{str(path)!r} cannot be reached", fix="make its folder accessible or name another"):
+        try:
+            return path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have such a name.
+            return 0
 
 
 def write_bytes(path: Path, data: bytes) -> None:

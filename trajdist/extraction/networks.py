@@ -14,7 +14,7 @@ from torch import nn
 from trajdist.artifacts import read_tensors
 from trajdist.errors import ArtifactError, ConfigError, one_line
 from trajdist.extraction.folding import fold_padding
-from trajdist.files import user_path
+from trajdist.files import is_file, user_path
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -161,7 +161,7 @@ def _meant(name: str, known: list[str]) -> str:
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(f"backbone.weights={str(path)!r} is not a file: use DEFAULT, none, or a weight file.")
     if path.suffix == ".safetensors":
         state = read_tensors(path)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from trajdist.artifacts import holds, read_tensors
 from trajdist.errors import ArtifactError, one_line
-from trajdist.files import read_json, sha256, sync_file, sync_folder, write_bytes
+from trajdist.files import exists, is_folder, read_json, sha256, sync_file, sync_folder, write_bytes
 
 Tensors = dict[str, torch.Tensor]
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -97,7 +97,7 @@ class CheckpointWriter:
                 sync_file(temporary / name)
             write_bytes(temporary / "manifest.json", json.dumps(_manifest(temporary), indent=2).encode())
             _check_contents(temporary, checkpoint)
-            if final.exists():
+            if exists(final):
                 shutil.rmtree(final)
             temporary.rename(final)
             sync_folder(self._folder)
@@ -118,7 +118,7 @@ def _copied(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 def _files(folder: Path) -> tuple[str, ...]:
     """The names of the files in a checkpoint that is being written."""
-    return (*FILES, KEPT) if (folder / KEPT).exists() else FILES
+    return (*FILES, KEPT) if exists(folder / KEPT) else FILES
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _check_contents(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
-    if not folder.is_dir():
+    if not is_folder(folder):
         return
     for path in folder.iterdir():
         match = _NAME.fullmatch(path.name)
@@ -177,7 +177,7 @@ def set_aside_above(folder: Path, number: int) -> list[str]:
 def _set_aside(path: Path, why: str = "damaged") -> str:
     """Rename a checkpoint if possible; returns its (new) name."""
     number, aside = 1, path.with_name(f"{why}-{path.name}")
-    while aside.exists():
+    while exists(aside):
         number, aside = number + 1, path.with_name(f"{why}-{path.name}-{number}")
     try:
         path.rename(aside)

@@ -16,7 +16,7 @@ from torch import nn
 from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.config import Config, Lora
 from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
-from trajdist.files import read_json, sync_file, sync_folder, write_json
+from trajdist.files import is_file, read_json, sync_file, sync_folder, write_json
 from trajdist.models.registry import MODELS
 from trajdist.saved.bundle import load_model, untrained_model
 from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
@@ -127,8 +127,8 @@ def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftM
 
 def check_base(folder: Path, base_fingerprint: str) -> None:
     """Refuse an adapter that was trained on another base model, projection or backbone."""
-    if not (folder / ADAPTER_CONFIG).is_file():
-        inside = [path for path in (folder / "adapter", folder / "phase2/adapter") if (path / ADAPTER_CONFIG).is_file()]
+    if not is_file(folder / ADAPTER_CONFIG):
+        inside = [path for path in (folder / "adapter", folder / "phase2/adapter") if is_file(path / ADAPTER_CONFIG)]
         fix = f"name {str(inside[0])!r}" if inside else "name a folder like RUN_DIR/phase2/adapter"
         raise ArtifactError(f"the adapter {str(folder)!r} has no {ADAPTER_CONFIG}: {fix}.")
     document = read_json(folder / ADAPTER_CONFIG)

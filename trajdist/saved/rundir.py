@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trajdist.errors import ArtifactError, os_errors
-from trajdist.files import hold, is_held, read_object, user_path, write_bytes, write_json
+from trajdist.files import exists, hold, is_file, is_held, read_object, user_path, write_bytes, write_json
 
 # Required in every summary of a phase: its readers rely on them.
 FIGURES: tuple[str, ...] = ("images", "failures", "epochs", "steps", "seconds", "images_per_s", "first_loss")
@@ -93,7 +93,7 @@ class RunDir:
     def lost(self, phase: int) -> Path | None:
         """A file of a finished phase that is missing, if any."""
         made = (self.trajectory, self.model) if phase == 1 else (self.adapter / ADAPTER_WEIGHTS,)
-        return next((path for path in (*made, self.calibration(phase)) if not path.is_file()), None)
+        return next((path for path in (*made, self.calibration(phase)) if not is_file(path)), None)
 
     def drop_calibration(self, phase: int) -> None:
         """Remove a phase's calibration as soon as new weights are saved: that of fewer epochs would pass for theirs.
@@ -168,13 +168,13 @@ class RunDir:
         """Truncate the metrics and ledger to their sizes at a checkpoint: the steps after it will be repeated."""
         for file in (self.metrics, self.ledger):
             with _recording(file):
-                if file.exists() and file.stat().st_size > sizes.get(file.name, 0):
+                if exists(file) and file.stat().st_size > sizes.get(file.name, 0):
                     os.truncate(file, sizes.get(file.name, 0))
 
     def drop_torn_line(self, file: Path) -> None:
         """Remove an incomplete last line left by a crash, so that the next record starts on a new line."""
         with _recording(file):
-            whole = file.read_bytes() if file.exists() else b""
+            whole = file.read_bytes() if exists(file) else b""
             if whole and not whole.endswith(b"\n"):
                 os.truncate(file, whole.rfind(b"\n") + 1)
 
@@ -221,7 +221,7 @@ class RunDir:
     def _document(self, name: str) -> dict[str, Any]:
         """The JSON object in a file of this folder; empty if there is no such file."""
         path = self.path / name
-        return read_object(path) if path.exists() else {}
+        return read_object(path) if exists(path) else {}
 
     def lock(self) -> None:
         """Lock the folder until :meth:`unlock` or process exit; no-op on file systems without locks.
@@ -251,7 +251,7 @@ class RunDir:
         Raises:
             ArtifactError: another run is using it, or it cannot be renamed.
         """
-        if not self.path.exists():
+        if not exists(self.path):
             return None
         if not self.path.name:
             raise ArtifactError(
@@ -260,7 +260,7 @@ class RunDir:
             )
         self.lock()
         number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+        while exists(aside := self.path.with_name(f"{self.path.name}.old-{number}")):
             number += 1
         with self._writing("renamed"):
             self.path.rename(aside)

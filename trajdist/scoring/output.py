@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from trajdist.artifacts import fingerprint
-from trajdist.files import write_at
+from trajdist.files import exists, write_at
 from trajdist.scoring.pictures import Floats
 
 Row = dict[str, Any]
@@ -34,7 +34,7 @@ def read_rows(out: Path) -> Iterator[Row]:
 def count_rows(out: Path) -> int:
     """Number of complete lines in scores.jsonl; 0 if there is no such file."""
     rows = out / "scores.jsonl"
-    if not rows.exists():
+    if not exists(rows):
         return 0
     with open(rows, "rb") as handle:
         return sum(line.endswith(b"\n") for line in handle)
@@ -43,7 +43,7 @@ def count_rows(out: Path) -> int:
 def keep_rows(out: Path, count: int) -> None:
     """Truncate scores.jsonl, if it exists, after the first ``count`` lines."""
     rows = out / "scores.jsonl"
-    if rows.exists():
+    if exists(rows):
         with open(rows, "rb") as handle:
             kept = sum(len(line) for line in islice(handle, count))
         os.truncate(rows, kept)

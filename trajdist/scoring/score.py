@@ -25,7 +25,7 @@ from trajdist.data.loader import (
 )
 from trajdist.data.sources import PICTURES, SCORED
 from trajdist.errors import ArtifactError, ConfigError, DataError, os_errors
-from trajdist.files import hold, read_object, write_json
+from trajdist.files import exists, hold, read_object, write_json
 from trajdist.runtime.processes import Processes, to_device
 from trajdist.runtime.progress import Progress, counted
 from trajdist.scoring import pictures, residuals
@@ -303,7 +303,7 @@ def _claim_out(job: Scoring) -> None:
         raise ArtifactError(
             f"--out {str(job.out)!r} is being written by another command: wait for it, or name another."
         )
-    if marker.exists() and (found := read_object(marker)) != identity:
+    if exists(marker) and (found := read_object(marker)) != identity:
         raise ConfigError(f"--out {str(job.out)!r} {_difference(found, identity)}: name another folder.")
     write_json(marker, identity)
 

@@ -21,7 +21,7 @@ from torch import nn
 from trajdist.data.decode import reason, to_square
 from trajdist.errors import ArtifactError, ConfigError, DataError, one_line
 from trajdist.extraction.trajectory import TrajectoryExtractor, full_precision
-from trajdist.files import user_path
+from trajdist.files import is_file, is_folder, user_path
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring import inputs, residuals
@@ -178,7 +178,7 @@ def load(
     if adapter and phase == 1:
         raise ConfigError("phase 1 is the model without an adapter: choose either phase 1 or an adapter.")
     rundir = RunDir(run_dir)
-    if not rundir.trajectory.is_file():
+    if not is_file(rundir.trajectory):
         raise ArtifactError(f"{str(run_dir)!r} has no phase1/trajectory.safetensors: name a run whose Phase 1 is done.")
     extractor = bundle.load_extractor(rundir.trajectory)
     document = bundle.read(rundir.trajectory, bundle.TrajectoryDocument)
@@ -200,7 +200,7 @@ def own_adapters(rundir: RunDir) -> list[Path]:
     Raises:
         ArtifactError: it has several, one per domain.
     """
-    if rundir.adapter.is_dir():
+    if is_folder(rundir.adapter):
         return [rundir.adapter]
     if domains := rundir.domains():
         raise ArtifactError(
@@ -231,7 +231,7 @@ def _made(path: Path, fix: str = GO_ON) -> Path:
     Raises:
         ArtifactError: it is not there.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise ArtifactError(f"{str(path)!r} does not exist: {fix}.")
     return path
 

@@ -21,6 +21,7 @@ from trajdist.config_parsing import parse_config
 from trajdist.data.base import ImageSource, on_screen
 from trajdist.data.sources import open_source
 from trajdist.errors import ArtifactError, UserError
+from trajdist.files import exists, is_file
 from trajdist.runtime.progress import counted
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Int64s, Selection, digest
@@ -169,9 +170,9 @@ def audit(run_dir: str | Path) -> Audit:
         ArtifactError: there is no run, or its files are not what a run writes.
     """
     rundir = RunDir(run_dir)
-    parts = {"": _audit_one(rundir)} if rundir.ledger.is_file() or not rundir.domains() else {}
+    parts = {"": _audit_one(rundir)} if is_file(rundir.ledger) or not rundir.domains() else {}
     # A domain whose training has not begun has no ledger yet.
-    parts |= {f"{path.name}: ": _audit_one(RunDir(path)) for path in rundir.domains() if RunDir(path).ledger.is_file()}
+    parts |= {f"{path.name}: ": _audit_one(RunDir(path)) for path in rundir.domains() if is_file(RunDir(path).ledger)}
     facts, replaced, problems = (
         [f"{name}{line}" for name, part in parts.items() for line in getattr(part, kind)]
         for kind in ("facts", "replaced", "problems")
@@ -185,7 +186,7 @@ def audit(run_dir: str | Path) -> Audit:
 
 def _audit_one(rundir: RunDir) -> Audit:
     """Audit a run without its domains."""
-    missing = next((file.name for file in (rundir.config, rundir.ledger) if not file.is_file()), None)
+    missing = next((file.name for file in (rundir.config, rundir.ledger) if not is_file(file)), None)
     if missing is not None:
         raise ArtifactError(f"{str(rundir.path)!r} has no {missing}: name a run that has begun to train.")
     config = parse_config(read_yaml(rundir.config))
@@ -262,7 +263,7 @@ def _replaced(rundir: RunDir, phases: dict[int, PhaseAudit]) -> Iterator[str]:
 def _bad_images(path: Path, wanted: set[tuple[str, int]]) -> dict[tuple[str, int], str]:
     """Name and reason of those that are wanted, by set and number."""
     found: dict[tuple[str, int], str] = {}
-    for line in _lines(path) if path.exists() else ():
+    for line in _lines(path) if exists(path) else ():
         try:
             record = json.loads(line)
             if (record["set"], record["index"]) in wanted:

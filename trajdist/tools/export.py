@@ -25,7 +25,7 @@ from torch import nn
 
 from trajdist import __version__
 from trajdist.errors import ConfigError, TrainingError, one_line, os_errors
-from trajdist.files import sync_file, sync_folder
+from trajdist.files import is_folder, sync_file, sync_folder
 from trajdist.scoring import residuals
 from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.detector import CellScores, Detector
@@ -104,7 +104,7 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
         ArtifactError: the file cannot be written.
         TrainingError: the network cannot be exported, or the file gives different results.
     """
-    if path.is_dir():
+    if is_folder(path):
         raise ConfigError(f"--out {str(path)!r} is a folder: name a file, such as {str(path / FILES[kind])!r}.")
     scorer.to("cpu")
     detector = scorer.detectors[0]

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from trajdist.artifacts import METADATA_KEY
 from trajdist.errors import ArtifactError
-from trajdist.files import read_object
+from trajdist.files import exists, is_file, read_object
 from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
 
 # The limit of the safetensors format itself.
@@ -32,15 +32,15 @@ def inspect(path: Path) -> Iterator[RenderableType]:
     Raises:
         ArtifactError: it does not exist, is not trajdist's, or is damaged.
     """
-    if not path.exists():
+    if not exists(path):
         raise ArtifactError(f"{str(path)!r} does not exist.")
-    if path.is_file():
+    if is_file(path):
         yield from _inspect_safetensors(path)
-    elif (path / "manifest.json").exists():
+    elif exists(path / "manifest.json"):
         yield from _inspect_checkpoint(path)
-    elif (path / "adapter_config.json").exists():
+    elif exists(path / "adapter_config.json"):
         yield from _inspect_adapter(path)
-    elif (path / "config.yaml").exists():
+    elif exists(path / "config.yaml"):
         yield from _inspect_run(path)
     elif any(path.glob("*.safetensors")):
         for file in sorted(path.glob("*.safetensors")):
@@ -51,11 +51,11 @@ def inspect(path: Path) -> Iterator[RenderableType]:
 
 def _inspect_run(path: Path) -> Iterator[RenderableType]:
     status: dict[str, Any] = {"status": "never started"}
-    if (path / "status.json").exists():
+    if exists(path / "status.json"):
         status = read_object(path / "status.json")
         status |= {"status": RunDir(path).told_status(), "time": _local_time(status.get("time"))}
     yield _facts(f"run {path}", {**status, "files": _listing(path)})
-    if (path / "summary.json").exists():
+    if exists(path / "summary.json"):
         from trajdist.runtime.progress import summary_table
 
         yield summary_table(RunDir(path).read_summary())

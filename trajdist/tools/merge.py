@@ -9,6 +9,7 @@ import yaml
 
 from trajdist.config_files import read_yaml
 from trajdist.errors import ArtifactError, ConfigError, TrainingError, os_errors
+from trajdist.files import exists, is_file
 from trajdist.saved import bundle, lora
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring.detector import Detector
@@ -37,11 +38,11 @@ def merge(run_dir: str | Path, adapter: str | Path | None, out: Path) -> float:
             domains and none was named; or ``out`` cannot be written.
         TrainingError: the merged model gives different scores.
     """
-    if out.exists():
+    if exists(out):
         raise ConfigError(f"--out {str(out)!r} exists: name a folder that does not.")
     source = RunDir(run_dir)
     scorer = load(run_dir, adapter or own_adapters(source) or source.adapter, device="cpu")
-    if not source.config.is_file():
+    if not is_file(source.config):
         # Without one, ``inspect`` would not recognise the merged folder as a run.
         raise ArtifactError(f"{str(source.config)!r} does not exist: copy it from where the run was trained.")
     target = RunDir(out.with_name(f".{out.name}.tmp"))

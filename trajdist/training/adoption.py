@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trajdist.config import SETS, Config
 from trajdist.errors import ArtifactError, ConfigError
-from trajdist.files import user_path, write_bytes
+from trajdist.files import exists, is_file, is_folder, user_path, write_bytes
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.training.session import Session
@@ -22,14 +22,14 @@ def adopt_phase1(session: Session) -> None:
     rundir, chosen = session.rundir, session.config.phase1
     if chosen is not None:
         folder = user_path(chosen)
-        folder = folder / "phase1" if (folder / "phase1").is_dir() else folder
-        if rundir.model.exists():
+        folder = folder / "phase1" if is_folder(folder / "phase1") else folder
+        if exists(rundir.model):
             _check_same_phase1(rundir, chosen, folder / rundir.model.name)
         else:
             _check_no_phase1(rundir, chosen)
             _copy_phase1(folder, rundir, session.config)
-    if not rundir.model.exists() or not rundir.calibration(1).exists():
-        what = "Phase 1 is not finished" if rundir.model.exists() else "there is no Phase 1"
+    if not exists(rundir.model) or not exists(rundir.calibration(1)):
+        what = "Phase 1 is not finished" if exists(rundir.model) else "there is no Phase 1"
         raise ArtifactError(f"{what} in {str(rundir.path)!r}: train it first, or name an older run with phase1=DIR.")
     _check_same_model(session.config, rundir.trajectory, rundir.model)
 
@@ -43,7 +43,7 @@ def _copy_phase1(folder: Path, rundir: RunDir, config: Config) -> None:
     """
     targets = rundir.trajectory, rundir.calibration(1), rundir.model
     for target in targets:
-        if not (folder / target.name).is_file():
+        if not is_file(folder / target.name):
             raise ArtifactError(f"phase1={config.phase1!r} has no {target.name}: name a run whose Phase 1 is done.")
     # Check before copying anything: the user can then correct the config and run the command again.
     _check_same_model(config, folder / rundir.trajectory.name, folder / rundir.model.name)
@@ -57,7 +57,7 @@ def _check_same_phase1(rundir: RunDir, chosen: str, model: Path) -> None:
     Raises:
         ArtifactError: it differs.
     """
-    if model.is_file() and model.read_bytes() != rundir.model.read_bytes():
+    if is_file(model) and model.read_bytes() != rundir.model.read_bytes():
         raise ArtifactError(
             f"{str(rundir.path)!r} has another Phase 1 than phase1={chosen!r}: leave phase1 out to use its own, "
             "or name another run_dir."

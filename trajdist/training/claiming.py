@@ -8,6 +8,7 @@ from trajdist.config import SETS, Config
 from trajdist.config_files import dump_yaml, read_yaml
 from trajdist.config_schema import fields, flatten
 from trajdist.errors import ArtifactError, ConfigError
+from trajdist.files import exists
 from trajdist.runtime.processes import device_type
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
@@ -41,7 +42,7 @@ def reference_world_of(rundir: RunDir) -> int:
 
 def _check_same_config(rundir: RunDir, config: Config) -> None:
     """Refuse changed keys: a run may be resumed with other workers, logs or more epochs, but not another model."""
-    if not rundir.config.exists() or not rundir.has_begun():
+    if not exists(rundir.config) or not rundir.has_begun():
         return
     before, now = flatten(read_yaml(rundir.config)), flatten(config.model_dump(mode="json"))
     for key, default, _, may_change in fields():
@@ -68,7 +69,7 @@ def _have_moved(rundir: RunDir, weights: str) -> bool:
     Raises:
         ConfigError: it is not a file.
     """
-    if weights in ("DEFAULT", "none") or not rundir.trajectory.exists():
+    if weights in ("DEFAULT", "none") or not exists(rundir.trajectory):
         return False
     try:
         bundle.load_extractor(rundir.trajectory, weights)

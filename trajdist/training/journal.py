@@ -16,6 +16,7 @@ import torch
 
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import DataError, TrainingError
+from trajdist.files import exists
 from trajdist.models.losses import Losses
 from trajdist.runtime.processes import Processes
 from trajdist.saved.rundir import RunDir
@@ -130,7 +131,7 @@ class BadImages:
 
 def _names_in(path: Path) -> set[tuple[str, str]]:
     names = set()
-    if path.exists():
+    if exists(path):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)

@@ -18,6 +18,7 @@ from trajdist.errors import StopRequested
 from trajdist.extraction.backbones import Backbone
 from trajdist.extraction.projection import BlockMoments, fit_projection
 from trajdist.extraction.trajectory import TrajectoryExtractor, update_moments
+from trajdist.files import exists
 from trajdist.runtime.allocator import trim
 from trajdist.runtime.clock import Clock
 from trajdist.runtime.progress import Progress
@@ -208,7 +209,7 @@ def contrast_residuals(clean: CleanImages, model: nn.Module, base: str) -> Resid
     detector = clean.detector(path.parent.name, model)
     begun = checkpoint is not None and checkpoint.state["phase"] == clean.selection.phase
     # Before the first checkpoint, Phase 1 may have been trained further since these were measured.
-    if not session.processes.main_knows(lambda: path.exists() and (begun or _is_of(path, base))):
+    if not session.processes.main_knows(lambda: exists(path) and (begun or _is_of(path, base))):
         detector.residual.fit(_residual_moments(clean, detector))
 
         def save() -> None:

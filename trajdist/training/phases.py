@@ -10,6 +10,7 @@ import torch
 from trajdist.config import SETS, Config
 from trajdist.data.base import ImageSource
 from trajdist.errors import ConfigError, StopRequested, TrainingError
+from trajdist.files import exists
 from trajdist.runtime.memory import naming_memory
 from trajdist.runtime.progress import summary_table
 from trajdist.saved import bundle
@@ -157,7 +158,7 @@ def phase1(session: Session, at: Position) -> None:
 def _was_adopted(session: Session) -> bool:
     """Whether Phase 1 was adopted (``phase1=DIR``); a run that trains its own records its images first."""
     rundir = session.rundir
-    adopted = session.processes.main_knows(lambda: rundir.model.exists() and rundir.recall(SETS[1]) is None)
+    adopted = session.processes.main_knows(lambda: exists(rundir.model) and rundir.recall(SETS[1]) is None)
     if adopted:
         session.say("phase 1 was adopted from another run: nothing to train")
     return adopted
