@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis.strategies import none
 
 # Before torch is imported.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -21,12 +22,21 @@ settings.register_profile("trajdist", deadline=None, derandomize=True)
 settings.load_profile("trajdist")
 
 
+@given(none())
+def make_random_numbers(nothing: None) -> None:
+    """Hypothesis makes its random numbers with its first test, and warns where it finds nothing that refers to them.
+
+    Since Python 3.14 it would find nothing after ``gc.freeze``.
+    """
+
+
 @pytest.fixture(scope="module", autouse=True)
 def libraries_are_no_garbage() -> None:
     """Later collections of garbage skip what is alive now, mostly half a million objects of the libraries.
 
     Accelerate collects garbage at the end of every phase, which took a quarter of a small run's time.
     """
+    make_random_numbers()
     gc.collect()
     gc.freeze()
 
