@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import json
 import os
 import re
@@ -274,6 +276,41 @@ def test_a_name_that_the_system_refuses_is_one_sentence(debug_run, tmp_path, cap
     long = tmp_path / ("n" * 300)
     assert main([word.format(folder=tmp_path, long=long, run=debug_run) for word in words]) == 4
     assert_sentence(capsys.readouterr().err.splitlines(keepends=True)[-1], str(long), "File name too long")
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("ledger.jsonl", ["audit", "{run}"]),
+        ("phase1/calibration.safetensors", ["adapt", "debug", "run_dir={folder}/other", "phase1={run}"]),
+        ("checkpoints", ["run", "debug", "run_dir={run}", "runtime.mixed_precision=no"]),
+        ("phase1/model.safetensors", ["score", "{run}", "skimage:gravel", "--out", "{folder}/out"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_file_that_may_not_be_read_is_one_sentence(
+    debug_run, tmp_path, capsys, monkeypatch, fresh_accelerate, file, words
+):
+    """``safetensors`` says of such a file that it does not exist."""
+    shutil.copytree(debug_run, tmp_path / "run")
+    (tmp_path / "run" / "phase2" / "calibration.safetensors").unlink()
+    refused = str(tmp_path / "run" / file)
+    if file == "phase1/model.safetensors":
+        Path(refused).write_bytes(b"")
+
+    def refusing(original):
+        def refuse(path, *args, **options):
+            if str(path) == refused:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), refused)
+            return original(path, *args, **options)
+
+        return refuse
+
+    for holder, name in ((builtins, "open"), (Path, "read_bytes"), (Path, "iterdir")):
+        monkeypatch.setattr(holder, name, refusing(getattr(holder, name)))
+    assert main([word.format(run=tmp_path / "run", folder=tmp_path) for word in words]) == 4
+    told = capsys.readouterr().err.splitlines(keepends=True)[-1]
+    assert_sentence(told, str(tmp_path / "run"), "(Permission denied): make", "readable")
 
 
 def test_an_adapter_out_of_reach_is_not_taken_for_none(debug_run, tmp_path):

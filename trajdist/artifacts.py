@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from trajdist.errors import ArtifactError, one_line
+from trajdist.errors import ArtifactError, one_line, os_errors
 from trajdist.files import is_file, write_bytes
 
 METADATA_KEY = "trajdist"
@@ -102,6 +102,9 @@ def read_document(path: Path) -> Any:
 def _damaged(path: Path, error: Exception) -> ArtifactError:
     if not is_file(path):
         return ArtifactError(f"{str(path)!r} does not exist.")
+    # safetensors calls a file missing that it may not read.
+    with os_errors(f"{str(path)!r} cannot be read", fix="make it readable"), open(path, "rb"):
+        pass
     if "\ufffd" in os.fsencode(path).decode(errors="replace"):
         return ArtifactError(f"{str(path)!r} is not valid UTF-8, so safetensors cannot open it: rename the folder.")
     reason = one_line(error)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trajdist.artifacts import holds, read_tensors
-from trajdist.errors import ArtifactError, one_line
+from trajdist.errors import ArtifactError, one_line, os_errors
 from trajdist.files import exists, is_folder, read_json, sha256, sync_file, sync_folder, write_bytes
 
 Tensors = dict[str, torch.Tensor]
@@ -146,7 +146,9 @@ def _check_contents(folder: Path, checkpoint: Checkpoint) -> None:
 def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
     if not is_folder(folder):
         return
-    for path in folder.iterdir():
+    with os_errors(f"{str(folder)!r} cannot be listed", fix="make it readable"):
+        paths = list(folder.iterdir())
+    for path in paths:
         match = _NAME.fullmatch(path.name)
         if match:
             yield int(match[1]), path

@@ -20,7 +20,7 @@ from trajdist.config_files import read_yaml
 from trajdist.config_parsing import parse_config
 from trajdist.data.base import ImageSource, on_screen
 from trajdist.data.sources import open_source
-from trajdist.errors import ArtifactError, UserError
+from trajdist.errors import ArtifactError, UserError, os_errors
 from trajdist.files import exists, is_file
 from trajdist.runtime.progress import counted
 from trajdist.saved.rundir import RunDir
@@ -238,7 +238,7 @@ def _names_of_set(rundir: RunDir, config: Config, phase: int) -> Callable[[int],
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as handle:
+    with os_errors(f"{str(path)!r} cannot be read", fix="make it readable"), open(path, "rb") as handle:
         while line := handle.readline(LARGEST_LINE):
             yield line
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trajdist.config import SETS, Config
-from trajdist.errors import ArtifactError, ConfigError
+from trajdist.errors import ArtifactError, ConfigError, os_errors
 from trajdist.files import exists, is_file, is_folder, user_path, write_bytes
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
@@ -47,8 +47,9 @@ def _copy_phase1(folder: Path, rundir: RunDir, config: Config) -> None:
             raise ArtifactError(f"phase1={config.phase1!r} has no {target.name}: name a run whose Phase 1 is done.")
     # Check before copying anything: the user can then correct the config and run the command again.
     _check_same_model(config, folder / rundir.trajectory.name, folder / rundir.model.name)
-    for target in targets:
-        write_bytes(target, (folder / target.name).read_bytes())
+    with os_errors(f"phase1={config.phase1!r} cannot be read", fix="make its files readable"):
+        for target in targets:
+            write_bytes(target, (folder / target.name).read_bytes())
 
 
 def _check_same_phase1(rundir: RunDir, chosen: str, model: Path) -> None:
