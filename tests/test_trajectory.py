@@ -427,6 +427,7 @@ def test_a_compiler_that_rounds_elsewhere_is_trusted_in_half_precision_alone(bac
         compiled(outlier)(IMAGES)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_few_batch_sizes_are_compiled_and_the_others_run(shallow, monkeypatch):
     """More graphs than the limit of torch's compiler, and more sizes than are worth a graph."""
     compile, traced = torch.compile, []
