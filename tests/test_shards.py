@@ -450,7 +450,7 @@ def run_at_one_three_and_two_processes(path, run_dir, *overrides: str) -> None:
     command += ["data.imagenet.batch_size=2", "data.num_workers=1"]
     for world in (1, 3):
         stop_after_lines(start([*command, "data.imagenet.num_epochs=500"], world), run_dir, 5)
-    epochs = int(audit(run_dir).facts[0].split(" epochs")[0].split(": ")[1])
+    epochs = int(audit(run_dir).facts[0].split(" epoch")[0].split(": ")[1])
     last = launch([*command, f"data.imagenet.num_epochs={epochs + 2}"], 2)
     assert last.returncode == 0, last.stderr
     found = audit(run_dir)
