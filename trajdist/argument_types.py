@@ -1,4 +1,7 @@
-"""Types of command-line options, for argparse. All raise ArgumentTypeError or ValueError on invalid text."""
+"""Arguments of the command line: what several commands take, and types of options.
+
+The types raise ArgumentTypeError or ValueError on invalid text.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,12 @@ LEAST_SPEED = 1e-9
 
 CONFIG_HELP = "a path, or a shipped config: default, imagenet, low_memory, quality, quickstart or debug"
 RUN_HELP = "the folder of a run"
+
+
+def add_config(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """Add a config file and ``key=value`` overrides to what a command takes."""
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs=nargs, help=CONFIG_HELP)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
 
 
 def place(text: str) -> str:

@@ -98,8 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = _add(commands, "inspect", "what is in a run, an adapter, a checkpoint or a safetensors file", _inspect)
     inspect.add_argument("path", metavar="PATH", help="a folder or a file of a run")
     config = _add(commands, "config", "the resolved config", _config)
-    config.add_argument("config", metavar="CONFIG.yaml", nargs="?", help=types.CONFIG_HELP)
-    config.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
+    types.add_config(config, nargs="?")
     config.add_argument("--schema", action="store_true", help="print JSON Schema instead, for editors")
     return parser
 
@@ -113,8 +112,7 @@ def _add(commands: Commands, name: str, text: str, command: Command) -> argparse
 
 def _add_training(commands: Commands, name: str, text: str, phases: list[int]) -> None:
     parser = _add(commands, name, text, _train)
-    parser.add_argument("config", metavar="CONFIG.yaml", help=types.CONFIG_HELP)
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
+    types.add_config(parser)
     parser.add_argument("--fresh", action="store_true", help="start over; an old run directory is moved aside")
     parser.add_argument("--profile", action="store_true", help="also trace a few steps, to RUN_DIR/profile")
     parser.set_defaults(phases=phases)
@@ -122,8 +120,7 @@ def _add_training(commands: Commands, name: str, text: str, phases: list[int]) -
 
 def _add_plan(commands: Commands) -> None:
     plan = _add(commands, "plan", "dry run: memory per process, steps, time, bytes; trains nothing", _plan)
-    plan.add_argument("config", metavar="CONFIG.yaml", help=types.CONFIG_HELP)
-    plan.add_argument("overrides", metavar="key=value", nargs="*", help="such as data.imagenet.batch_size=64")
+    types.add_config(plan)
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.add_argument(
         "--memory", type=types.size, metavar="SIZE", help="such as 80GiB: find the largest batch that fits"

@@ -1,4 +1,4 @@
-"""Guards what commands print: an error in writing to stdout becomes one sentence, wherever it occurs."""
+"""What commands print: an error in writing to stdout becomes one sentence, and no stage is silent for long."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from trajdist.errors import ArtifactError, one_line
+
+# Where there is no bar, a stage without lines of its own prints one after this many seconds.
+LINE_EVERY_S = 60.0
 
 
 class ReaderGone(SystemExit):

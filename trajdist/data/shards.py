@@ -26,13 +26,12 @@ from trajdist.data import storage
 from trajdist.data.base import EXTENSIONS, EncodedSource, Names, numbered, on_screen, version_of
 from trajdist.data.shard_cache import GIB, ShardCache
 from trajdist.data.shard_index import BLOCK, ShardIndex, load_index
-from trajdist.data.storage import Access, Version
+from trajdist.data.storage import THREADS, Access, Version
 from trajdist.errors import DataError, UserError
 from trajdist.files import user_path
+from trajdist.screen import LINE_EVERY_S
 
-THREADS = 16
 SHOWN = 5
-TELL_EVERY_S = 60.0
 T = TypeVar("T")
 
 
@@ -217,7 +216,7 @@ def _shown_while_loading(loading: Iterable[T], total: int) -> Iterable[T]:
 def _telling(loading: Iterable[T], title: str, total: int) -> Iterator[T]:
     told = time.monotonic()
     for count, item in enumerate(loading, start=1):
-        if time.monotonic() - told > TELL_EVERY_S:
+        if time.monotonic() - told > LINE_EVERY_S:
             told = time.monotonic()
             print(f"trajdist: {title}: {count:,}/{total:,}", file=sys.stderr, flush=True)
         yield item

@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from trajdist import launcher
 from trajdist.data.base import EXTENSIONS, OTHER_PICTURES, EncodedSource, ImageSource, Names, numbered, version_of
-from trajdist.data.storage import Access, expand, has_pattern, is_url, read_bytes, refusal, retrying
+from trajdist.data.storage import THREADS, Access, expand, has_pattern, is_url, read_bytes, refusal, retrying
 from trajdist.errors import DataError
 from trajdist.files import user_path
 
-# Threads that ask for the sizes and times of files, and files that each of them asks for in a row.
-THREADS, PART = 16, 1000
+# Files whose sizes and times a thread asks for in a row.
+PART = 1000
 # In a scoring's output folder: the file that identifies it, and the folder of its pictures.
 SCORED, PICTURES = "scoring.json", "maps"
 

@@ -28,6 +28,8 @@ LASTING_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidati
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
 PIECE = 2**23  # bytes per download request
 OPEN_FILES = 16
+# Requests at a time: network file systems and object stores take long to answer each.
+THREADS = 16
 LONGEST_PAUSE_S = 30.0
 LOCAL_TAG = "mtime:"
 MOST_SHARDS = 1_000_000

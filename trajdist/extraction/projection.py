@@ -6,7 +6,6 @@ Shape suffixes: B images, P places, C channels of a step, L steps, D channels of
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -80,11 +79,8 @@ class BlockMoments:
         kind = torch.float32 if device.type == "mps" else torch.float64
         self.count = torch.zeros((), dtype=kind, device=device)
         self.mean_C = torch.zeros(channels, dtype=kind, device=device)
-        stops = [*range(PANEL, channels, PANEL), channels]
-        heights = [min(PANEL, channels), *(stop - before for before, stop in pairwise(stops))]
-        self.panels = [
-            torch.zeros(height, stop, dtype=kind, device=device) for height, stop in zip(heights, stops, strict=True)
-        ]
+        spans = ((start, min(start + PANEL, channels)) for start in range(0, channels, PANEL))
+        self.panels = [torch.zeros(stop - start, stop, dtype=kind, device=device) for start, stop in spans]
 
     def update(self, rows_NC: torch.Tensor, weights_N: torch.Tensor) -> None:
         """Add float32 rows ``[N, C]``. Weights ``[N]`` are 0 or 1; a row of weight 0 does not count."""

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Column, Table
 
+from trajdist.screen import LINE_EVERY_S
+
 GIB = 2**30
-# A stage without lines of its own prints one after this many seconds where there is no bar.
-LINE_EVERY_S = 60.0
 
 
 def make_console(is_main: bool, bars: bool = True) -> Console:

@@ -146,7 +146,10 @@ def _measure_kind(images: Curve, pixels: PixelScores) -> dict[str, Any]:
 def metrics_table(metrics: dict[str, Any]) -> Table:
     """Overall, per kind of defect and, if several were compared, per adapter."""
     # Without vertical rules it fits 60 columns; in a narrower terminal names are folded, and numbers stay whole.
-    table = Table(title=_told(metrics), title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
+    kinds = metrics["defects"]
+    detected, count = (sum(kind[key] for kind in kinds.values()) for key in ("num_detected", "num_images"))
+    title = _told(metrics, detected, count)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
     keys = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
     table.add_column("", overflow="fold")
     for column in ("found", *(key.replace("_", "\n", 1).replace("_", " ") for key in keys)):
@@ -155,8 +158,6 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     def add(name: str, found: str, values: dict[str, Any]) -> None:
         table.add_row(name, found, *("-" if values.get(key) is None else f"{values[key]:.3f}" for key in keys))
 
-    kinds = metrics["defects"]
-    detected, count = (sum(kind[key] for kind in kinds.values()) for key in ("num_detected", "num_images"))
     add("all", f"{detected} of {count}", metrics)
     for name, values in kinds.items():
         add(name, f"{values['num_detected']} of {values['num_images']}", values)
@@ -169,14 +170,12 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     return table
 
 
-def _told(metrics: dict[str, Any]) -> str:
-    """The decisions in one line."""
-    found = sum(kind["num_detected"] for kind in metrics["defects"].values())
+def _told(metrics: dict[str, Any], detected: int, count: int) -> str:
+    """The decisions in one line: ``detected`` of ``count`` defects, and the false alarms."""
     alarms = round(metrics["false_alarm_rate"] * metrics["num_good"])
     failed = f", {metrics['num_unreadable']} unreadable" if metrics["num_unreadable"] else ""
-    defects = metrics["num_images"] - metrics["num_good"]
     of_good = f"{counted(alarms, 'false alarm')} in {counted(metrics['num_good'], 'good image')}"
-    return f"{found} of {counted(defects, 'defect')} found, {of_good}{failed}"
+    return f"{detected} of {counted(count, 'defect')} found, {of_good}{failed}"
 
 
 def _share(part: int, whole: int) -> float | None:
