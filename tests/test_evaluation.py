@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from images import noise, write_images
-from jobs import launch
+from jobs import launch, start
 from PIL import Image
 from safetensors.numpy import load_file
 from scipy import ndimage
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
+import trajdist.scoring.score
 from trajdist.cli import main
 from trajdist.data.defects import write_labelled
 from trajdist.data.sources import open_source
+from trajdist.errors import ArtifactError
+from trajdist.scoring.metrics import PixelScores
+from trajdist.scoring.output import MapsFile
 from trajdist.scoring.report import GALLERY
 
 KEYS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
@@ -268,23 +274,122 @@ def test_two_processes_measure_what_one_does(debug_run, dataset, measured, tmp_p
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("kept", [24, 13, 0])
-def test_an_evaluation_starts_over(debug_run, dataset, measured, tmp_path, fresh_accelerate, kept):
-    """Pixels were only counted in memory: none may be missing or count twice."""
+@pytest.fixture
+def scored_again(monkeypatch) -> list[int]:
+    """Positions of the images that are scored, those of the report apart."""
+    positions, score_batch = [], trajdist.scoring.score.score_batch
+
+    def recorded(job, batch, places):
+        positions.extend(places)
+        return score_batch(job, batch, places)
+
+    monkeypatch.setattr(trajdist.scoring.score, "score_batch", recorded)
+    return positions
+
+
+@pytest.mark.parametrize(("kept", "done"), [(24, 24), (13, 7), (0, 0)])
+def test_an_evaluation_goes_on(debug_run, dataset, measured, tmp_path, scored_again, fresh_accelerate, kept, done):
+    """After the last whole step of 7; the pixels of all images count, and once."""
     out = Path(shutil.copytree(measured, tmp_path / "out"))
-    rows = (out / "scores.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "scores.jsonl").write_bytes(b"".join(rows[:kept]))
+    rows = (out / "scores.jsonl").read_bytes()
+    (out / "scores.jsonl").write_bytes(b"".join(rows.splitlines(keepends=True)[:kept]))
     (out / "metrics.json").unlink()
     assert evaluate(debug_run, dataset, out) == 0
-    assert read_metrics(out) == read_metrics(measured)
-    assert len(read_rows(out)) == 2 * CROPS
+    assert scored_again == list(range(done, 24))
+    assert (out / "scores.jsonl").read_bytes() == rows
+    assert (out / "metrics.json").read_bytes() == (measured / "metrics.json").read_bytes()
+
+
+def test_an_evaluation_that_is_stopped_at_its_masks_goes_on(
+    debug_run, dataset, measured, tmp_path, monkeypatch, scored_again, fresh_accelerate
+):
+    out, counted, update = tmp_path / "out", [], PixelScores.update
+
+    def interrupted(scores: PixelScores, *images: Any) -> None:
+        counted.append(images)
+        if len(counted) == 10:
+            raise KeyboardInterrupt
+        update(scores, *images)
+
+    monkeypatch.setattr(PixelScores, "update", interrupted)
+    assert evaluate(debug_run, dataset, out) == 130
+    assert scored_again == list(range(24))
+    assert not (out / "metrics.json").exists()
+    assert evaluate(debug_run, dataset, out) == 0
+    assert scored_again == list(range(24)), "none twice"
+    assert (out / "metrics.json").read_bytes() == (measured / "metrics.json").read_bytes()
+
+
+def test_an_evaluation_that_was_killed_goes_on_with_other_processes(debug_run, dataset, measured, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = [*OPTIONS, "--batch-size", "1"]
+    job = start(["evaluate", debug_run, dataset, "--out", out, *options], num_processes=2)
+    rows, deadline = out / "scores.jsonl", time.monotonic() + 60
+    while not rows.exists() or b"\n" not in rows.read_bytes():
+        assert time.monotonic() < deadline
+        assert job.process.poll() is None
+        time.sleep(0.002)
+    job.kill()
+    job.end()
+    assert not (out / "metrics.json").exists()
+    begun = rows.read_bytes()[: rows.read_bytes().index(b"\n")]
+    assert evaluate(debug_run, dataset, out, "--batch-size", "1") == 0
+    assert "images are scored already: resuming" in capsys.readouterr().out
+    assert rows.read_bytes().startswith(begun)
+    assert_same_metrics(read_metrics(out), read_metrics(measured))
+
+
+def test_masks_that_were_changed_since(debug_run, copied, tmp_path, scored_again, fresh_accelerate):
+    """The images are not scored again, and the masks are those of now."""
+    out, mask = tmp_path / "out", copied / "ground_truth" / "stain" / "002_mask.png"
+    assert evaluate(debug_run, copied, out) == 0
+    before = read_metrics(out)
+    with Image.open(mask) as marked:
+        turned = marked.transpose(Image.Transpose.ROTATE_180)
+    turned.save(mask)
+    del scored_again[:]
+    assert evaluate(debug_run, copied, out) == 0
+    assert scored_again == []
+    after = read_metrics(out)
+    assert after["pixel_auroc"] != before["pixel_auroc"]
+    assert after["image_auroc"] == before["image_auroc"]
+    assert_like_sklearn(after, "pixel", masks_of(out, copied).ravel(), pixel_maps(out).ravel())
+
+
+def test_images_that_can_be_read_again_are_measured(debug_run, copied, tmp_path, fresh_accelerate):
+    """As after an outage of the disk."""
+    image, out = copied / "test" / "stain" / "002.png", tmp_path / "out"
+    sound = image.read_bytes()
+    for content in (bytes(len(sound)), sound):
+        image.write_bytes(content)
+        os.utime(image, (0, 0))  # Files of the same size and age are the same ones.
+        assert evaluate(debug_run, copied, out) == 0
+    assert read_metrics(out)["num_unreadable"] == 0
+    assert_like_sklearn(read_metrics(out), "pixel", masks_of(out, copied).ravel(), pixel_maps(out).ravel())
+
+
+def test_maps_that_another_machine_does_not_see(tmp_path):
+    maps = MapsFile(tmp_path / "maps.safetensors", 3, 4)
+    with pytest.raises(ArtifactError, match=r"maps.safetensors' cannot be read \(No such file or directory\): let all"):
+        maps.read(0, 2)
+    (tmp_path / "maps.safetensors").write_bytes(bytes(200))
+    with pytest.raises(ArtifactError, match=r"cannot be read \(it is too short\): let all machines see"):
+        maps.read(0, 2)
 
 
 def test_scored_before_it_was_evaluated(debug_run, dataset, measured, tmp_path, fresh_accelerate):
+    """Scored anew: the names in the rows are others."""
     command = ["score", str(debug_run), str(dataset / "test"), "--out", str(tmp_path / "out"), *OPTIONS]
     assert main(command) == 0
-    code = evaluate(debug_run, dataset, tmp_path / "out")
-    assert code == 2 or read_metrics(tmp_path / "out") == read_metrics(measured)
+    assert evaluate(debug_run, dataset, tmp_path / "out") == 0
+    for name in ("metrics.json", "scores.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (measured / name).read_bytes()
+
+
+def test_an_output_folder_of_another_evaluation(debug_run, copied, measured, tmp_path, capsys, fresh_accelerate):
+    out = Path(shutil.copytree(measured, tmp_path / "out"))
+    assert evaluate(debug_run, copied, out) == 2
+    assert "holds the scores of images of the same names in another folder" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------- defective sets

@@ -1,28 +1,32 @@
 """``trajdist evaluate``: labelled images in MVTec layout -> the numbers that papers report.
 
-Pixel scores go into histograms as they come; memory does not grow with the images.
+The images are scored as by ``trajdist score``. Then the saved maps are compared with the masks: pixel scores go into
+histograms, so memory does not grow with the images.
 """
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
+import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from trajdist.data.labelled import GOOD, LabelledFolder
+from trajdist.data.loader import in_threads
 from trajdist.errors import DataError
 from trajdist.files import write_json
-from trajdist.runtime.progress import counted
+from trajdist.runtime.progress import Progress, counted
 from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.job import Scoring
-from trajdist.scoring.metrics import Curve, PixelScores, bootstrap_interval, curve
+from trajdist.scoring.metrics import Curve, Mask, PixelScores, bootstrap_interval, curve
 from trajdist.scoring.output import read_rows
 from trajdist.scoring.report import Labels, defect_scores, report
-from trajdist.scoring.score import Scored, map_of, score
+from trajdist.scoring.score import map_of, score
+from trajdist.sharding import Slots
 
 
 def evaluate(job: Scoring, dataset: LabelledFolder) -> dict[str, Any]:
@@ -34,19 +38,37 @@ def evaluate(job: Scoring, dataset: LabelledFolder) -> dict[str, Any]:
     Raises:
         DataError: a mask cannot be read, or no good image could be scored.
     """
-    size, fit = job.scorer.size, job.scorer.fit
-    pixels = {kind: PixelScores() for kind in dataset.kinds}
-
-    def count_pixels(image: Scored) -> None:
-        mask_SS = dataset.mask(image.position, size, fit)
-        pixels[dataset.kind(image.position)].update(torch.from_numpy(map_of(job, image))[None], mask_SS[None])
-
-    score(job, visit=count_pixels)
-    for scores in pixels.values():
-        scores.all_reduce(job.processes.sum_from_host)
+    score(job)
+    pixels = count_pixels(job, dataset)
     metrics: dict[str, Any] = {}
     job.processes.main_does(lambda: metrics.update(_conclude(job, dataset, pixels)))
     return metrics
+
+
+def count_pixels(job: Scoring, dataset: LabelledFolder) -> dict[str, PixelScores]:
+    """Pixel scores by kind, over all processes, from the saved maps: a resumed scoring has not seen all images."""
+    pixels = {kind: PixelScores() for kind in dataset.kinds}
+
+    def mask_of(position: int) -> Mask:
+        return dataset.mask(position, job.scorer.size, job.scorer.fit)
+
+    def add_share(slots: Slots) -> None:
+        maps_BHW = job.maps.read(slots.start, slots.stop)
+        read = [slot for slot, cells_HW in enumerate(maps_BHW) if not np.isnan(cells_HW).all()]
+        masks = in_threads(mask_of, [slots.start + slot for slot in read], job.drawing_threads)
+        for slot, mask_SS in zip(read, masks, strict=True):
+            map_SS = torch.from_numpy(map_of(job, maps_BHW[slot]))
+            pixels[dataset.kind(slots.start + slot)].update(map_SS[None], mask_SS[None])
+
+    plan = job.plan(len(dataset))
+    with Progress(job.console, "evaluating", plan.num_images) as progress:
+        for step in plan.steps():
+            slots = plan.micro_batch(step, 0, job.processes.rank)
+            job.processes.all_do(partial(add_share, slots))
+            progress.advance(step.stop)
+    for scores in pixels.values():
+        scores.all_reduce(job.processes.sum_from_host)
+    return pixels
 
 
 def _conclude(job: Scoring, dataset: LabelledFolder, pixels: dict[str, PixelScores]) -> dict[str, Any]:

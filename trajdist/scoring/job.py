@@ -26,6 +26,7 @@ from trajdist.runtime.processes import Processes, start_accelerator
 from trajdist.runtime.progress import make_console
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring.detector import Detector
+from trajdist.scoring.output import MapsFile
 from trajdist.scoring.scorer import Scorer, load
 from trajdist.sharding import Int64s, Plan, picked
 
@@ -82,6 +83,13 @@ class Scoring:
     def drawing_threads(self) -> int:
         return min(MOST_READERS, processors() // self.processes.local_world)
 
+    def plan(self, num_images: int) -> Plan:
+        """The steps in which the processes walk through that many images."""
+        world = self.processes.world
+        # A few images get a smaller batch, so that no time goes into empty slots.
+        batch_size = min(self.options.batch_size, -(-num_images // world))
+        return Plan(num_images, 1, world * batch_size, world, batch_size)
+
     @cached_property
     def map_range(self) -> tuple[float, float]:
         """The scores that overlays show darkest and brightest.
@@ -91,6 +99,11 @@ class Scoring:
         cells = self.scorer.detectors[0].cells
         low, middle = (cells.threshold(max(rate, 1 / (cells.count + 1))) for rate in (0.1, 0.001))
         return low, 2 * middle - low
+
+    @cached_property
+    def maps(self) -> MapsFile:
+        """The file with the raw maps of all images."""
+        return MapsFile(self.out / "maps.safetensors", len(self.source), self.scorer.extractor.resolution)
 
     @property
     def step_names(self) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from trajdist.artifacts import fingerprint
+from trajdist.errors import os_errors
 from trajdist.files import exists, write_at
 from trajdist.scoring.pictures import Floats
 
@@ -99,6 +100,8 @@ def picture_name(image: str) -> str:
 class MapsFile:
     """``maps.safetensors``: one float32 tensor ``maps`` ``[N, H, W]``, filled in place, NaN where an image failed.
 
+    One process writes, between :meth:`open` and :meth:`close`; all may read.
+
     Attributes:
         is_there: whether there is an earlier process's file to continue.
     """
@@ -131,6 +134,20 @@ class MapsFile:
         for position, cells_HW in maps:
             whole_HW = np.ascontiguousarray(failed_HW if cells_HW is None else cells_HW, np.float32)
             write_at(self._descriptor, whole_HW.data, len(self._prefix) + position * whole_HW.nbytes)
+
+    def read(self, start: int, stop: int) -> Floats:
+        """The maps at positions ``[start, stop)``, float32 ``[B, H, W]``.
+
+        Raises:
+            ArtifactError: the file cannot be read, or has become shorter.
+        """
+        side, fix = self._shape[1], "let all machines see the same folder, and run the same command again"
+        with os_errors(f"{str(self._path)!r} cannot be read", fix=fix), open(self._path, "rb") as handle:
+            handle.seek(len(self._prefix) + start * side**2 * 4)
+            maps = np.fromfile(handle, np.float32, (stop - start) * side**2)
+            if len(maps) < (stop - start) * side**2:
+                raise OSError("it is too short")
+        return maps.reshape(-1, side, side)
 
     def close(self) -> None:
         if self._descriptor is not None:

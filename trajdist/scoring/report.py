@@ -134,7 +134,7 @@ def _image_row(position: int, row: Row, labels: Labels | None) -> ImageRow:
 
 
 def _picture(job: Scoring, scored: Scored, row: Row, labels: Labels | None) -> Picture:
-    overlay = pictures.overlay(scored.pixels_SS3, map_of(job, scored), *job.map_range)
+    overlay = pictures.overlay(scored.pixels_SS3, map_of(job, scored.cells_HW), *job.map_range)
     if labels:
         mask_SS = labels.dataset.mask(scored.position, job.scorer.size, job.scorer.fit)
         overlay = pictures.outline(overlay, mask_SS)

@@ -26,13 +26,12 @@ from trajdist.data.loader import (
 from trajdist.data.sources import PICTURES, SCORED
 from trajdist.errors import ArtifactError, ConfigError, DataError, os_errors
 from trajdist.files import exists, hold, read_object, write_json
-from trajdist.runtime.processes import Processes, to_device
+from trajdist.runtime.processes import to_device
 from trajdist.runtime.progress import Progress, counted
 from trajdist.scoring import pictures, residuals
 from trajdist.scoring.detector import CellScores, Detector
 from trajdist.scoring.job import Scoring
 from trajdist.scoring.output import (
-    MapsFile,
     Row,
     count_rows,
     failed_positions,
@@ -43,11 +42,10 @@ from trajdist.scoring.output import (
     replace_rows,
     unreadable,
 )
-from trajdist.sharding import Int64s, Plan
+from trajdist.sharding import Int64s
 
 # Number of unreadable images named on the screen; scores.jsonl has all.
 SHOWN = 5
-Visit = Callable[["Scored"], None]
 # Position in the input order, row, and raw map unless the image failed.
 Numbered = tuple[int, Row, pictures.Floats | None]
 Keep = Callable[[list[Numbered]], None]
@@ -71,55 +69,42 @@ class Scored:
     energies_L: pictures.Floats
 
 
-def score(job: Scoring, visit: Visit | None = None) -> None:
-    """Score all images of the source; every process of the job calls it.
-
-    Args:
-        visit: called with each image on the process that scored it; such a scoring starts over instead of resuming.
+def score(job: Scoring) -> None:
+    """Score all images of the source that an earlier command has not scored; every process of the job calls it.
 
     Raises:
         ArtifactError: the output folder cannot be written.
         ConfigError: the output folder holds the scores of something else.
     """
     num_images = len(job.source)
-    maps = MapsFile(job.out / "maps.safetensors", num_images, job.scorer.extractor.resolution)
 
     def prepare() -> tuple[int, list[int]]:
         with _writing(job.out):
-            return _prepare_out(job, maps, resumable=visit is None)
+            return _prepare_out(job)
 
     done, failed = job.processes.main_knows(prepare)
     if done < num_images:
-        _walk(job, np.arange(num_images), done, lambda rows: _append(job, maps, rows), visit)
+        _walk(job, np.arange(num_images), done, partial(_append, job))
     if failed:
-        _try_again(job, failed, maps)
-    maps.close()
+        _try_again(job, failed)
+    job.maps.close()
     job.processes.wait()
 
 
-def _plan(job: Scoring, num_images: int) -> Plan:
-    world = job.processes.world
-    # A few images get a smaller batch, so that no time goes into empty slots.
-    batch_size = min(job.options.batch_size, -(-num_images // world))
-    return Plan(num_images, 1, world * batch_size, world, batch_size)
-
-
-def _walk(job: Scoring, order: Int64s, cursor: int, keep: Keep, visit: Visit | None = None) -> None:
+def _walk(job: Scoring, order: Int64s, cursor: int, keep: Keep) -> None:
     """Score the images at these positions in batches; the main process keeps each step's rows, in input order."""
-    plan = _plan(job, len(order))
+    plan = job.plan(len(order))
     with Progress(job.console, "scoring", plan.num_images, cursor) as progress:
         for step, batch in zip(plan.steps(cursor), job.loader_of(plan, cursor, order), strict=True):
             slots = plan.micro_batch(step, 0, job.processes.rank)
             scored = list(score_batch(job, batch, order[slots.start : slots.stop].tolist()))
             _draw_all(job, scored)
-            if visit is not None:
-                _visit_all(job.processes, visit, scored)
             rows = sorted(job.processes.gather(_rows(job, scored, batch)), key=lambda row: row[0])
             job.processes.main_does(partial(keep, rows))
             progress.advance(step.stop)
 
 
-def _try_again(job: Scoring, failed: list[int], maps: MapsFile) -> None:
+def _try_again(job: Scoring, failed: list[int]) -> None:
     """Score the images that an earlier command could not read, and replace the rows of those that can be read now."""
     found: dict[int, Row] = {}
 
@@ -127,7 +112,7 @@ def _try_again(job: Scoring, failed: list[int], maps: MapsFile) -> None:
         read = [row for row in rows if row[2] is not None]
         found.update({position: row for position, row, _ in read})
         with _writing(job.out):
-            maps.write([(position, cells_HW) for position, _, cells_HW in read])
+            job.maps.write([(position, cells_HW) for position, _, cells_HW in read])
 
     def replace() -> None:
         if found:
@@ -148,14 +133,6 @@ def _draw_all(job: Scoring, scored: list[Scored]) -> None:
             in_threads(lambda image: _draw(job, image), scored, job.drawing_threads)
 
     job.processes.all_do(draw_each)
-
-
-def _visit_all(processes: Processes, visit: Visit, scored: list[Scored]) -> None:
-    def visit_each() -> None:
-        for image in scored:
-            visit(image)
-
-    processes.all_do(visit_each)
 
 
 def score_batch(job: Scoring, batch: ImageBatch, positions: Sequence[int]) -> Iterator[Scored]:
@@ -213,9 +190,9 @@ def _explanation(job: Scoring, energies_L: pictures.Floats, hottest: int) -> Row
     return {"hottest": [hottest // side, hottest % side], "blocks": blocks}
 
 
-def map_of(job: Scoring, image: Scored) -> pictures.Floats:
+def map_of(job: Scoring, cells_HW: pictures.Floats) -> pictures.Floats:
     """The upsampled map at the size of the image, ``[S, S]``."""
-    return residuals.upsample(torch.from_numpy(image.cells_HW)[None], job.scorer.size)[0].numpy()
+    return residuals.upsample(torch.from_numpy(cells_HW)[None], job.scorer.size)[0].numpy()
 
 
 def _draw(job: Scoring, image: Scored) -> None:
@@ -224,7 +201,7 @@ def _draw(job: Scoring, image: Scored) -> None:
     if wanted == "none" or (wanted == "anomalous" and not image.row["is_anomalous"]):
         return
     stem = picture_name(image.row["image"])
-    panel = pictures.panel(image.pixels_SS3, map_of(job, image), *job.map_range)
+    panel = pictures.panel(image.pixels_SS3, map_of(job, image.cells_HW), *job.map_range)
     (job.out / PICTURES / f"{stem}.png").write_bytes(pictures.png(panel))
     if job.options.explain:
         profile = pictures.profile(np.sqrt(image.energies_L), job.step_names)  # As in the report.
@@ -237,10 +214,10 @@ def _rows(job: Scoring, scored: list[Scored], batch: ImageBatch) -> list[Numbere
     return found + [(number, _failed_row(job, number, why), None) for number, why in batch.failures]
 
 
-def _append(job: Scoring, maps: MapsFile, rows: list[Numbered]) -> None:
+def _append(job: Scoring, rows: list[Numbered]) -> None:
     """Append a step's rows, given in input order, and fill in their maps."""
     with _writing(job.out), open(job.out / "scores.jsonl", "a", encoding="utf-8") as handle:
-        maps.write([(position, cells_HW) for position, _, cells_HW in rows])
+        job.maps.write([(position, cells_HW) for position, _, cells_HW in rows])
         handle.writelines(json.dumps(row) + "\n" for _, row, _ in rows)
 
 
@@ -268,24 +245,28 @@ def _identity(job: Scoring) -> dict[str, Any]:
     }
 
 
-def _prepare_out(job: Scoring, maps: MapsFile, resumable: bool) -> tuple[int, list[int]]:
+def _prepare_out(job: Scoring) -> tuple[int, list[int]]:
     """Bring the output folder to its state after the last whole step.
 
     Returns:
         The number of images done by then, and the positions of the unreadable ones among them.
     """
     _claim_out(job)
-    done, plan = 0, _plan(job, len(job.source))
-    if resumable and maps.is_there:
-        rows = count_rows(job.out)
+    done, plan = 0, job.plan(len(job.source))
+    if job.maps.is_there and (rows := count_rows(job.out)) and _has_same_names(job):
         done = plan.num_images if rows >= plan.num_images else rows - rows % plan.global_batch
     keep_rows(job.out, done)
-    maps.open()
+    job.maps.open()
     failed = failed_positions(job.out) if done else []
     if done:
         again = f", and {len(failed)} unreadable ones are tried again" if failed else ""
         job.console.print(f"{done - len(failed)} images are scored already{again}: resuming")
     return done, failed
+
+
+def _has_same_names(job: Scoring) -> bool:
+    """Not if ``score`` scored the folder ``test`` of what ``evaluate`` measures, or the other way round."""
+    return next(read_rows(job.out))["image"] == job.source.name(0)
 
 
 def _claim_out(job: Scoring) -> None:
