@@ -14,6 +14,7 @@ import torch
 from trajdist.errors import ConfigError
 from trajdist.runtime.processes import Processes, precision, start_accelerator, supported_precision
 from trajdist.runtime.stopping import StopFlag
+from trajdist.screen import ReaderGone
 
 
 class OneOfTwo(Processes):
@@ -29,14 +30,20 @@ class OneOfTwo(Processes):
         return self._said.get(timeout=30)
 
 
-def come_after(processes: Processes, order: list[str], failure: Exception | None) -> None:
-    with processes.main_first():
+def come_after(processes: Processes, order: list[str], failure: BaseException | None) -> None:
+    def make() -> str:
         if failure and processes.is_main:
             raise failure
         order.append("main" if processes.is_main else "other")
+        return order[-1]
+
+    assert processes.main_first(make) == ("main" if processes.is_main else "other")
 
 
-@pytest.mark.parametrize(("failure", "code"), [(None, 0), (ConfigError("no weights"), 2), (OSError("gone"), 1)])
+FAILURES = [(None, 0), (ConfigError("no weights"), 2), (OSError("gone"), 1), (ReaderGone(), 1)]
+
+
+@pytest.mark.parametrize(("failure", "code"), FAILURES)
 def test_the_others_follow_the_main_process_or_end_with_it(failure, code):
     said, order = Queue(), []
     with ThreadPoolExecutor(2) as threads:
@@ -71,7 +78,7 @@ def test_fp16_is_not_for_cpus(monkeypatch):
     assert (supported_precision("auto", "cpu"), supported_precision("auto", "cuda")) == ("no", "fp16")
 
 
-def ask(processes: Processes, failure: Exception | None) -> int:
+def ask(processes: Processes, failure: BaseException | None) -> int:
     def question() -> int:
         assert processes.is_main, "the others may be told what was there before"
         if failure:
@@ -81,7 +88,7 @@ def ask(processes: Processes, failure: Exception | None) -> int:
     return processes.main_knows(question)
 
 
-@pytest.mark.parametrize(("failure", "code"), [(None, 0), (ConfigError("no weights"), 2)])
+@pytest.mark.parametrize(("failure", "code"), FAILURES)
 def test_what_the_main_process_knows_all_know(failure, code):
     said = Queue()
     with ThreadPoolExecutor(2) as threads:
@@ -92,6 +99,45 @@ def test_what_the_main_process_knows_all_know(failure, code):
         assert main.exception() is failure
         assert isinstance(other.exception(), SystemExit)
         assert other.exception().code == code
+
+
+def test_an_interrupted_process_tells_nobody():
+    """It is to end at once, and the others may not answer."""
+    said = Queue()
+    with pytest.raises(KeyboardInterrupt):
+        ask(OneOfTwo(True, said), KeyboardInterrupt())
+    assert said.empty()
+
+
+def test_an_error_is_told_although_the_others_are_gone():
+    alone = OneOfTwo(True, Queue())
+
+    def broadcast(item):
+        raise RuntimeError("connection reset by peer")
+
+    alone.broadcast = broadcast
+    with pytest.raises(ConfigError, match="no weights"):
+        ask(alone, ConfigError("no weights"))
+    with pytest.raises(RuntimeError, match="connection reset"):
+        ask(alone, None)
+
+
+@pytest.mark.parametrize(("failure", "code"), FAILURES)
+def test_what_ends_one_process_ends_all(failure, code):
+    def work() -> None:
+        if failure:
+            raise failure
+
+    def end_of(process: Processes, work, others_code: int) -> BaseException | None:
+        process.gather = lambda codes: [*codes, others_code]
+        try:
+            process.all_do(work)
+        except BaseException as error:
+            return error
+
+    assert end_of(OneOfTwo(True, Queue()), work, 0) is failure
+    end = end_of(OneOfTwo(False, Queue()), lambda: None, code)
+    assert (end.code if failure else 0) == code
 
 
 def test_the_end_of_a_worker_is_no_request_to_end(tmp_path):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from accelerate.utils import (
 )
 
 from trajdist import launcher
-from trajdist.errors import ConfigError, TrainingError, UserError, one_line
+from trajdist.errors import ConfigError, TrainingError, one_line
 from trajdist.runtime.allocator import keep_freed_memory
 
 Batch = TypeVar("Batch")
@@ -154,8 +153,7 @@ class Processes:
         On a network file system, another machine may see the folder's old contents for half a minute.
 
         Raises:
-            UserError: on the main process, if the question does.
-            SystemExit: with its exit code, on the others.
+            Exception, SystemExit: as :meth:`main_does`.
         """
         answers: list[Answer] = []
         self.main_does(lambda: answers.append(question()))
@@ -163,41 +161,49 @@ class Processes:
         return answer
 
     def main_does(self, work: Callable[[], None]) -> None:
-        """The main process does ``work`` while the others wait; a user error ends all of them and is reported once.
+        """The main process does ``work`` while the others wait; an error there ends all of them.
 
         Raises:
-            UserError: on the main process.
+            Exception: on the main process, whatever ``work`` raises; it alone reports it.
             SystemExit: with its exit code, on the others.
         """
-        failure: UserError | None = None
-        if self.is_main:
-            try:
-                work()
-            except UserError as error:
-                failure = error
-        code = self.broadcast(failure.exit_code if failure else 0)
-        if failure:
-            raise failure
-        if code:
-            raise SystemExit(code)
+        self._end_together(work if self.is_main else lambda: None, self.broadcast)
+
+    def main_first(self, make: Callable[[], Answer]) -> Answer:
+        """What each process makes for itself, the main process before the others: they find what it downloaded.
+
+        Raises:
+            Exception, SystemExit: as :meth:`main_does`, if it fails on the main process.
+        """
+        made: list[Answer] = []
+        self.main_does(lambda: made.append(make()))
+        return made[0] if self.is_main else make()
 
     def all_do(self, work: Callable[[], None]) -> None:
-        """Every process does ``work``; a user error on any of them ends all. The failing process reports it.
+        """Every process does ``work``; an error on any of them ends all.
 
         Raises:
-            UserError: on the process where it happened.
+            Exception: on the process where it happened, which reports it.
             SystemExit: with its exit code, on the others.
         """
-        failure: UserError | None = None
+        self._end_together(work, lambda code: max(self.gather([code])))
+
+    def _end_together(self, work: Callable[[], None], agree: Callable[[int], int]) -> None:
+        """Do ``work``; end if it fails, here or on a process whose exit code ``agree`` returns in exchange for ours."""
+        failure: Exception | SystemExit | None = None
         try:
             work()
-        except UserError as error:
+        except (Exception, SystemExit) as error:  # An interrupt ends this process at once, without the others.
             failure = error
-        codes = self.gather([failure.exit_code] if failure else [])
-        if failure:
-            raise failure
-        if codes:
-            raise SystemExit(codes[0])
+        code = getattr(failure, "exit_code", 1) if failure else 0
+        try:
+            code = agree(code)
+        finally:
+            # Even if the others can no longer be told: it is why this process ends.
+            if failure:
+                raise failure
+        if code:
+            raise SystemExit(code)
 
     def wait(self) -> None:
         """Wait for all processes."""
@@ -211,28 +217,6 @@ class Processes:
         if self.world > 1 and torch.distributed.is_initialized():
             self.wait()
             torch.distributed.destroy_process_group()
-
-    @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Run the block on the main process before the others, so they find what it downloaded.
-
-        Raises:
-            SystemExit: on the others, with the main process's exit code, if the block fails there.
-        """
-        if self.is_main:
-            code = 1
-            try:
-                yield
-                code = 0
-            except UserError as error:
-                code = error.exit_code
-                raise
-            finally:
-                self.broadcast(code)
-        else:
-            if code := self.broadcast(None):
-                raise SystemExit(code)
-            yield
 
 
 def open_store() -> Any:

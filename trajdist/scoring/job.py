@@ -164,8 +164,8 @@ def _check_same_images(source: ImageSource, title: str, processes: Processes) ->
 
 def _load(run_dir: str, options: Options, processes: Processes) -> Scorer:
     """Load on the main process first: the others find what it downloaded, and exit if it fails."""
-    with processes.main_first():
-        return load(run_dir, list(options.adapters) or None, options.phase, str(processes.device))
+    adapters = list(options.adapters) or None
+    return processes.main_first(lambda: load(run_dir, adapters, options.phase, str(processes.device)))
 
 
 def supported_rate(detector: Detector) -> float:

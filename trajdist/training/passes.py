@@ -92,8 +92,7 @@ def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtra
 
 def _make_projection(session: Session, selection: Selection) -> Backbone:
     """Measure the statistics, fit the projection to them and save it; returns the backbone."""
-    with session.processes.main_first():
-        extractor = bundle.new_extractor(session.config)
+    extractor = session.processes.main_first(lambda: bundle.new_extractor(session.config))
     _move(session, extractor)
     clean = CleanImages(session, selection, extractor)
     moments = measure(clean)
@@ -116,8 +115,8 @@ def load_extractor(session: Session) -> TrajectoryExtractor:
         ConfigError: ``backbone.compile`` is set and there is no compiler.
     """
     if session.extractor is None:
-        with session.processes.main_first():
-            extractor = bundle.load_extractor(session.rundir.trajectory, session.config.backbone.weights)
+        path, weights = session.rundir.trajectory, session.config.backbone.weights
+        extractor = session.processes.main_first(lambda: bundle.load_extractor(path, weights))
         session.extractor = _ready(session, extractor)
     return session.extractor
 
