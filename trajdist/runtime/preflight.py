@@ -11,8 +11,6 @@ import json
 import os
 import platform
 import socket
-import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -30,6 +28,7 @@ from trajdist.config_schema import flatten
 from trajdist.data.base import ImageSource
 from trajdist.errors import ConfigError, TrainingError, one_line
 from trajdist.runtime.processes import Processes, device_type, named, precision
+from trajdist.runtime.watchdog import answer_within, end_at_once
 
 # Listing a large folder takes seconds if it is cached, and minutes if it is not.
 ARRIVAL_S = 600.0
@@ -311,25 +310,20 @@ def _check_sum(processes: Processes, found: float | RuntimeError) -> None:
 
 
 def _sum_in_time(processes: Processes) -> float | RuntimeError:
-    """The sum, or its error, from a thread with a deadline: NCCL cannot be interrupted while it connects."""
-    found: list[float | RuntimeError] = []
+    """The sum, or its error; ends the process after :data:`SUM_S` seconds."""
 
-    def work() -> None:
+    def attempt() -> float | RuntimeError:
         try:
-            found.append(_sum(processes))
+            return _sum(processes)
         except RuntimeError as error:
-            found.append(error)
+            return error
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(SUM_S)
-    if found:
-        return found[0]
-    backend = torch.distributed.get_backend()
-    sentence = f"the first sum over {backend} did not end within {SUM_S:g} seconds: {NETWORK}."
-    print(f"trajdist: [process {processes.rank}] {sentence}", file=sys.stderr, flush=True)
-    # A thread that is blocked in network code cannot be ended in any other way.
-    os._exit(TrainingError.exit_code)
+    found = answer_within(SUM_S, attempt)
+    if found is None:
+        backend = torch.distributed.get_backend()
+        sentence = f"the first sum over {backend} did not end within {SUM_S:g} seconds: {NETWORK}."
+        end_at_once(processes.rank, sentence)
+    return found
 
 
 def _sum(processes: Processes) -> float:

@@ -7,12 +7,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import torch
 
 from trajdist import launcher
 from trajdist.errors import StopRequested, TrainingError
-from trajdist.runtime.processes import Processes, named, open_store
+from trajdist.runtime.processes import Answer, Processes, named, open_store
 from trajdist.runtime.stopping import StopFlag
 
 INTERVAL_S = 1.0
@@ -117,22 +118,13 @@ class Watchdog:
 
     def _end(self, reason: str) -> None:
         why = f"{reason}: {GO_ON}."
-        print(f"trajdist: [process {self._processes.rank}] {why}", file=sys.stderr, flush=True)
-        # A thread that is blocked in network or file system code cannot be ended in any other way.
-        try:
-            self._on_end(why)
-        finally:
-            os._exit(TrainingError.exit_code)
+        end_at_once(self._processes.rank, why, lambda: self._on_end(why))
 
     def _who_is_missing(self) -> tuple[str, bool]:
         """Whom this process waits for, and whether there is no sign of life from there."""
         if self._store is None:
             return "the training made no progress", False
-        answers: list[tuple[str, bool]] = []
-        asking = threading.Thread(target=lambda: answers.append(self._compare()), daemon=True)
-        asking.start()
-        asking.join(ANSWER_S)
-        return answers[0] if answers else ("the machine of process 0 did not answer", True)
+        return answer_within(ANSWER_S, self._compare) or ("the machine of process 0 did not answer", True)
 
     def _compare(self) -> tuple[str, bool]:
         before = self._signs()
@@ -154,3 +146,22 @@ class Watchdog:
                 ticks, beats = self._store.get(f"alive/{rank}").split()
                 return int(ticks), int(beats)
         return 0, 0
+
+
+def answer_within(seconds: float, question: Callable[[], Answer]) -> Answer | None:
+    """The answer from a thread of its own, as network code cannot be interrupted; None if it takes too long."""
+    answers: list[Answer] = []
+    thread = threading.Thread(target=lambda: answers.append(question()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
+
+
+def end_at_once(rank: int, sentence: str, last: Callable[[], None] = lambda: None) -> NoReturn:
+    """Print why, do what is left to do, and end the process, whatever its threads are doing."""
+    print(f"trajdist: [process {rank}] {sentence}", file=sys.stderr, flush=True)
+    try:
+        last()
+    finally:
+        # A thread that is blocked in network or file system code cannot be ended in any other way.
+        os._exit(TrainingError.exit_code)
