@@ -25,47 +25,17 @@ class RunDir:
 
     def __init__(self, path: str | Path) -> None:
         self.path = user_path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.bad_images = self.path / "bad_images.jsonl"
+        self.ledger = self.path / "ledger.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.stop_file = self.path / "STOP"
+        self.model = self.path / "phase1" / "model.safetensors"
+        self.trajectory = self.path / "phase1" / "trajectory.safetensors"
+        self.adapter = self.path / "phase2" / "adapter"
+        self.contrast = self.path / "phase2" / "contrast.safetensors"
         self._lock: int | None = None
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def bad_images(self) -> Path:
-        return self.path / "bad_images.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def stop_file(self) -> Path:
-        return self.path / "STOP"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "phase1" / "model.safetensors"
-
-    @property
-    def trajectory(self) -> Path:
-        return self.path / "phase1" / "trajectory.safetensors"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "phase2" / "adapter"
-
-    @property
-    def contrast(self) -> Path:
-        return self.path / "phase2" / "contrast.safetensors"
 
     def is_at(self, path: str) -> bool:
         """Whether ``path`` is this folder, or the folder of its Phase 1."""
