@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from trajdist.argument_types import CONFIG_HELP
 from trajdist.config_files import _config_folders
 from trajdist.planning.plan import _ROWS, advice
-from trajdist.runtime.progress import Progress, counted
+from trajdist.runtime.progress import Progress
 from trajdist.scoring.evaluation import metrics_table
+from trajdist.tables import counted
 from trajdist.tools.inspection import inspect
 
 KEYS = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from trajdist import __version__, launcher
-from trajdist import argument_types as types
+from trajdist.argument_types import RUN_HELP, add_config, place, positive, quality, rate, size, speed
 from trajdist.errors import StopRequested, UserError
 from trajdist.files import user_path
 from trajdist.screen import guarded_stdout
@@ -88,17 +88,17 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = _add_scoring(commands, "evaluate", "labelled images in MVTec layout -> metrics.json as well", _evaluate)
     evaluate.add_argument("images", metavar="DATASET", help="a folder with test/ and, for pixels, ground_truth/")
     merge = _add(commands, "merge", "adds an adapter to its base's weights, giving a new Phase 1", _merge)
-    merge.add_argument("run_dir", metavar="RUN_DIR", help=types.RUN_HELP)
+    merge.add_argument("run_dir", metavar="RUN_DIR", help=RUN_HELP)
     merge.add_argument("--adapter", metavar="DIR", help="(RUN_DIR/phase2/adapter)")
-    merge.add_argument("--out", metavar="DIR", type=types.place, required=True, help="a folder that does not exist yet")
+    merge.add_argument("--out", metavar="DIR", type=place, required=True, help="a folder that does not exist yet")
     _add_export(commands)
     _add_pack(commands)
     audit = _add(commands, "audit", "proves that each image was seen once per epoch", _audit)
-    audit.add_argument("run_dir", metavar="RUN_DIR", help=types.RUN_HELP)
+    audit.add_argument("run_dir", metavar="RUN_DIR", help=RUN_HELP)
     inspect = _add(commands, "inspect", "what is in a run, an adapter, a checkpoint or a safetensors file", _inspect)
     inspect.add_argument("path", metavar="PATH", help="a folder or a file of a run")
     config = _add(commands, "config", "the resolved config", _config)
-    types.add_config(config, nargs="?")
+    add_config(config, nargs="?")
     config.add_argument("--schema", action="store_true", help="print JSON Schema instead, for editors")
     return parser
 
@@ -112,7 +112,7 @@ def _add(commands: Commands, name: str, text: str, command: Command) -> argparse
 
 def _add_training(commands: Commands, name: str, text: str, phases: list[int]) -> None:
     parser = _add(commands, name, text, _train)
-    types.add_config(parser)
+    add_config(parser)
     parser.add_argument("--fresh", action="store_true", help="start over; an old run directory is moved aside")
     parser.add_argument("--profile", action="store_true", help="also trace a few steps, to RUN_DIR/profile")
     parser.set_defaults(phases=phases)
@@ -120,17 +120,15 @@ def _add_training(commands: Commands, name: str, text: str, phases: list[int]) -
 
 def _add_plan(commands: Commands) -> None:
     plan = _add(commands, "plan", "dry run: memory per process, steps, time, bytes; trains nothing", _plan)
-    types.add_config(plan)
+    add_config(plan)
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    plan.add_argument("--memory", type=size, metavar="SIZE", help="such as 80GiB: find the largest batch that fits")
     plan.add_argument(
-        "--memory", type=types.size, metavar="SIZE", help="such as 80GiB: find the largest batch that fits"
-    )
-    plan.add_argument(
-        "--processes", type=types.positive, metavar="N", help="of the whole job (default: the launcher's, or 1)"
+        "--processes", type=positive, metavar="N", help="of the whole job (default: the launcher's, or 1)"
     )
     plan.add_argument("--device", choices=("cpu", "cuda"), help="to plan for (default: the one a run would use here)")
     plan.add_argument(
-        "--images-per-second", type=types.speed, metavar="X", help="speed of one process, instead of measuring it"
+        "--images-per-second", type=speed, metavar="X", help="speed of one process, instead of measuring it"
     )
     plan.add_argument("--no-probe", action="store_true", help="do not measure the speed")
     plan.set_defaults(phases=[1, 2])
@@ -138,19 +136,19 @@ def _add_plan(commands: Commands) -> None:
 
 def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> argparse.ArgumentParser:
     parser = _add(commands, name, text, command)
-    parser.add_argument("run_dir", metavar="RUN_DIR", help=types.RUN_HELP)
-    parser.add_argument("--out", metavar="DIR", type=types.place, required=True, help="where everything is written")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help=RUN_HELP)
+    parser.add_argument("--out", metavar="DIR", type=place, required=True, help="where everything is written")
     parser.add_argument("--phase", type=int, choices=(1, 2), help="1 for the unadapted model (default: the latest)")
     parser.add_argument(
         "--adapter", metavar="DIR", action="append", default=[], help="instead of the run's own; several are compared"
     )
     parser.add_argument(
         "--false-alarm-rate",
-        type=types.rate,
+        type=rate,
         metavar="RATE",
         help="share of clean images called anomalous (default: 0.01 if possible)",
     )
-    parser.add_argument("--batch-size", type=types.positive, default=32, metavar="N", help="images per process (32)")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images per process (32)")
     parser.add_argument("--explain", action="store_true", help="also show the blocks' errors at the hottest place")
     parser.add_argument("--overlays", choices=("all", "anomalous", "none"), default="all", help="pictures to draw")
     return parser
@@ -158,9 +156,9 @@ def _add_scoring(commands: Commands, name: str, text: str, command: Command) -> 
 
 def _add_export(commands: Commands) -> None:
     export = _add(commands, "export", "one file that needs no trajdist: images in, maps and scores out", _export)
-    export.add_argument("run_dir", metavar="RUN_DIR", help=types.RUN_HELP)
+    export.add_argument("run_dir", metavar="RUN_DIR", help=RUN_HELP)
     export.add_argument("--format", choices=("onnx", "torch"), required=True, help="torch is a program of torch.export")
-    export.add_argument("--out", metavar="FILE", type=types.place, help="(RUN_DIR/export.onnx or .pt2)")
+    export.add_argument("--out", metavar="FILE", type=place, help="(RUN_DIR/export.onnx or .pt2)")
     export.add_argument("--phase", type=int, choices=(1, 2), help="1 for the unadapted model (default: the latest)")
     export.add_argument("--adapter", metavar="DIR", help="instead of the run's own")
 
@@ -168,15 +166,15 @@ def _add_export(commands: Commands) -> None:
 def _add_pack(commands: Commands) -> None:
     pack = _add(commands, "pack", "a folder of images -> verified tar shards (WebDataset); resumes by itself", _pack)
     pack.add_argument("source", metavar="SOURCE", help="a folder of images, or shards to repack")
-    pack.add_argument("out", metavar="OUT", type=types.place, help="a folder for the shards")
-    pack.add_argument("--shard-size", type=types.size, default=2**28, metavar="SIZE", help="maximum size (256MiB)")
+    pack.add_argument("out", metavar="OUT", type=place, help="a folder for the shards")
+    pack.add_argument("--shard-size", type=size, default=2**28, metavar="SIZE", help="maximum size (256MiB)")
     pack.add_argument(
-        "--short-side", type=types.positive, metavar="PIXELS", help="scale larger images down (default: keep files)"
+        "--short-side", type=positive, metavar="PIXELS", help="scale larger images down (default: keep files)"
     )
     pack.add_argument(
-        "--quality", type=types.quality, default=95, metavar="1..100", help="JPEG quality of scaled images (95)"
+        "--quality", type=quality, default=95, metavar="1..100", help="JPEG quality of scaled images (95)"
     )
-    pack.add_argument("--workers", type=types.positive, metavar="N", help="worker processes (one per processor)")
+    pack.add_argument("--workers", type=positive, metavar="N", help="worker processes (one per processor)")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -227,7 +225,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     import json
 
     config, sources, phases = _open(arguments)
-    from trajdist.planning.plan import Options, make_plan, plan_table, plan_text
+    from trajdist.planning.plan import Options, make_plan, plan_table
     from trajdist.runtime.progress import make_console
 
     options = Options(
@@ -245,7 +243,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         console = make_console(True)
         console.print(plan_table(plans))
-        console.print(plan_text(plans))
+        for name, plan in plans.items():
+            console.print(f"{name}: {plan['advice']}")
     return 0
 
 

@@ -83,7 +83,7 @@ def reason(error: Exception) -> str:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode (grey, 16 bit, float, CMYK, palette, alpha) to RGB; transparency is dropped."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return Image.fromarray(_to_eight_bits(np.asarray(image))).convert("RGB")
+        return Image.fromarray(_guess_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode == "RGB":
         return image
     if image.mode == "P" and "transparency" in image.info:
@@ -91,7 +91,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+def _guess_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Scale grey levels of more than 8 bits to 0..255.
 
     16-bit types, and wider integers with values above 255, are scaled from 0..65535; floats from 0..1 if they lie in

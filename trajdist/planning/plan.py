@@ -24,8 +24,8 @@ from trajdist.planning.budget import FLOAT, Budget, measure_bases, saved_copies
 from trajdist.planning.footprint import Rehearsal, build_modules
 from trajdist.planning.probe import Rates
 from trajdist.runtime.processes import device_type, supported_precision
-from trajdist.runtime.progress import GIB, Cells, counted, format_seconds, phase_table
 from trajdist.sharding import Plan, Selection
+from trajdist.tables import GIB, Cells, counted, format_seconds, phase_table
 from trajdist.training.selection import draw_selection
 from trajdist.training.session import naming
 
@@ -282,11 +282,6 @@ def advice(bottleneck: str, workers: int, device: str) -> str:
 def plan_table(plans: dict[str, dict[str, Any]]) -> Table:
     """The plan as a table, one column per phase."""
     return phase_table("plan", _ROWS, plans)
-
-
-def plan_text(plans: dict[str, dict[str, Any]]) -> str:
-    """The bottleneck of each phase, one line per phase."""
-    return "\n".join(f"{name}: {plan['advice']}" for name, plan in plans.items())
 
 
 def _size(count: int) -> str:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Column, Table
+from rich.table import Column
 
 from trajdist.screen import LINE_EVERY_S
-
-GIB = 2**30
+from trajdist.tables import GIB, format_seconds
 
 
 def make_console(is_main: bool, bars: bool = True) -> Console:
@@ -106,56 +104,3 @@ class Progress:
     def _left(self, images: int) -> str:
         """The time that the rest takes at the mean rate."""
         return format_seconds((self._total - images) / max(self.mean_rate(), 1e-9))
-
-
-def counted(count: int, noun: str, plural: str = "") -> str:
-    """``1 shard``, ``2,000 shards``."""
-    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
-
-
-def format_seconds(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-Cells = dict[str, Callable[[dict[str, Any]], str]]
-
-
-def summary_table(summary: dict[str, dict[str, Any]]) -> Table:
-    """The table at the end of a run, one column per phase, or per domain where it had several."""
-    columns: dict[str, dict[str, Any]] = {}
-    for phase, figures in summary.items():
-        domains = figures.get("domains", {})
-        columns |= {f"{phase} {name}": own for name, own in domains.items()} if domains else {phase: figures}
-    return phase_table("trajdist", _SUMMARY, columns)
-
-
-def phase_table(title: str, rows: Cells, phases: dict[str, dict[str, Any]]) -> Table:
-    """One column per phase; rows that are empty for all of them are left out."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for phase in phases:
-        table.add_column(phase, justify="right")
-    for name, cell in rows.items():
-        cells = [cell(phase) for phase in phases.values()]
-        if any(cells):
-            table.add_row(name, *cells)
-    return table
-
-
-_SUMMARY: Cells = {
-    "images": lambda s: f"{s['images']:,}",
-    "unusable images": lambda s: f"{s['failures']:,}",
-    "epochs": lambda s: f"{s['epochs']:,}",
-    "steps": lambda s: f"{s['steps']:,}",
-    "processes": lambda s: f"{s['num_processes']}",
-    "trained weights": lambda s: f"{s['trained_parameters']:,}",
-    "first loss": lambda s: f"{s['first_loss']:.4f}",
-    "final loss": lambda s: f"{s['final_loss']:.4f}",
-    "images/s": lambda s: f"{s['images_per_s']:.1f}",
-    "time": lambda s: format_seconds(s["seconds"]),
-    "peak memory": lambda s: f"{s['peak_memory_bytes'] / GIB:.2f} GiB",
-    "memory growth": lambda s: f"{s['memory_growth_bytes'] / 2**20:+.1f} MiB",
-}

@@ -6,6 +6,7 @@ histograms, so memory does not grow with the images.
 
 from __future__ import annotations
 
+import math
 from functools import partial, reduce
 from operator import add
 from typing import Any
@@ -19,7 +20,7 @@ from trajdist.data.labelled import GOOD, LabelledFolder
 from trajdist.data.loader import in_threads
 from trajdist.errors import DataError
 from trajdist.files import write_json
-from trajdist.runtime.progress import Progress, counted
+from trajdist.runtime.progress import Progress
 from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.job import Scoring
 from trajdist.scoring.metrics import Curve, Mask, PixelScores, bootstrap_interval, curve
@@ -27,6 +28,7 @@ from trajdist.scoring.output import read_rows
 from trajdist.scoring.report import Labels, defect_scores, report
 from trajdist.scoring.score import map_of, score
 from trajdist.sharding import Slots
+from trajdist.tables import counted
 
 
 def evaluate(job: Scoring, dataset: LabelledFolder) -> dict[str, Any]:
@@ -76,7 +78,8 @@ def _conclude(job: Scoring, dataset: LabelledFolder, pixels: dict[str, PixelScor
     images, alarms, unreadable = count_images(job, dataset)
     metrics = measure(images, alarms, pixels) | {
         "num_unreadable": unreadable,
-        "threshold": _finite(job.thresholds[0]),
+        # JSON has no infinity.
+        "threshold": job.thresholds[0] if math.isfinite(job.thresholds[0]) else None,
         "requested_false_alarm_rate": job.rates[0],
     }
     names = [detector.name for detector in job.scorer.detectors]
@@ -126,6 +129,7 @@ def measure(
     if not counts[GOOD]:
         raise DataError("none of the good images could be scored: see the errors in scores.jsonl.")
     defects = [kind for kind in images if kind != GOOD]
+    num_defective = sum(counts[kind] for kind in defects)
     per_defect = {
         kind: _measure_kind(curve(images[kind], images[GOOD]), pixels[kind] + pixels[GOOD])
         | {"num_images": counts[kind], "num_detected": alarms[kind]}
@@ -139,7 +143,7 @@ def measure(
         "num_images": sum(counts.values()),
         "num_good": counts[GOOD],
         "false_alarm_rate": alarms[GOOD] / counts[GOOD],
-        "detection_rate": _share(sum(alarms[kind] for kind in defects), sum(counts[kind] for kind in defects)),
+        "detection_rate": sum(alarms[kind] for kind in defects) / num_defective if num_defective else None,
         "defects": per_defect,
     }
 
@@ -198,12 +202,3 @@ def _told(metrics: dict[str, Any], detected: int, count: int) -> str:
     failed = f", {metrics['num_unreadable']} unreadable" if metrics["num_unreadable"] else ""
     of_good = f"{counted(alarms, 'false alarm')} in {counted(metrics['num_good'], 'good image')}"
     return f"{detected} of {counted(count, 'defect')} found, {of_good}{failed}"
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
-    return value if value < float("inf") else None

@@ -59,11 +59,11 @@ def to_pil(image: Any, size: int) -> Image.Image:
     if pixels.ndim not in (2, 3) or not pixels.size or (pixels.ndim == 3 and pixels.shape[2] > 4):
         kind = "tensors [3, H, W]" if isinstance(image, torch.Tensor) else "arrays [H, W, 3]"
         raise DataError(f"a picture of shape {list(np.shape(image))} cannot be used: pass {kind} or [H, W].")
-    eight_bits = _to_eight_bits(pixels)
+    eight_bits = _checked_eight_bits(pixels)
     return to_rgb(Image.fromarray(eight_bits[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else eight_bits))
 
 
-def _to_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+def _checked_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Scale floats from 0..1 and uint16 from its whole range; values out of range are refused, not wrapped."""
     if pixels.dtype.kind in "fb":
         pixels = pixels.astype(np.float32)

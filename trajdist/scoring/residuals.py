@@ -135,13 +135,13 @@ class ResidualModel(nn.Module):
         self.energy_L.copy_(torch.stack([part.sum() for part in energy_F.split(self.widths)]).clamp(min=1e-6))
         self.mean_PF.copy_(moments.mean_PF)
 
-    def fit_places(self, roots: BlockMoments) -> None:
+    def fit_places(self, moments: BlockMoments) -> None:
         """Set each place's usual score, and centre and spread, from the moments of clean images' :func:`roots`."""
-        mean_P = roots.mean_C.to(self.usual_P)
+        mean_P = moments.mean_C.to(self.usual_P)
         self.usual_P.copy_(mean_P - mean_P.mean())
         # For a typical image, the median is close to the mean.
         self.centre.copy_((1 - IMAGE_SHARE) * mean_P.mean())
-        self.spread.copy_(roots.variance_C.mean().sqrt().clamp(min=1e-6))
+        self.spread.copy_(moments.variance_C.mean().sqrt().clamp(min=1e-6))
 
 
 def block_whitening(covariance_FF: torch.Tensor, variance: torch.Tensor, widths: list[int]) -> torch.Tensor:

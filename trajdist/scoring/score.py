@@ -27,7 +27,7 @@ from trajdist.data.sources import PICTURES, SCORED
 from trajdist.errors import ArtifactError, ConfigError, DataError, os_errors
 from trajdist.files import exists, hold, read_object, write_json
 from trajdist.runtime.processes import to_device
-from trajdist.runtime.progress import Progress, counted
+from trajdist.runtime.progress import Progress
 from trajdist.scoring import pictures, residuals
 from trajdist.scoring.detector import CellScores, Detector
 from trajdist.scoring.job import Scoring
@@ -43,6 +43,7 @@ from trajdist.scoring.output import (
     unreadable,
 )
 from trajdist.sharding import Int64s
+from trajdist.tables import counted
 
 # Number of unreadable images named on the screen; scores.jsonl has all.
 SHOWN = 5

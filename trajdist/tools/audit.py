@@ -22,9 +22,9 @@ from trajdist.data.base import ImageSource, on_screen
 from trajdist.data.sources import open_source
 from trajdist.errors import ArtifactError, UserError, os_errors
 from trajdist.files import exists, is_file
-from trajdist.runtime.progress import counted
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Int64s, Selection, digest
+from trajdist.tables import counted
 from trajdist.training.selection import recall_selection
 
 CHUNK = 2**16
@@ -115,8 +115,11 @@ class PhaseAudit:
 
     def _digest_holds(self, stretch: Stretch) -> bool:
         """Whether the images that were read and those that were missing are together those of these positions."""
-        absent = np.array(stretch.missing, np.int64) if _fits(stretch.missing) else None
-        if absent is None or len(set(stretch.missing)) != len(absent):
+        # The numbers may be anything, even too large for an array.
+        if not all(0 <= number < 2**62 for number in stretch.missing):
+            return False
+        absent = np.array(stretch.missing, np.int64)
+        if len(set(stretch.missing)) != len(absent):
             return False
         expected, found = 0, 0
         for images in self._images(stretch):
@@ -146,10 +149,6 @@ class PhaseAudit:
         unfinished = f"; not finished: {so_far}" if epochs is None else ""
         unusable = f"; {self.num_missing} times an image could not be used" if self.num_missing else ""
         return text + unfinished + unusable
-
-
-def _fits(numbers: list[int]) -> bool:
-    return all(0 <= number < 2**62 for number in numbers)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from trajdist.artifacts import METADATA_KEY
 from trajdist.errors import ArtifactError
 from trajdist.files import exists, is_file, read_object
 from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
+from trajdist.tables import summary_table
 
 # The limit of the safetensors format itself.
 LARGEST_HEADER = 100_000_000
@@ -56,8 +57,6 @@ def _inspect_run(path: Path) -> Iterator[RenderableType]:
         status |= {"status": RunDir(path).told_status(), "time": _local_time(status.get("time"))}
     yield _facts(f"run {path}", {**status, "files": _listing(path)})
     if exists(path / "summary.json"):
-        from trajdist.runtime.progress import summary_table
-
         yield summary_table(RunDir(path).read_summary())
     for file in sorted(path.glob("phase*/*.safetensors")):
         yield from _inspect_safetensors(file)

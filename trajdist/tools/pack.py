@@ -26,7 +26,8 @@ from trajdist.data.shard_index import BLOCK, ShardIndex, keep_index, printable, 
 from trajdist.data.storage import version
 from trajdist.errors import ArtifactError, ConfigError, os_errors
 from trajdist.files import read_json, sha256, sync_file, sync_folder, write_bytes, write_json
-from trajdist.runtime.progress import Progress, counted
+from trajdist.runtime.progress import Progress
+from trajdist.tables import counted
 from trajdist.tools.preparation import Options, Packed, prepared
 
 TRIAL = 64  # images in the speed comparison

@@ -12,10 +12,10 @@ from trajdist.data.base import ImageSource
 from trajdist.errors import ConfigError, StopRequested, TrainingError
 from trajdist.files import exists
 from trajdist.runtime.memory import naming_memory
-from trajdist.runtime.progress import summary_table
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import seed_of
+from trajdist.tables import summary_table
 from trajdist.training.adaptation import phase2
 from trajdist.training.doctor import smaller
 from trajdist.training.job import Position

@@ -21,10 +21,11 @@ from trajdist.runtime.allocator import trim
 from trajdist.runtime.clock import Clock, sum_gradients
 from trajdist.runtime.memory import reset_peak_memory
 from trajdist.runtime.profiling import nothing, profiling
-from trajdist.runtime.progress import Progress, counted
+from trajdist.runtime.progress import Progress
 from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter, set_aside_above
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import PlaceDraw, Plan, Selection
+from trajdist.tables import counted
 from trajdist.training.caching import open_cache, open_writer
 from trajdist.training.feed import Feed, Stream, num_places
 from trajdist.training.job import Job, Position, Recipe, Rhythm, trainable_weights
