@@ -99,6 +99,20 @@ def read_document(path: Path) -> Any:
         raise _damaged(path, error) from None
 
 
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, list[int]]]]:
+    """The metadata of a safetensors file, and the type and shape of each tensor by name; the tensors are not read.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            return handle.metadata() or {}, {name: (it.get_dtype(), it.get_shape()) for name, it in parts.items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
 def _damaged(path: Path, error: Exception) -> ArtifactError:
     if not is_file(path):
         return ArtifactError(f"{str(path)!r} does not exist.")

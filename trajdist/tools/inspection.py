@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -15,14 +14,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from trajdist.artifacts import METADATA_KEY
+from trajdist.artifacts import METADATA_KEY, read_header
 from trajdist.errors import ArtifactError
 from trajdist.files import exists, is_file, read_object
 from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
 from trajdist.tables import summary_table
 
-# The limit of the safetensors format itself.
-LARGEST_HEADER = 100_000_000
 # A folder with more files than this, such as one of pictures, is summed up in one row.
 MOST_FILES = 12
 
@@ -125,16 +122,15 @@ def _inspect_checkpoint(path: Path) -> Iterator[RenderableType]:
 
 
 def _inspect_safetensors(path: Path) -> Iterator[RenderableType]:
-    header = read_header(path)
-    document = header.pop("__metadata__", {}).get(METADATA_KEY)
-    if document is not None:
-        yield _facts(str(path), _document(path, document))
+    metadata, tensors = read_header(path)
+    if METADATA_KEY in metadata:
+        yield _facts(str(path), _document(path, metadata[METADATA_KEY]))
     table = Table(title=_plain(f"tensors of {path}", "table.title"), title_justify="left")
     table.add_column("name", overflow="fold")
     for column in ("type", "shape"):
         table.add_column(column, no_wrap=True)
-    for name, entry in sorted(header.items()):
-        table.add_row(_plain(name), _plain(str(entry["dtype"])), " x ".join(map(str, entry["shape"])) or "scalar")
+    for name, (kind, shape) in sorted(tensors.items()):
+        table.add_row(_plain(name), kind, " x ".join(map(str, shape)) or "scalar")
     yield table
 
 
@@ -143,35 +139,6 @@ def _document(path: Path, text: str) -> dict[str, Any]:
         return dict(json.loads(text))
     except (ValueError, TypeError, RecursionError):
         raise ArtifactError(f"{str(path)!r} is damaged: its metadata is not a JSON object.") from None
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file: names, types, shapes and metadata, in bounded memory.
-
-    Raises:
-        ArtifactError: it is not such a file.
-    """
-    try:
-        with open(path, "rb") as handle:
-            (size,) = struct.unpack("<Q", handle.read(8))
-            if size > min(LARGEST_HEADER, path.stat().st_size - 8):
-                raise ValueError("the header is longer than the file")
-            header = json.loads(handle.read(size))
-        if not all(_is_entry(name, entry) for name, entry in header.items()):
-            raise ValueError("the header does not list tensors")
-    except OSError as error:
-        raise ArtifactError(f"{str(path)!r} cannot be read ({error.strerror}).") from None
-    except (struct.error, ValueError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{str(path)!r} is not a valid safetensors file ({error}).") from None
-    return dict(header)
-
-
-def _is_entry(name: str, entry: object) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    if name == "__metadata__":
-        return all(isinstance(value, str) for value in entry.values())
-    return isinstance(entry.get("dtype"), str) and isinstance(entry.get("shape"), list)
 
 
 def _facts(title: str, facts: Mapping[str, Any]) -> Table:
