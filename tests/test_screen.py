@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from trajdist.argument_types import CONFIG_HELP
 from trajdist.config_files import _config_folders
+from trajdist.errors import ArtifactError
 from trajdist.planning.plan import _ROWS, advice
 from trajdist.runtime.progress import Progress
 from trajdist.scoring.evaluation import metrics_table
@@ -68,6 +70,13 @@ def test_names_of_tensors_are_whole_in_narrow_terminals(tmp_path):
     shown = "".join(printed(table, 45) for table in inspect(tmp_path / "a.safetensors"))
     assert "…" not in shown
     assert all(part in shown for part in ("base_model.model", ".lora_A.weight"))
+
+
+def test_a_file_that_is_cut_off_is_not_described_as_sound(tmp_path):
+    save_file({"a": torch.zeros(100)}, tmp_path / "a.safetensors")
+    os.truncate(tmp_path / "a.safetensors", (tmp_path / "a.safetensors").stat().st_size - 4)
+    with pytest.raises(ArtifactError, match="is not a valid safetensors file"):
+        list(inspect(tmp_path / "a.safetensors"))
 
 
 def test_a_plan_names_the_precision():
