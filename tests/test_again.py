@@ -412,13 +412,13 @@ def test_one_bad_image_among_few_that_are_held_out(tmp_path, capsys):
 
 
 def test_held_out_images_of_shards_are_visited_shard_by_shard():
-    plain = Selection.draw(100, -1, 0.3, 0, 1)
-    by_shards = Selection.draw(100, -1, 0.3, 0, 1, Order([20] * 5, 2))
+    plain = Selection.draw(100, -1, 0.3, 0, 1, max_holdout=12)
+    by_shards = Selection.draw(100, -1, 0.3, 0, 1, Order([20] * 5, 2), max_holdout=12)
     positions = np.arange(12)
     chosen = plain.holdout(0, positions)
     assert not np.array_equal(np.sort(chosen), chosen)
-    assert np.array_equal(plain.held_out(12)(0, positions), chosen)
-    walk = pickle.loads(pickle.dumps(by_shards.held_out(12)))
+    assert np.array_equal(plain.held_out()(0, positions), chosen)
+    walk = pickle.loads(pickle.dumps(by_shards.held_out()))
     assert np.array_equal(walk(0, positions), np.sort(chosen))
     assert np.array_equal(walk(0, positions[3:5]), np.sort(chosen)[3:5])
 

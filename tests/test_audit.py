@@ -268,6 +268,21 @@ def test_a_real_run_with_a_bad_image(tmp_path, fresh_accelerate):
     ]
 
 
+def test_a_real_run_holds_out_no_more_images_than_it_measures(tmp_path, fresh_accelerate):
+    images = write_images(tmp_path / "images", 14)
+    overrides = [f"run_dir={tmp_path}", f"data.imagenet.path={images}", "data.imagenet.num_samples=-1"]
+    overrides += ["calibration.holdout_fraction=0.5", "trajectory.statistics_images=3"]
+    assert main(["train", "debug", *overrides, "runtime.mixed_precision=no"]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["phase1"]["images"] == 2 * (14 - 3)
+    assert not audit(tmp_path).problems
+    facts = json.loads((tmp_path / "run.json").read_text())
+    for wrong in ("3", 0, True):
+        facts["imagenet"]["max_holdout"] = wrong
+        (tmp_path / "run.json").write_text(json.dumps(facts))
+        assert main(["audit", str(tmp_path)]) == 4
+
+
 def test_a_real_run_that_was_tampered_with(debug_run, tmp_path):
     run_dir = shutil.copytree(debug_run, tmp_path / "run")
     assert not audit(run_dir).problems

@@ -125,6 +125,14 @@ def test_selection(total, num_samples, holdout_fraction, seed, data):
     assert num_samples == 0 or selection.num_train > 0
 
 
+def test_the_first_of_the_held_out_images_stay_if_fewer_are_held_out():
+    all_of_them, three = (Selection.draw(100, -1, 0.1, 5, 1, max_holdout=most) for most in (None, 3))
+    assert (all_of_them.num_holdout, three.num_holdout, three.num_train) == (10, 3, 97)
+    positions = np.arange(3)
+    assert np.array_equal(three.holdout(0, positions), all_of_them.holdout(0, positions))
+    assert Selection.draw(100, -1, 0.1, 5, 1, max_holdout=10) == all_of_them
+
+
 def test_epochs_differ_in_order_and_seeds_in_what_is_held_out():
     draws = [Selection.draw(200, -1, 0.2, seed, 1) for seed in (0, 1)]
     first, second = (draws[0].train(epoch, np.arange(160)) for epoch in (0, 1))

@@ -225,7 +225,7 @@ class Calibration(Section):
     """What is learned about clean images at the end of each phase."""
 
     holdout_fraction: Fraction = 0.1
-    """Share of the images held out of training, for p-values and thresholds."""
+    """Share of the images held out of training, for p-values and thresholds; at most `trajectory.statistics_images`."""
 
 
 class Checkpoint(Section):

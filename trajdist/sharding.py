@@ -255,14 +255,22 @@ class Selection:
 
     @classmethod
     def draw(
-        cls, total: int, num_samples: int, holdout_fraction: float, seed: int, phase: int, order: Order | None = None
+        cls,
+        total: int,
+        num_samples: int,
+        holdout_fraction: float,
+        seed: int,
+        phase: int,
+        order: Order | None = None,
+        max_holdout: int | None = None,
     ) -> Selection:
         """Hold out a seeded random fraction of all images; train on ``num_samples`` of the others (-1: all of them).
 
-        If classes are known, those ``num_samples`` are stratified by class.
+        At most ``max_holdout`` are held out. If classes are known, those ``num_samples`` are stratified by class.
         """
         order = order or Order()
         num_holdout = min(round(total * holdout_fraction), total - 1) if total else 0
+        num_holdout = num_holdout if max_holdout is None else min(num_holdout, max_holdout)
         available = total - num_holdout
         num_train = available if num_samples < 0 else min(num_samples, available)
         plain = cls(total, num_train, num_holdout, seed, phase)
@@ -307,14 +315,14 @@ class Selection:
         """Indices of the held-out images at ``positions``, the same in every epoch."""
         return self._split(self.total - 1 - np.asarray(positions, np.int64))
 
-    def held_out(self, count: int) -> Callable[[int, Int64s], Int64s]:
-        """The order of a pass over the first ``count`` held-out images, as a function like :meth:`holdout`.
+    def held_out(self) -> Callable[[int, Int64s], Int64s]:
+        """The order of a pass over the held-out images, as a function like :meth:`holdout`.
 
         If the order goes by shards, they are sorted, so that no shard is visited twice.
         """
         if self.member_sizes is None:
             return self.holdout
-        return partial(picked, np.sort(self.holdout(0, np.arange(count))))
+        return partial(picked, np.sort(self.holdout(0, np.arange(self.num_holdout))))
 
     def _split(self, ranks: Int64s) -> Int64s:
         return permute(ranks, self.total, key64(self.seed, self.phase, SPLIT))

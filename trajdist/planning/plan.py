@@ -261,8 +261,8 @@ def _passes(config: Config, selection: Selection) -> int:
 
     Before Phase 1 also the statistics; before contrast also the residuals of the base model, once for all restarts.
     """
-    most = config.trajectory.statistics_images
-    sample, held_out = min(selection.num_train, most), min(selection.num_holdout or selection.num_train, most)
+    sample = min(selection.num_train, config.trajectory.statistics_images)
+    held_out = selection.num_holdout or sample
     return (3 if selection.phase == 1 or config.contrasts(selection.phase) else 2) * sample + held_out
 
 

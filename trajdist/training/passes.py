@@ -52,11 +52,6 @@ class CleanImages:
         """Number of training images that a pass takes."""
         return min(self.selection.num_train, self.session.config.trajectory.statistics_images)
 
-    @property
-    def num_held_out(self) -> int:
-        """Number of held-out images that a pass takes."""
-        return min(self.selection.num_holdout, self.session.config.trajectory.statistics_images)
-
     def sampled(self, title: str, fit: Fit | None = None) -> Iterator[ImageBatch]:
         """A pass over a random sample of the training images, or over all of them."""
         index_at, scattered = self.selection.sample(self.num_sampled), self.num_sampled < self.selection.num_train
@@ -65,9 +60,9 @@ class CleanImages:
         )
 
     def held_out(self, title: str, fit: Fit | None = None, defects: DefectDraw | None = None) -> Iterator[ImageBatch]:
-        """A pass over images held out from training."""
-        index_at = self.selection.held_out(self.num_held_out)
-        return clean_batches(self.session, self.set_name, index_at, self.num_held_out, title, defects, fit)
+        """A pass over the images held out from training."""
+        index_at, count = self.selection.held_out(), self.selection.num_holdout
+        return clean_batches(self.session, self.set_name, index_at, count, title, defects, fit)
 
     def detector(self, name: str, model: nn.Module) -> Detector:
         """A detector on the device, not yet fitted."""

@@ -27,17 +27,20 @@ def draw_selection(config: Config, phase: int, source: ImageSource) -> Selection
         raise DataError(f"data.{SETS[phase]}.num_samples=0 leaves nothing to train on: use -1 for all images.")
     classes = source.classes() if 0 < settings.num_samples < len(source) else None
     order = Order(source.shard_sizes(), config.data.shuffle_window, classes)
-    return _draw(config, phase, len(source), order)
+    # Passes over held-out images take no more than these.
+    return _draw(config, phase, len(source), order, config.trajectory.statistics_images)
 
 
-def _draw(config: Config, phase: int, total: int, order: Order) -> Selection:
-    num_samples = config.data.of_phase(phase).num_samples
-    return Selection.draw(total, num_samples, config.calibration.holdout_fraction, config.seed, phase, order)
+def _draw(config: Config, phase: int, total: int, order: Order, max_holdout: int | None) -> Selection:
+    num_samples, fraction = config.data.of_phase(phase).num_samples, config.calibration.holdout_fraction
+    return Selection.draw(total, num_samples, fraction, config.seed, phase, order, max_holdout)
 
 
-def selection_facts(source: ImageSource, selection: Selection) -> dict[str, Any]:
+def selection_facts(source: ImageSource, selection: Selection, max_holdout: int) -> dict[str, Any]:
     """What a run records about a set, to refuse a different one and to redraw the same order without the set."""
     known: dict[str, Any] = {"num_images": len(source), "fingerprint": source.fingerprint}
+    if selection.num_holdout == max_holdout:
+        known["max_holdout"] = max_holdout
     if selection.member_sizes is not None:
         known["shard_sizes"] = source.shard_sizes()
     if selection.stratified and selection.members is not None:
@@ -70,8 +73,11 @@ def recall_selection(rundir: RunDir, config: Config, phase: int) -> Selection | 
         raise _damaged(rundir, f"{SETS[phase]}.shard_sizes are not sizes")
     if sizes and sum(sizes) != total:
         raise _damaged(rundir, f"{SETS[phase]}.shard_sizes do not add up to {total}")
+    max_holdout = known.get("max_holdout")
+    if max_holdout is not None and (type(max_holdout) is not int or max_holdout < 1):
+        raise _damaged(rundir, f"{SETS[phase]}.max_holdout={max_holdout!r} is not a number of images")
     order = Order(sizes, config.data.shuffle_window)
-    selection = _draw(config, phase, total, order)
+    selection = _draw(config, phase, total, order, max_holdout)
     return (
         selection.of(_read_subset(rundir, phase, known["subset"], selection), order) if "subset" in known else selection
     )

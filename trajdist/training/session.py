@@ -175,7 +175,7 @@ class Session:
         set_name = SETS[phase]
         source = self.sources[set_name]
         selection = draw_selection(self.config, phase, source)
-        found = selection_facts(source, selection)
+        found = selection_facts(source, selection, self.config.trajectory.statistics_images)
         before = self.processes.main_knows(lambda: self.rundir.recall(set_name))
         if before not in (None, found) and self._has_begun(phase):
             raise self._other_images(set_name, before)
