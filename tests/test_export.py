@@ -45,17 +45,26 @@ def run_torch(path: Path, images: np.ndarray):
 
 RUNNERS = {"onnx": run_onnx, "torch": run_torch}
 Exported = Callable[[str, int], tuple[Path, str]]
+# An export takes seconds for each block.
+FEW_BLOCKS = ("run", "debug", "backbone.blocks=[layer1.1, layer2.1]", "runtime.mixed_precision=no")
 
 
 @pytest.fixture(scope="module")
-def exported(debug_run, tmp_path_factory) -> Exported:
-    """The debug run as a file of a kind, made once, and what the command printed."""
+def small_run(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("small") / "run"
+    assert main([*FEW_BLOCKS, f"run_dir={run_dir}"]) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def exported(small_run, tmp_path_factory) -> Exported:
+    """The small run as a file of a kind, made once, and what the command printed."""
 
     @cache
     def export_run(kind: str, phase: int) -> tuple[Path, str]:
         path, printed = tmp_path_factory.mktemp("exported") / f"{kind}.pt2", io.StringIO()
         with redirect_stdout(printed):
-            assert main(["export", str(debug_run), "--format", kind, "--out", str(path), "--phase", str(phase)]) == 0
+            assert main(["export", str(small_run), "--format", kind, "--out", str(path), "--phase", str(phase)]) == 0
         return path, printed.getvalue()
 
     return export_run
@@ -63,10 +72,10 @@ def exported(debug_run, tmp_path_factory) -> Exported:
 
 @pytest.mark.parametrize("kind", RUNNERS)
 @pytest.mark.parametrize("phase", [1, 2])
-def test_the_file_gives_what_the_run_gives(debug_run, exported, kind, phase):
+def test_the_file_gives_what_the_run_gives(small_run, exported, kind, phase):
     path, printed = exported(kind, phase)
     assert "scores within" in printed
-    scorer = trajdist.load(debug_run, phase=phase, device="cpu")
+    scorer = trajdist.load(small_run, phase=phase, device="cpu")
     for count in (1, 3, 5):
         images = squares(count, scorer.size)
         (maps, scores, p_values), document = RUNNERS[kind](path, images)
@@ -79,10 +88,10 @@ def test_the_file_gives_what_the_run_gives(debug_run, exported, kind, phase):
     assert (facts["size"], facts["fit"], facts["clean_images"]) == (64, "squash", scorer.detectors[0].images.count)
 
 
-def test_the_folder_of_the_file_is_made_and_may_lie_at_home(debug_run, tmp_path, monkeypatch):
+def test_the_folder_of_the_file_is_made_and_may_lie_at_home(small_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert main(["export", str(debug_run), "--format", "torch", "--out=~/made/too/a.pt2"]) == 0
+    assert main(["export", str(small_run), "--format", "torch", "--out=~/made/too/a.pt2"]) == 0
     assert (tmp_path / "made" / "too" / "a.pt2").is_file()
     assert not (tmp_path / "~").exists()
 
@@ -106,9 +115,9 @@ def test_the_example_of_the_page_decodes_as_the_run_does(exported, tmp_path, mon
     assert names["scores"].shape == (1,)
 
 
-def test_p_values_at_the_edges_of_bins(debug_run):
+def test_p_values_at_the_edges_of_bins(small_run):
     """As the sketch counts them, for clean scores themselves and their neighbours."""
-    scorer = trajdist.load(debug_run, device="cpu")
+    scorer = trajdist.load(small_run, device="cpu")
     sketch = scorer.detectors[0].images
     upper_K, counts_K, total = export._table(sketch)
     edges = sketch.histogram.occupied()[0]
@@ -126,7 +135,7 @@ def test_p_values_at_the_edges_of_bins(debug_run):
     ],
 )
 def test_other_models(tmp_path, fresh_accelerate, overrides):
-    command = ["run", "debug", f"run_dir={tmp_path / 'run'}", "runtime.mixed_precision=no", *overrides]
+    command = [*FEW_BLOCKS, f"run_dir={tmp_path / 'run'}", *overrides]
     assert main([*command, "data.imagenet.num_epochs=1", "data.domain.num_epochs=1"]) == 0
     assert main(["export", str(tmp_path / "run"), "--format", "onnx"]) == 0
     images = squares(3, 64)
@@ -136,7 +145,7 @@ def test_other_models(tmp_path, fresh_accelerate, overrides):
     np.testing.assert_allclose(scores, expected.scores, atol=1e-3)
 
 
-def test_a_file_that_computes_something_else_is_not_kept(debug_run, tmp_path, monkeypatch, capsys):
+def test_a_file_that_computes_something_else_is_not_kept(small_run, tmp_path, monkeypatch, capsys):
     table = export._program
 
     def spoilt(module, images):
@@ -146,7 +155,7 @@ def test_a_file_that_computes_something_else_is_not_kept(debug_run, tmp_path, mo
     monkeypatch.setattr(export, "_program", spoilt)
     monkeypatch.setattr(export, "_compare", lambda *_: (1.0, 1.0))
     (tmp_path / "a.pt2").write_bytes(b"the last good one")
-    assert main(["export", str(debug_run), "--format", "torch", "--out", str(tmp_path / "a.pt2")]) == 1
+    assert main(["export", str(small_run), "--format", "torch", "--out", str(tmp_path / "a.pt2")]) == 1
     assert "gives other scores" in capsys.readouterr().err
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.pt2", b"the last good one")]
 
@@ -162,8 +171,8 @@ def test_a_file_that_computes_something_else_is_not_kept(debug_run, tmp_path, mo
         ("no adapter", 4, "adapter_config.json"),
     ],
 )
-def test_refusals(debug_run, tmp_path, monkeypatch, capsys, what, code, words):
-    out, run_dir, more = tmp_path / "a.onnx", debug_run, []
+def test_refusals(small_run, tmp_path, monkeypatch, capsys, what, code, words):
+    out, run_dir, more = tmp_path / "a.onnx", small_run, []
     if what == "no package":
         monkeypatch.setitem(sys.modules, "onnx", None)
     elif what == "a folder":
