@@ -28,7 +28,7 @@ fi
 # Those of Slurm and of the network wait for most of their time, so they run beside the others.
 echo "+ pytest"
 waiting=$(mktemp)
-"$venv"/bin/python -m pytest -m "(slurm or netns) and not slow" > "$waiting" 2>&1 &
+"$venv"/bin/python -m pytest -m "not slow" tests/slurm tests/netns > "$waiting" 2>&1 &
 beside=$!
 trap 'if [ -n "$beside" ]; then kill "$beside" 2> /dev/null || true; fi; rm -f "$waiting"' EXIT
 # Those in the background do not hear Ctrl-C.

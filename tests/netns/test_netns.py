@@ -51,6 +51,7 @@ def test_the_cable_is_pulled(two_machines, tmp_path):
     machines = begin(two_machines, run_dir, "runtime.timeout_s=20")
     limit = time.monotonic() + 200
     while not list((run_dir / "checkpoints").glob("step-*")):
+        assert all(machine.process.poll() is None for machine in machines), end(machines, 0)
         assert time.monotonic() < limit, end(machines, 0)
         time.sleep(0.05)
     two_machines.cut()
