@@ -23,8 +23,8 @@ from trajdist.saved.lora import attach
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import Selection, Slots
 from trajdist.training import loop
-from trajdist.training.objectives import CLEAN, COVERED, LOGISTIC_RATE, ContrastModel, DefectContrast, contrast_losses
-from trajdist.training.optimizer import make_optimizer
+from trajdist.training.objectives import CLEAN, COVERED, ContrastModel, DefectContrast, contrast_losses
+from trajdist.training.optimization import LOGISTIC_RATE, make_optimizer
 
 CONTRAST = ("domain_adaptation.objective=contrast", "checkpoint.every_steps=2")
 DRAW = DefectDraw(4, seed=0, phase=2)

@@ -15,7 +15,7 @@ from trajdist.models.losses import gaussian_kl, trajectory_losses
 from trajdist.models.reconstruction import Reconstruction
 from trajdist.models.registry import build_model
 from trajdist.models.transformer import attend
-from trajdist.training.schedules import linear_warmup, warmup_cosine
+from trajdist.training.optimization import linear_warmup, warmup_cosine
 
 KINDS = ("autoencoder", "vae", "transformer")
 

@@ -12,7 +12,7 @@ from torch import nn
 from trajdist.config import Config
 from trajdist.planning.footprint import Peaks, Rehearsal, build_modules, bytes_of
 from trajdist.runtime.allocator import trim
-from trajdist.training.optimizer import make_optimizer
+from trajdist.training.optimization import make_optimizer
 
 FLOAT = 4
 # Accelerate's loader fetches the next batch before it yields the current one.

@@ -16,11 +16,11 @@ import torch
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import ArtifactError, ConfigError, StopRequested
 from trajdist.runtime.memory import empty_cache, memory_bytes, peak_memory_bytes
+from trajdist.saved.checkpoint import Checkpoint, optimizer_tensors
 from trajdist.sharding import Step, seed_of
 from trajdist.training.feed import Pair
 from trajdist.training.job import Job
-from trajdist.training.schedules import warmup_cosine
-from trajdist.training.state import save_checkpoint
+from trajdist.training.optimization import warmup_cosine
 
 # On CUDA, reading a flag waits for the device, so processes agree only every few steps. But launchers kill a job
 # soon after asking it to stop, so processes with slow steps agree more often.
@@ -200,6 +200,35 @@ def finish_step(job: Job, step: Step) -> None:
     if stop:
         job.processes.main_does(job.writer.finish)
         raise StopRequested(job.stop.why or "another process was asked to stop")
+
+
+def save_checkpoint(job: Job, step: Step) -> None:
+    """Hand the state to the checkpoint writer. The journal must have been flushed.
+
+    Raises:
+        ArtifactError: the previous checkpoint could not be written.
+    """
+    job.last_saved = time.monotonic()
+    if not job.processes.is_main:
+        return
+    scaler = job.accelerator.scaler
+    state = {
+        "base": job.base,
+        "phase": job.phase,
+        "cursor": job.plan.cursor_after(step),
+        "step": step.index + 1,
+        "global_batch": job.plan.global_batch,
+        "num_processes": job.processes.world,
+        "seconds": job.seconds(),
+        "stages": job.clock.seconds(),
+        "journal": job.journal.state(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "file_sizes": job.rundir.sync_records(),
+        "validated": job.keeper.state(),
+    }
+    checkpoint = Checkpoint(job.trainable_weights(), optimizer_tensors(job.optimizer), state, job.keeper.tensors())
+    job.writer.save(job.number_of(step), checkpoint)
+    job.rundir.write_status("running", job.phase, step.index + 1)
 
 
 def close_epoch(job: Job, step: Step) -> bool:

@@ -18,14 +18,13 @@ from trajdist.data.loader import ImageBatch
 from trajdist.models.losses import Losses, trajectory_losses
 from trajdist.models.reconstruction import Reconstruction
 from trajdist.scoring.residuals import ResidualModel
-from trajdist.training.schedules import linear_warmup
+from trajdist.training.optimization import linear_warmup
 
 # A place counts as defective if more than the first fraction of it is covered, and as clean if less than the second
 # one is; places in between are ignored.
 COVERED, CLEAN = 0.1, 0.005
-# Initial slope and offset of the logistic curve, for scores of about 1; its learning rate relative to the adapter's.
+# Initial slope and offset of the logistic curve, for scores of about 1.
 FIRST_SLOPE, FIRST_OFFSET = 4.0, -6.0
-LOGISTIC_RATE = 10.0
 
 
 # A module, or a function that calls one.

@@ -22,7 +22,7 @@ from trajdist.runtime.clock import Clock, sum_gradients
 from trajdist.runtime.memory import reset_peak_memory
 from trajdist.runtime.profiling import nothing, profiling
 from trajdist.runtime.progress import Progress
-from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter, set_aside_above
+from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter, check_fits, restore_optimizer, set_aside_above
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.tables import counted
@@ -33,10 +33,9 @@ from trajdist.training.journal import BadLimit, Journal
 from trajdist.training.keeper import Keeper
 from trajdist.training.loop import fit, walk
 from trajdist.training.objectives import Objective, ReconstructionError
-from trajdist.training.optimizer import make_optimizer
+from trajdist.training.optimization import make_optimizer
 from trajdist.training.passes import CleanImages
 from trajdist.training.session import Session
-from trajdist.training.state import restore
 from trajdist.training.validation import Examiner
 
 # fp16 skips a step whose gradient is not finite and halves the gradient scale, which starts at 2**16. After this many
@@ -184,7 +183,7 @@ def _make_job(
         say=session.say,
     )
     if checkpoint:
-        restore(job, checkpoint)
+        _restore(job, checkpoint)
         # All jobs share one clock.
         if len(feed.streams) == 1:
             clock.restore(checkpoint.state["stages"])
@@ -316,6 +315,24 @@ def _cursor_of(checkpoint: Checkpoint, plan: Plan, set_name: str) -> int:
             "keep at least that many, or start over with --fresh."
         )
     return cursor
+
+
+def _restore(job: Job, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint into the job.
+
+    Raises:
+        ArtifactError: it does not fit the model or the optimizer.
+    """
+    check_fits(checkpoint, job.trainable_weights(), job.optimizer)
+    with torch.no_grad():
+        for name, weight in job.trainable_weights().items():
+            weight.copy_(checkpoint.model[name])
+    restore_optimizer(job.optimizer, checkpoint.optimizer)
+    if job.accelerator.scaler is not None and checkpoint.state["scaler"]:
+        job.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+    job.keeper.restore(checkpoint.state["validated"], checkpoint.kept, job.trainable_weights())
+    job.journal.restore(checkpoint.state["journal"])
+    job.seconds_before = checkpoint.state["seconds"]
 
 
 def _announcement(phase: int, plan: Plan, cursor: int, model: nn.Module, world: int) -> str:
