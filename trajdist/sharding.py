@@ -73,6 +73,11 @@ class Plan:
     world: int
     batch_size: int
 
+    @classmethod
+    def once(cls, num_images: int, batch_size: int, world: int) -> Plan:
+        """One pass over the images, in steps of one micro-batch."""
+        return cls(num_images, 1, world * batch_size, world, batch_size)
+
     @property
     def micro_batches(self) -> int:
         """Micro-batches per optimizer step."""

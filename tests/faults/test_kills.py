@@ -18,7 +18,7 @@ from trajdist.cli import main
 STATISTICS = "trajdist.training.passes:update_moments"
 STEP = "trajdist.training.loop:update"
 WRITING = "trajdist.saved.checkpoint:_manifest"
-BETWEEN_PHASES = "trajdist.training.adaptation:load_extractor"
+BETWEEN_PHASES = "trajdist.training.adaptation:shared_extractor"
 SAVING_MODEL = "trajdist.saved.bundle:save_model"
 CALIBRATION = "trajdist.training.phases:calibrate"
 SAVING_ADAPTER = "trajdist.saved.lora:load_adapter"

@@ -26,7 +26,7 @@ from trajdist.planning.probe import Rates
 from trajdist.runtime.processes import device_type, supported_precision
 from trajdist.sharding import Plan, Selection
 from trajdist.tables import GIB, Cells, counted, format_seconds, phase_table
-from trajdist.training.selection import draw_selection
+from trajdist.training.selection import draw_selection, training_plan
 from trajdist.training.session import naming
 
 # Batches that each loader worker has ready or in progress.
@@ -81,12 +81,6 @@ class PlannedTraining:
     source: ImageSource
     selection: Selection
 
-    def walk(self, world: int) -> Plan:
-        """The steps that ``world`` processes will take."""
-        settings = self.config.data.of_phase(self.selection.phase)
-        global_batch = world * settings.batch_size * settings.gradient_accumulation_steps
-        return Plan(self.selection.num_train, settings.num_epochs, global_batch, world, settings.batch_size)
-
 
 def _planned(config: Config, sources: dict[str, ImageSource], phase: int) -> list[PlannedTraining]:
     """All trainings that a phase runs at once."""
@@ -106,7 +100,7 @@ def _plan_phase(
 ) -> dict[str, Any]:
     device = options.device or default_device()
     world = options.processes or launcher.world()
-    walks = [training.walk(world) for training in trainings]
+    walks = [training_plan(training.config, training.selection, world, world) for training in trainings]
     # The training with the largest batch leads: the others' batches share its pass through the backbone.
     number = max(range(len(walks)), key=lambda each: walks[each].slots)
     lead, walk = trainings[number], walks[number]

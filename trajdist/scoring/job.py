@@ -87,8 +87,7 @@ class Scoring:
         """The steps in which the processes walk through that many images."""
         world = self.processes.world
         # A few images get a smaller batch, so that no time goes into empty slots.
-        batch_size = min(self.options.batch_size, -(-num_images // world))
-        return Plan(num_images, 1, world * batch_size, world, batch_size)
+        return Plan.once(num_images, min(self.options.batch_size, -(-num_images // world)), world)
 
     @cached_property
     def map_range(self) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from trajdist.training.adoption import adopt_phase1
 from trajdist.training.doctor import smaller
 from trajdist.training.job import Job, Position
 from trajdist.training.objectives import ContrastModel, DefectContrast
-from trajdist.training.passes import CleanImages, calibrate, contrast_residuals, load_extractor
+from trajdist.training.passes import CleanImages, calibrate, contrast_residuals, shared_extractor
 from trajdist.training.session import Session, with_keys_of
 from trajdist.training.summary import combine, finish, is_done, summarise
 from trajdist.training.train import Task, Training, reconstruction, train
@@ -65,7 +65,7 @@ def phase2(session: Session, at: Position) -> None:
 def _adapt_to_all(session: Session, at: Position) -> None:
     """Give each domain its own run directory below this one, with the same contents as if it were adapted to alone."""
     session.processes.main_does(lambda: adopt_phase1(session))
-    extractor = load_extractor(session)
+    extractor = shared_extractor(session)
     session.record(at)
     progress = {name: Position(phase=2) for name in session.config.data.domains}
     domains = {name: session.of_domain(name) for name in progress}
@@ -111,7 +111,7 @@ def _prepare(session: Session, at: Position) -> Adaptation:
     with session.naming():
         session.processes.main_does(lambda: adopt_phase1(session))
         selection = session.selection(2)
-    extractor = load_extractor(session)
+    extractor = shared_extractor(session)
     base, document = bundle.load_model(session.rundir.model)
     bundle.check_trajectories(session.rundir, document, extractor)
     base_id = bundle.base_fingerprint(base, document)

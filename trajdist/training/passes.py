@@ -75,14 +75,14 @@ def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtra
 
     Raises:
         StopRequested, DataError: see :func:`clean_batches`.
-        ArtifactError, ConfigError: see :func:`load_extractor`.
+        ArtifactError, ConfigError: see :func:`shared_extractor`.
     """
     path, weights = session.rundir.trajectory, session.config.backbone.weights
     if not session.processes.main_knows(path.exists):
         backbone = _make_projection(session, selection)
         # The last bits of eigenvectors differ between machines, so all processes read those of the main process.
         session.extractor = _ready(session, bundle.with_projection(path, backbone, weights))
-    return load_extractor(session)
+    return shared_extractor(session)
 
 
 def _make_projection(session: Session, selection: Selection) -> Backbone:
@@ -102,7 +102,7 @@ def _make_projection(session: Session, selection: Selection) -> Backbone:
     return extractor.backbone
 
 
-def load_extractor(session: Session) -> TrajectoryExtractor:
+def shared_extractor(session: Session) -> TrajectoryExtractor:
     """The run's extractor. Both phases share it: a backbone takes seconds to build, and longer to compile.
 
     Raises:
@@ -186,8 +186,7 @@ def clean_batches(
 
 def pass_plan(session: Session, set_name: str, num_images: int) -> Plan:
     """The plan by which :func:`clean_batches` walks through its images."""
-    batch_size, world = session.settings(set_name).batch_size, session.processes.world
-    return Plan(num_images, 1, world * batch_size, world, batch_size)
+    return Plan.once(num_images, session.settings(set_name).batch_size, session.processes.world)
 
 
 def contrast_residuals(clean: CleanImages, model: nn.Module, base: str) -> ResidualModel:

@@ -1,4 +1,4 @@
-"""Which images of a set a phase trains on: drawn from the set, or redrawn from the run directory's records."""
+"""Which images a phase trains on, drawn from the set or redrawn from the run's records, and in which steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trajdist.data.base import ImageSource
 from trajdist.errors import ArtifactError, DataError
 from trajdist.files import write_bytes
 from trajdist.saved.rundir import RunDir
-from trajdist.sharding import Int64s, Order, Selection
+from trajdist.sharding import Int64s, Order, Plan, Selection
 
 
 def draw_selection(config: Config, phase: int, source: ImageSource) -> Selection:
@@ -34,6 +34,16 @@ def draw_selection(config: Config, phase: int, source: ImageSource) -> Selection
 def _draw(config: Config, phase: int, total: int, order: Order, max_holdout: int | None) -> Selection:
     num_samples, fraction = config.data.of_phase(phase).num_samples, config.calibration.holdout_fraction
     return Selection.draw(total, num_samples, fraction, config.seed, phase, order, max_holdout)
+
+
+def training_plan(config: Config, selection: Selection, reference_world: int, world: int) -> Plan:
+    """How ``world`` processes walk through a phase's images in a run that began with ``reference_world`` of them.
+
+    The latter determine the global batch.
+    """
+    settings = config.data.of_phase(selection.phase)
+    global_batch = reference_world * settings.batch_size * settings.gradient_accumulation_steps
+    return Plan(selection.num_train, settings.num_epochs, global_batch, world, settings.batch_size)
 
 
 def selection_facts(source: ImageSource, selection: Selection, max_holdout: int) -> dict[str, Any]:

@@ -204,12 +204,6 @@ class Session:
         made = self.processes.main_knows(lambda: any(self.rundir.path.glob(f"phase{phase}/**/*.safetensors")))
         return made or (checkpoint is not None and checkpoint.state["phase"] == phase)
 
-    def plan(self, phase: int, num_images: int) -> Plan:
-        """How a phase walks through its images. The global batch is that of the world size the run began with."""
-        settings = self.config.data.of_phase(phase)
-        global_batch = self.reference_world * settings.batch_size * settings.gradient_accumulation_steps
-        return Plan(num_images, settings.num_epochs, global_batch, self.processes.world, settings.batch_size)
-
     def loader(
         self,
         set_name: str,

@@ -35,6 +35,7 @@ from trajdist.training.loop import fit, walk
 from trajdist.training.objectives import Objective, ReconstructionError
 from trajdist.training.optimization import make_optimizer
 from trajdist.training.passes import CleanImages
+from trajdist.training.selection import training_plan
 from trajdist.training.session import Session
 from trajdist.training.validation import Examiner
 
@@ -146,7 +147,7 @@ def _make_job(
     """
     session, selection, task = training.session, training.selection, training.task
     config, phase = session.config, selection.phase
-    plan = session.plan(phase, selection.num_train)
+    plan = training_plan(config, selection, session.reference_world, session.processes.world)
     checkpoint = _checkpoint_of(session, phase, task.base)
     cursor = _cursor_of(checkpoint, plan, SETS[phase]) if checkpoint else 0
     task.model.to(session.processes.device)
