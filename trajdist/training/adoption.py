@@ -19,28 +19,46 @@ def adopt_phase1(session: Session) -> None:
         ArtifactError: there is no finished Phase 1, or its files are damaged.
         ConfigError: this config does not describe the model of that Phase 1.
     """
-    rundir, chosen = session.rundir, session.config.phase1
-    if chosen is not None:
-        folder = user_path(chosen)
-        folder = folder / "phase1" if is_folder(folder / "phase1") else folder
-        if exists(rundir.model):
-            _check_same_phase1(rundir, chosen, folder / rundir.model.name)
-        else:
-            _check_no_phase1(rundir, chosen)
-            _copy_phase1(folder, rundir, session.config)
+    rundir = session.rundir
+    if session.config.phase1 is not None:
+        _adopt(rundir, session.config, session.config.phase1)
     if not exists(rundir.model) or not exists(rundir.calibration(1)):
         what = "Phase 1 is not finished" if exists(rundir.model) else "there is no Phase 1"
         raise ArtifactError(f"{what} in {str(rundir.path)!r}: train it first, or name an older run with phase1=DIR.")
     _check_same_model(session.config, rundir.trajectory, rundir.model)
 
 
-def _copy_phase1(folder: Path, rundir: RunDir, config: Config) -> None:
+def _adopt(rundir: RunDir, config: Config, chosen: str) -> None:
+    """Copy the chosen Phase 1, unless that was done before: then it may no longer exist.
+
+    Raises:
+        ArtifactError: it is not finished, or the run has another one.
+        ConfigError: ``config`` does not describe its model.
+    """
+    folder = user_path(chosen)
+    folder = folder / "phase1" if is_folder(folder / "phase1") else folder
+    model = folder / rundir.model.name
+    if not exists(rundir.model):
+        _copy(folder, rundir, config)
+    elif is_file(model) and model.read_bytes() != rundir.model.read_bytes():
+        raise ArtifactError(
+            f"{str(rundir.path)!r} has another Phase 1 than phase1={chosen!r}: leave phase1 out to use its own, "
+            "or name another run_dir."
+        )
+
+
+def _copy(folder: Path, rundir: RunDir, config: Config) -> None:
     """Copy a finished Phase 1.
 
     Raises:
-        ArtifactError: it is not finished.
+        ArtifactError: it is not finished, or the run has begun one of its own.
         ConfigError: ``config`` does not describe its model.
     """
+    if rundir.recall(SETS[1]) is not None:
+        raise ArtifactError(
+            f"{str(rundir.path)!r} has begun a Phase 1 of its own, and phase1={config.phase1!r} would replace it: "
+            "name another run_dir, or start over with --fresh."
+        )
     targets = rundir.trajectory, rundir.calibration(1), rundir.model
     for target in targets:
         if not is_file(folder / target.name):
@@ -50,32 +68,6 @@ def _copy_phase1(folder: Path, rundir: RunDir, config: Config) -> None:
     with os_errors(f"phase1={config.phase1!r} cannot be read", fix="make its files readable"):
         for target in targets:
             write_bytes(target, (folder / target.name).read_bytes())
-
-
-def _check_same_phase1(rundir: RunDir, chosen: str, model: Path) -> None:
-    """Refuse a Phase 1 other than the one that the run adopted, which may no longer exist.
-
-    Raises:
-        ArtifactError: it differs.
-    """
-    if is_file(model) and model.read_bytes() != rundir.model.read_bytes():
-        raise ArtifactError(
-            f"{str(rundir.path)!r} has another Phase 1 than phase1={chosen!r}: leave phase1 out to use its own, "
-            "or name another run_dir."
-        )
-
-
-def _check_no_phase1(rundir: RunDir, chosen: str) -> None:
-    """Refuse to adopt a Phase 1 if the run has begun one of its own.
-
-    Raises:
-        ArtifactError: it has.
-    """
-    if rundir.recall(SETS[1]) is not None:
-        raise ArtifactError(
-            f"{str(rundir.path)!r} has begun a Phase 1 of its own, and phase1={chosen!r} would replace it: "
-            "name another run_dir, or start over with --fresh."
-        )
 
 
 def _check_same_model(config: Config, trajectory: Path, model: Path) -> None:
