@@ -167,7 +167,7 @@ def stopped_at(phase: int, step: int) -> Iterator[None]:
 
     def finish(job: Job, done: Step) -> None:
         if (job.phase, done.index + 1) == (phase, step):
-            job.stop.ask("test")
+            job.session.stop.ask("test")
         finish_step(job, done)
 
     with pytest.MonkeyPatch.context() as patched:

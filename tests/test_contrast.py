@@ -132,7 +132,7 @@ def test_stopped_and_resumed_it_is_the_same_to_the_bit(images, one_process, tmp_
     def stopping(job, step):
         if job.phase == 2 and step.index == 1 and not begun:
             begun.append(step)
-            job.stop.ask("the test wants it")
+            job.session.stop.ask("the test wants it")
         finish_step(job, step)
 
     monkeypatch.setattr(loop, "finish_step", stopping)

@@ -329,7 +329,7 @@ def test_a_loss_that_is_lost_names_its_domain(folders, base, tmp_path, monkeypat
     lose = loop.add_gradients
 
     def lost(job, step, micro_batch, batch, trajectories):
-        is_bark = job.rundir.path.name == "bark"
+        is_bark = job.session.rundir.path.name == "bark"
         lose(job, step, micro_batch, batch, trajectories * float("nan") if is_bark and step.index else trajectories)
 
     monkeypatch.setattr(loop, "add_gradients", lost)

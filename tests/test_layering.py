@@ -82,7 +82,7 @@ def test_no_circles():
 
 def test_few_modules_know_accelerate():
     knowing = {name for name, file in MODULES.items() if "accelerate" in roots(ast.parse(file.read_text()))}
-    assert knowing == {"runtime.processes", "runtime.trackers", "training.job", "training.session"}
+    assert knowing == {"runtime.processes", "runtime.trackers", "training.session"}
 
 
 def roots(tree: ast.AST, lazy: bool = True) -> set[str]:

@@ -20,7 +20,7 @@ from trajdist.models.losses import trajectory_losses
 from trajdist.saved import bundle
 from trajdist.saved.checkpoint import newest_checkpoint
 from trajdist.saved.rundir import RunDir
-from trajdist.training import loop, objectives, session, train
+from trajdist.training import journal, loop, objectives, session
 from trajdist.training.journal import BadImages
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
@@ -180,11 +180,11 @@ def test_steps_that_fp16_skips(images, tmp_path, monkeypatch, capsys, fresh_acce
         if step.index != sound:
             next(job.model.parameters()).grad[0] = float("nan")
         if step.index == stop:
-            job.stop.ask("it is tested")
+            job.session.stop.ask("it is tested")
 
     monkeypatch.setattr(session, "start_accelerator", with_scale)
     monkeypatch.setattr(loop, "add_gradients", spoilt)
-    monkeypatch.setattr(train, "MOST_SKIPPED", most)
+    monkeypatch.setattr(journal, "MOST_SKIPPED", most)
     command = arguments("train", images, tmp_path / "run", *batches(16, 1), "checkpoint.every_steps=1")
     if stop < 4:
         assert main(command) == 75

@@ -14,7 +14,7 @@ from torch import nn
 from trajdist.artifacts import fingerprint
 from trajdist.config import Lora
 from trajdist.config_parsing import parse_config
-from trajdist.errors import ArtifactError, ConfigError
+from trajdist.errors import ArtifactError, ConfigError, TrainingError
 from trajdist.files import read_json, write_json
 from trajdist.models.registry import build_model
 from trajdist.saved import bundle, lora
@@ -187,10 +187,20 @@ def test_an_adapter_that_cannot_be_saved_leaves_nothing_behind(debug_run, tmp_pa
         raise ArtifactError("it cannot be written")
 
     monkeypatch.setattr(lora, broken, fail)
-    base = fingerprint(lora.base_state(adapted))
+    base = bundle.base_fingerprint(*bundle.load_model(run.model))
     with pytest.raises(ArtifactError, match="cannot be written"):
-        lora.save_proven(run, adapted, base, "base")
+        lora.save_proven(run, adapted, base)
     assert sorted(path.name for path in (run.path / "phase2").iterdir()) == ["adapter", "calibration.safetensors"]
+
+
+def test_a_base_that_changed_in_training_is_refused(debug_run, tmp_path):
+    run = RunDir(shutil.copytree(debug_run, tmp_path / "run"))
+    adapted, base = load(run.path, device="cpu").detectors[0].model, bundle.load_model(run.model)
+    with torch.no_grad():
+        next(iter(lora.base_state(adapted).values())).view(-1)[0] += 1e-3
+    with pytest.raises(TrainingError, match="the base model changed during Phase 2"):
+        lora.save_proven(run, adapted, bundle.base_fingerprint(*base))
+    assert not (run.path / "phase2" / ".adapter.tmp").exists()
 
 
 def test_a_run_keeps_its_base(debug_run, tmp_path):

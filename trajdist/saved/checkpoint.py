@@ -208,16 +208,28 @@ def verify(path: Path) -> str | None:
 
 
 class Totals(BaseModel):
-    """A serialised :class:`trajdist.training.journal.Sums`."""
+    """Integer totals over a range of images, as a :class:`trajdist.training.journal.Journal` sums them.
+
+    Attributes:
+        images: number that was trained on.
+        loss, recon, kl: sums of the per-image losses, in fixed point.
+        digest: sum of :func:`trajdist.sharding.digest` over the batches.
+        failures: images that could not be used.
+        not_finite: images whose loss, plus steps whose gradient, was not finite.
+    """
 
     model_config = ConfigDict(extra="forbid")
-    images: int
-    loss: int
-    recon: int
-    kl: int
-    digest: int
-    failures: int
-    not_finite: int
+    images: int = 0
+    loss: int = 0
+    recon: int = 0
+    kl: int = 0
+    digest: int = 0
+    failures: int = 0
+    not_finite: int = 0
+
+    def add(self, other: Totals) -> None:
+        for name, value in other:
+            setattr(self, name, getattr(self, name) + value)
 
 
 class Books(BaseModel):
@@ -237,10 +249,10 @@ class Validated(BaseModel):
     """The serialised state of a :class:`trajdist.training.keeper.Keeper`."""
 
     model_config = ConfigDict(extra="forbid")
-    epoch: int = Field(ge=0)
-    stale: int = Field(ge=0)
-    best: dict[str, Any] | None
-    last: dict[str, Any] | None
+    epoch: int = Field(0, ge=0)
+    stale: int = Field(0, ge=0)
+    best: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
 
 
 class State(BaseModel):

@@ -147,7 +147,7 @@ def merged(adapted: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def save_proven(rundir: RunDir, adapted: nn.Module, base_before: str, base_id: str) -> None:
+def save_proven(rundir: RunDir, adapted: nn.Module, base_id: str) -> None:
     """Save the adapter and verify that the base did not change, the adapter does something, and it loads back equal.
 
     The folder appears whole or not at all.
@@ -157,8 +157,6 @@ def save_proven(rundir: RunDir, adapted: nn.Module, base_before: str, base_id: s
     """
     assert isinstance(adapted, PeftModel)
     adapted.eval()
-    if fingerprint(base_state(adapted)) != base_before:
-        raise TrainingError("the base model changed during Phase 2: this is a bug in trajdist, please report it.")
     if not is_alive(adapted):
         raise TrainingError(
             "the adapter learned nothing (every B is zero): train longer or raise domain_adaptation.lora.learning_rate."
@@ -188,10 +186,12 @@ def _check_saved(folder: Path, adapted: PeftModel, model: Path, base_id: str) ->
     """Load the adapter in ``folder`` onto the base model in the file ``model``: it must compute what ``adapted`` does.
 
     Raises:
-        TrainingError: its outputs differ.
+        TrainingError: the base or the outputs differ.
     """
     base, document = load_model(model)
     again = load_adapter(base, folder, base_id).eval()
+    if fingerprint(base_state(adapted)) != fingerprint(base_state(again)):
+        raise TrainingError("the base model changed during Phase 2: this is a bug in trajdist, please report it.")
     probe_NLD = torch.randn(64, document.length, document.width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         outputs = [each.to("cpu")(probe_NLD).output_NLD for each in (adapted, again)]

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from trajdist.config import SETS
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import DataError, TrainingError
 from trajdist.files import exists
 from trajdist.models.losses import Losses
 from trajdist.runtime.processes import Processes
+from trajdist.saved.checkpoint import Totals
 from trajdist.saved.rundir import RunDir
-from trajdist.sharding import Step
+from trajdist.sharding import Plan, Selection, Step
+from trajdist.training.session import Session
 
 FIXED_POINT = float(2**24)
 # Losses are clamped to this, so that sums of up to 2**22 images between two flushes fit into 63 bits.
@@ -30,70 +33,35 @@ NEVER = 2**62
 # In a pass over fewer images, data.max_bad_fraction is a share of this many, or of the set if that is smaller.
 FEW_IMAGES = 200
 
+# fp16 skips a step whose gradient is not finite and halves the gradient scale, which starts at 2**16. After this many
+# in a row the scale is so small that it cannot be to blame.
+MOST_SKIPPED = 30
+
 NameOf = Callable[[int], str]
-FilesOf = Callable[[int], list[str]]
 
 
-@dataclass
-class Sums:
-    """Integer totals over a range of images.
+def means(totals: Totals) -> dict[str, float]:
+    """Mean loss, recon and kl per image."""
+    count = max(1, totals.images)
+    return {name: getattr(totals, name) / FIXED_POINT / count for name in ("loss", "recon", "kl")}
 
-    Attributes:
-        images: number that was trained on.
-        loss, recon, kl: sums of the per-image losses, in units of ``1 / FIXED_POINT``.
-        digest: sum of :func:`trajdist.sharding.digest` over the batches.
-        failures: images that could not be used.
-        not_finite: images whose loss, plus steps whose gradient, was not finite.
+
+def check_bad(session: Session, set_name: str, num_images: int, failures: int) -> None:
+    """Check how many images of a pass or an epoch over ``num_images`` of a set could not be used.
+
+    Raises:
+        DataError: more than ``data.max_bad_fraction`` allows, or all; names the file that lists them.
     """
-
-    images: int = 0
-    loss: int = 0
-    recon: int = 0
-    kl: int = 0
-    digest: int = 0
-    failures: int = 0
-    not_finite: int = 0
-
-    def add(self, other: Sums) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
-    def means(self) -> dict[str, float]:
-        """Mean loss, recon and kl per image."""
-        count = max(1, self.images)
-        return {name: getattr(self, name) / FIXED_POINT / count for name in ("loss", "recon", "kl")}
-
-
-@dataclass(frozen=True)
-class BadLimit:
-    """How many images of a pass or an epoch may be unusable.
-
-    Attributes:
-        num_images: of the pass.
-        set_size: of the set that they are drawn from.
-        fraction: ``data.max_bad_fraction``.
-    """
-
-    num_images: int
-    set_size: int
-    fraction: float
-
-    def check(self, failures: int, rundir: RunDir) -> None:
-        """
-        Raises:
-            DataError: there are more, or no image was usable; names the file that lists them.
-        """
-        # By chance, a small sample may hold a larger share of bad images than the set.
-        of_images = max(self.num_images, min(self.set_size, FEW_IMAGES))
-        if failures == self.num_images:
-            raise DataError(
-                f"none of {self.num_images} images could be used: see {str(rundir.bad_images)!r}, and fix them."
-            )
-        if failures > self.fraction * of_images:
-            raise DataError(
-                f"{failures} of {self.num_images} images could not be used, more than data.max_bad_fraction="
-                f"{self.fraction:g} allows: see {str(rundir.bad_images)!r}, fix them or raise the fraction."
-            )
+    fraction, listed = session.config.data.max_bad_fraction, str(session.rundir.bad_images)
+    # By chance, a small sample may hold a larger share of bad images than the set.
+    of_images = max(num_images, min(len(session.sources[set_name]), FEW_IMAGES))
+    if failures == num_images:
+        raise DataError(f"none of {num_images} images could be used: see {listed!r}, and fix them.")
+    if failures > fraction * of_images:
+        raise DataError(
+            f"{failures} of {num_images} images could not be used, more than data.max_bad_fraction={fraction:g} "
+            f"allows: see {listed!r}, fix them or raise the fraction."
+        )
 
 
 class BadImages:
@@ -144,31 +112,19 @@ def _names_in(path: Path) -> set[tuple[str, str]]:
 class Journal:
     """Running totals of one phase. ``add``, called per micro-batch, never waits for the device; ``flush`` does."""
 
-    def __init__(
-        self,
-        phase: int,
-        rundir: RunDir,
-        processes: Processes,
-        name_of: NameOf,
-        files_of: FilesOf,
-        set_name: str,
-        bad_limit: BadLimit,
-        may_skip: int = 0,
-    ) -> None:
-        """
-        Args:
-            may_skip: consecutive steps whose gradient need not be finite, as fp16 skips them and lowers its scale.
-        """
-        self.phase, self._rundir, self._processes = phase, rundir, processes
-        self._name_of, self._files_of = name_of, files_of
-        self._set_name, self._bad_limit = set_name, bad_limit
-        self._bad_images = BadImages(rundir, processes)
-        device = processes.device
-        self._device_sums = torch.zeros(len(vars(Sums())), dtype=torch.int64, device=device)
+    def __init__(self, session: Session, plan: Plan, selection: Selection) -> None:
+        self._session, self._plan, self._selection = session, plan, selection
+        self._set_name = SETS[selection.phase]
+        self._source = session.sources[self._set_name]
+        self._bad_images = BadImages(session.rundir, session.processes)
+        device = session.processes.device
+        self._device_sums = torch.zeros(len(Totals.model_fields), dtype=torch.int64, device=device)
         # First step with a non-finite loss, and with a non-finite gradient.
         self._first_bad_steps = torch.full((2,), NEVER, dtype=torch.int64, device=device)
-        self._may_skip, self._skipped = may_skip, torch.zeros((), dtype=torch.int64, device=device)
-        self.line, self.epoch, self.total = Sums(), Sums(), Sums()
+        # Consecutive steps whose gradient need not be finite, and how many there have been.
+        self._may_skip = 0 if session.accelerator.scaler is None else min(MOST_SKIPPED, plan.total_steps) - 1
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.line, self.epoch, self.total = Totals(), Totals(), Totals()
         self.first_loss: float | None = None
         self.final_loss: float | None = None
         self.epoch_memory: list[float] = []
@@ -207,18 +163,19 @@ class Journal:
             TrainingError: a loss or a gradient was not finite.
             DataError: too many images could not be read.
         """
-        sums = Sums(*self._processes.sum(self._device_sums).tolist())
+        summed = self._session.processes.sum(self._device_sums).tolist()
+        sums = Totals(**dict(zip(Totals.model_fields, summed, strict=True)))
         self._device_sums.zero_()
-        missing = self._bad_images.write(self._set_name, self._name_of) if sums.failures else []
+        missing = self._bad_images.write(self._set_name, self._source.name) if sums.failures else []
         for totals in (self.line, self.epoch, self.total):
             totals.add(sums)
-        if self._processes.is_main and self._stretch_start is not None:
+        if self._session.processes.is_main and self._stretch_start is not None:
             record = self._ledger_record(step, self._stretch_start, sums, missing)
-            self._rundir.append(self._rundir.ledger, record)
+            self._session.rundir.append(self._session.rundir.ledger, record)
         self._stretch_start = None
         if sums.not_finite:
             raise TrainingError(self._explain_not_finite())
-        self._bad_limit.check(self.epoch.failures, self._rundir)
+        check_bad(self._session, self._set_name, self._plan.num_images, self.epoch.failures)
 
     def begin(self, step: Step) -> None:
         """Note the start of a step; the first one after a flush starts the next ledger record."""
@@ -230,18 +187,18 @@ class Journal:
         self._memory_sum += memory_bytes
         self._memory_readings += 1
 
-    def end_epoch(self) -> Sums:
+    def end_epoch(self) -> Totals:
         """Return the epoch's totals and start new ones."""
         if self._memory_readings:
             self.epoch_memory.append(self._memory_sum / self._memory_readings)
         self._memory_sum, self._memory_readings = 0, 0
-        closed, self.epoch = self.epoch, Sums()
+        closed, self.epoch = self.epoch, Totals()
         return closed
 
-    def take_line(self) -> Sums:
+    def take_line(self) -> Totals:
         """Return the totals since the last line of metrics.jsonl and start new ones."""
-        line, self.line = self.line, Sums()
-        self.final_loss = line.means()["loss"]
+        line, self.line = self.line, Totals()
+        self.final_loss = means(line)["loss"]
         if self.first_loss is None:
             self.first_loss = self.final_loss
         return line
@@ -260,34 +217,39 @@ class Journal:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state` returned."""
-        self.line, self.epoch, self.total = (Sums(**state[name]) for name in ("line", "epoch", "total"))
+        self.line, self.epoch, self.total = (Totals(**state[name]) for name in ("line", "epoch", "total"))
         self.first_loss, self.final_loss = state["first_loss"], state["final_loss"]
         self.epoch_memory = list(state["epoch_memory"])
         self._skipped.fill_(state["skipped"])
 
-    def _ledger_record(self, step: Step, start: int, sums: Sums, missing: list[int]) -> dict[str, Any]:
+    def _ledger_record(self, step: Step, start: int, sums: Totals, missing: list[int]) -> dict[str, Any]:
         return {
-            "phase": self.phase,
+            "phase": self._selection.phase,
             "epoch": step.epoch,
             "start": start,
             "stop": step.stop,
             "images": sums.images,
             "digest": sums.digest,
             "missing": missing,
-            "num_processes": self._processes.world,
+            "num_processes": self._session.processes.world,
         }
 
     def _explain_not_finite(self) -> str:
-        loss_at, gradient_at = self._processes.minimum(self._first_bad_steps).tolist()
+        phase = self._selection.phase
+        loss_at, gradient_at = self._session.processes.minimum(self._first_bad_steps).tolist()
         # A loss that is not finite has such a gradient too, so it is reported as the loss.
         what, index = ("gradient", gradient_at) if gradient_at < loss_at else ("loss", loss_at)
         skipped = f" (fp16 has skipped {self._may_skip} before it)" if what == "gradient" and self._may_skip else ""
-        files = self._files_of(index)
+        files = self._files_of(self._plan.step(index))
         named = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         return (
-            f"the {what} of phase {self.phase} was no longer finite at step {index + 1}{skipped}, on the images "
+            f"the {what} of phase {phase} was no longer finite at step {index + 1}{skipped}, on the images "
             f"{named}: look at them, or lower the learning rate; the last checkpoint is from before that step."
         )
+
+    def _files_of(self, step: Step) -> list[str]:
+        images = self._selection.train(step.epoch, np.arange(step.start, step.stop))
+        return [self._source.name(image) for image in images.tolist()]
 
 
 def fixed_point(values_B: torch.Tensor, weights_B: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trajdist.saved.checkpoint import Tensors, check_shapes
+from trajdist.saved.checkpoint import Tensors, Validated, check_shapes
 
 Found = dict[str, Any]
 
@@ -100,7 +100,7 @@ class Keeper:
         Raises:
             ArtifactError: the tensors belong to another model.
         """
-        state = state or Keeper({}, 0.0, 0, False).state()
+        state = state or Validated().model_dump()
         self.epoch, self.stale, self.best, self.last = (state[key] for key in ("epoch", "stale", "best", "last"))
         kinds = ["average"] * self.averages + ["best"] * (self._keeps_best and self.best is not None)
         expected = {f"{kind}.{name}": weight.shape for kind in kinds for name, weight in weights.items()}

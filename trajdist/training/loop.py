@@ -18,8 +18,8 @@ from trajdist.errors import ArtifactError, ConfigError, StopRequested
 from trajdist.runtime.memory import empty_cache, memory_bytes, peak_memory_bytes
 from trajdist.saved.checkpoint import Checkpoint, optimizer_tensors
 from trajdist.sharding import Step, seed_of
-from trajdist.training.feed import Pair
 from trajdist.training.job import Job
+from trajdist.training.journal import means
 from trajdist.training.optimization import warmup_cosine
 
 # On CUDA, reading a flag waits for the device, so processes agree only every few steps. But launchers kill a job
@@ -57,60 +57,55 @@ def fit(walks: Sequence[Iterator[None]]) -> None:
         raise stopped
 
 
-def walk(job: Job, cursor: int = 0) -> Iterator[None]:
-    """Train from ``cursor`` to the end of the last epoch or to an early stop; yields before each micro-batch."""
+def walk(job: Job) -> Iterator[None]:
+    """Train from the job's cursor to the end of the last epoch or an early stop; yields before each micro-batch."""
     with closing(job.batches), job.progress:
-        resume_at(job, cursor)
+        resume(job)
         job.model.train()
-        for step in job.plan.steps(cursor):
+        for step in job.plan.steps(job.cursor):
             if job.keeper.exhausted:
                 return
             begin_step(job, step)
-            num_used = torch.zeros((), device=job.processes.device)
+            num_used = torch.zeros((), device=job.session.processes.device)
             for micro_batch in range(job.plan.micro_batches):
                 yield
-                batch, trajectories = next_batch(job)
+                batch, trajectories = next(job.batches)
+                job.session.watchdog.beat()
                 add_gradients(job, step, micro_batch, batch, trajectories)
                 num_used += batch.weights.sum()
                 # Otherwise these names would keep the batch alive while the next one is made.
                 del batch, trajectories
             with job.clock("sync"):
-                job.processes.sum(num_used)
+                job.session.processes.sum(num_used)
             with job.clock("optimizer"):
                 update(job, step, num_used)
             finish_step(job, step)
             job.tick()
 
 
-def resume_at(job: Job, cursor: int) -> None:
-    """Resume at ``cursor``. If the checkpoint is from between an epoch and its validation, validate first."""
+def resume(job: Job) -> None:
+    """Resume at the cursor. If the checkpoint is from between an epoch and its validation, validate first."""
+    session = job.session
     job.started = job.last_saved = time.monotonic()
-    job.at.step = job.plan.step_index_at(cursor)
-    if job.processes.is_main:
-        job.rundir.write_status("running", job.phase, job.at.step)
-    epochs, position = divmod(cursor, job.plan.num_images)
+    session.at.step = job.plan.step_index_at(job.cursor)
+    session.write_status()
+    epochs, position = divmod(job.cursor, job.plan.num_images)
     if epochs > job.keeper.epoch and position == 0:
-        validate_epoch(job, job.plan.step(job.at.step - 1))
+        validate_epoch(job, job.plan.step(session.at.step - 1))
 
 
 def begin_step(job: Job, step: Step) -> None:
     """Set the learning rate: a pure function of the step, so there is no scheduler state to save."""
-    factor = warmup_cosine(progress_at(job, step), job.recipe.warmup_fraction)
+    factor = warmup_cosine(progress_at(job, step), job.session.config.train.warmup_fraction)
     for group in job.optimizer.param_groups:
-        group["lr"] = job.recipe.learning_rate * factor * group.get("rate", 1.0)
+        group["lr"] = job.task.learning_rate * factor * group.get("rate", 1.0)
     job.journal.begin(step)
-    job.watchdog.beat()
+    job.session.watchdog.beat()
 
 
 def progress_at(job: Job, step: Step) -> float:
     """Fraction of the training completed at the midpoint of ``step``."""
     return (job.plan.cursor_after(step) - 0.5 * step.num_images) / job.plan.total_images
-
-
-def next_batch(job: Job) -> Pair:
-    pair = next(job.batches)
-    job.watchdog.beat()
-    return pair
 
 
 def add_gradients(job: Job, step: Step, micro_batch: int, batch: ImageBatch, trajectories: torch.Tensor) -> None:
@@ -121,19 +116,17 @@ def add_gradients(job: Job, step: Step, micro_batch: int, batch: ImageBatch, tra
     Args:
         trajectories: as :class:`trajdist.training.feed.Feed` gives them.
     """
-    torch.manual_seed(seed_of(job.recipe.seed, job.phase, step.index, job.processes.rank) + micro_batch)
+    session, accelerator = job.session, job.session.accelerator
+    torch.manual_seed(seed_of(session.config.seed, job.phase, step.index, session.processes.rank) + micro_batch)
     # Accelerate counts the micro-batches of one model, but here those of several models may alternate.
-    job.accelerator.gradient_accumulation_steps, job.accelerator.step = job.plan.micro_batches, micro_batch
-    with job.accelerator.accumulate(job.model), job.clock("model"):
-        losses = job.objective(job.model, trajectories, batch, progress_at(job, step))
-        job.watchdog.beat()
-        job.accelerator.backward(losses.loss @ batch.weights / step.num_images * gradient_share(job))
+    accelerator.gradient_accumulation_steps, accelerator.step = job.plan.micro_batches, micro_batch
+    # Undoes two means: Accelerate's over micro-batches and DistributedDataParallel's over processes.
+    share = job.plan.micro_batches * session.processes.world
+    with accelerator.accumulate(job.model), job.clock("model"):
+        losses = job.task.objective(job.model, trajectories, batch, progress_at(job, step))
+        session.watchdog.beat()
+        accelerator.backward(losses.loss @ batch.weights / step.num_images * share)
     job.journal.add(step, batch, losses)
-
-
-def gradient_share(job: Job) -> int:
-    """Factor that undoes two means: Accelerate's over micro-batches and DistributedDataParallel's over processes."""
-    return job.plan.micro_batches * job.processes.world
 
 
 def update(job: Job, step: Step, num_used: torch.Tensor) -> None:
@@ -149,7 +142,7 @@ def update(job: Job, step: Step, num_used: torch.Tensor) -> None:
     for parameter in job.model.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(correction)
-    norm = job.accelerator.clip_grad_norm_(job.model.parameters(), job.recipe.max_grad_norm)
+    norm = job.session.accelerator.clip_grad_norm_(job.model.parameters(), job.session.config.train.max_grad_norm)
     job.journal.check_gradient(step, norm)
     job.optimizer.step()
     job.optimizer.zero_grad()
@@ -177,15 +170,15 @@ def finish_step(job: Job, step: Step) -> None:
     Raises:
         StopRequested: a stop was requested; a checkpoint is saved.
     """
-    job.watchdog.beat()
-    rhythm, done = job.rhythm, step.index + 1
-    job.at.step = done
-    job.journal.read_memory(memory_bytes(job.processes.device))
+    session, config, done = job.session, job.session.config, step.index + 1
+    session.watchdog.beat()
+    session.at.step = done
+    job.journal.read_memory(memory_bytes(session.processes.device))
     stop, overdue = agree(job, step)
-    save = stop or overdue or done % rhythm.save_every_steps == 0 or done == job.plan.total_steps
-    log = done == 1 or done % rhythm.log_every_steps == 0 or step.ends_epoch
-    if rhythm.empty_cache_every and done % rhythm.empty_cache_every == 0:
-        empty_cache(job.processes.device)
+    save = stop or overdue or done % config.checkpoint.every_steps == 0 or done == job.plan.total_steps
+    log = done == 1 or done % config.logging.every_steps == 0 or step.ends_epoch
+    if config.memory.empty_cache_every and done % config.memory.empty_cache_every == 0:
+        empty_cache(session.processes.device)
     if log or save:
         job.journal.flush(step)
         job.clock.settle()
@@ -198,8 +191,8 @@ def finish_step(job: Job, step: Step) -> None:
         with job.clock("checkpoint"):
             save_checkpoint(job, step)
     if stop:
-        job.processes.main_does(job.writer.finish)
-        raise StopRequested(job.stop.why or "another process was asked to stop")
+        session.processes.main_does(job.writer.finish)
+        raise StopRequested(session.stop.why or "another process was asked to stop")
 
 
 def save_checkpoint(job: Job, step: Step) -> None:
@@ -209,33 +202,33 @@ def save_checkpoint(job: Job, step: Step) -> None:
         ArtifactError: the previous checkpoint could not be written.
     """
     job.last_saved = time.monotonic()
-    if not job.processes.is_main:
+    session, scaler = job.session, job.session.accelerator.scaler
+    if not session.processes.is_main:
         return
-    scaler = job.accelerator.scaler
     state = {
-        "base": job.base,
+        "base": job.task.base,
         "phase": job.phase,
         "cursor": job.plan.cursor_after(step),
         "step": step.index + 1,
         "global_batch": job.plan.global_batch,
-        "num_processes": job.processes.world,
+        "num_processes": session.processes.world,
         "seconds": job.seconds(),
         "stages": job.clock.seconds(),
         "journal": job.journal.state(),
         "scaler": scaler.state_dict() if scaler is not None else None,
-        "file_sizes": job.rundir.sync_records(),
+        "file_sizes": session.rundir.sync_records(),
         "validated": job.keeper.state(),
     }
     checkpoint = Checkpoint(job.trainable_weights(), optimizer_tensors(job.optimizer), state, job.keeper.tensors())
     job.writer.save(job.number_of(step), checkpoint)
-    job.rundir.write_status("running", job.phase, step.index + 1)
+    session.write_status()
 
 
 def close_epoch(job: Job, step: Step) -> bool:
     """Log heat maps and validate. False if a stop was requested meanwhile: the next start validates instead."""
-    if job.trackers:
+    if job.session.trackers:
         title = f"phase{job.phase}/heat maps"
-        job.trackers.show(title, job.draw(job.judged_weights()), job.number_of(step))
+        job.session.trackers.show(title, job.examiner.draw(job.judged_weights()), job.number_of(step))
     try:
         validate_epoch(job, step)
     except StopRequested:
@@ -245,19 +238,20 @@ def close_epoch(job: Job, step: Step) -> bool:
 
 def validate_epoch(job: Job, step: Step) -> None:
     """Validate the weights as they are after ``step``, the last one of its epoch, if a validation is due."""
-    epoch, every = step.epoch + 1, job.rhythm.validate_every_epochs
+    epoch, every = step.epoch + 1, job.session.config.validation.every_epochs
     if not every or (epoch % every and epoch < job.plan.num_epochs):
         return
     weights = job.judged_weights()
     with job.clock("validation"):
-        measured = job.validate(weights)
+        measured = job.examiner.validate(weights)
     found = {**head_of_line(job, step, "validation"), **measured}
     job.keeper.judge(found, weights)
     record(job, step, found)
     figures = ", ".join(f"{name} {found[name]:.4f}" for name in VALIDATED if found.get(name) is not None)
-    job.say(f"phase {job.phase}: validation after epoch {epoch}: {figures}" + (" (best)" * (job.keeper.stale == 0)))
+    best = " (best)" if job.keeper.stale == 0 else ""
+    job.session.say(f"phase {job.phase}: validation after epoch {epoch}: {figures}{best}")
     if job.keeper.exhausted:
-        job.say(f"phase {job.phase}: no better validation since epoch {job.keeper.best_epoch}: it ends here")
+        job.session.say(f"phase {job.phase}: no better validation since epoch {job.keeper.best_epoch}: it ends here")
 
 
 def agree(job: Job, step: Step) -> tuple[bool, bool]:
@@ -267,15 +261,16 @@ def agree(job: Job, step: Step) -> tuple[bool, bool]:
         ArtifactError: a checkpoint could not be written; on the main process.
         SystemExit: the same, on the other processes.
     """
-    done = step.index + 1
+    session, processes, done = job.session, job.session.processes, step.index + 1
     if done < job.agree_at:
         return False, False
-    stop = bool(job.stop)
+    stop = bool(session.stop)
     failed = job.writer.failed()
-    overdue = job.processes.is_main and time.monotonic() - job.last_saved > job.rhythm.save_every_s
-    gap = steps_to_next_agreement(job, done) if job.processes.is_main else 0
-    votes = torch.tensor([stop, overdue, failed, gap], dtype=torch.int32, device=job.processes.device)
-    asked, due, broken, gap = job.processes.sum(votes).tolist()
+    save_every_s = 60.0 * session.config.checkpoint.every_minutes
+    overdue = processes.is_main and time.monotonic() - job.last_saved > save_every_s
+    gap = steps_to_next_agreement(job, done) if processes.is_main else 0
+    votes = torch.tensor([stop, overdue, failed, gap], dtype=torch.int32, device=processes.device)
+    asked, due, broken, gap = processes.sum(votes).tolist()
     job.agreed, job.agree_at = (done, time.monotonic()), done + gap
     if broken:
         job.writer.finish()
@@ -285,7 +280,7 @@ def agree(job: Job, step: Step) -> tuple[bool, bool]:
 
 
 def steps_to_next_agreement(job: Job, done: int) -> int:
-    if job.processes.device.type != "cuda":
+    if job.session.processes.device.type != "cuda":
         return 1
     before, at = job.agreed
     step_s = (time.monotonic() - at) / max(1, done - before)
@@ -295,18 +290,18 @@ def steps_to_next_agreement(job: Job, done: int) -> int:
 
 def write_line(job: Job, step: Step) -> None:
     """Write a step's line of metrics.jsonl and show it on the screen."""
-    means = job.journal.take_line().means()
+    device = job.session.processes.device
     line = {
         **head_of_line(job, step, "step"),
         "images": job.plan.cursor_after(step),
-        **means,
+        **means(job.journal.take_line()),
         "lr": job.optimizer.param_groups[0]["lr"],
         "images_per_s": job.progress.rate(job.plan.cursor_after(step)),
-        "memory_bytes": memory_bytes(job.processes.device),
-        "peak_memory_bytes": peak_memory_bytes(job.processes.device),
+        "memory_bytes": memory_bytes(device),
+        "peak_memory_bytes": peak_memory_bytes(device),
     }
     record(job, step, line)
-    if job.processes.is_main:
+    if job.session.processes.is_main:
         job.progress.show(line)
 
 
@@ -316,11 +311,11 @@ def write_epoch(job: Job, step: Step) -> None:
     line = {
         **head_of_line(job, step, "epoch"),
         "images": sums.images,
-        **sums.means(),
+        **means(sums),
         "lr": job.optimizer.param_groups[0]["lr"],
         "images_per_s": job.progress.mean_rate(),
         "memory_bytes": int(job.journal.epoch_memory[-1]),
-        "peak_memory_bytes": peak_memory_bytes(job.processes.device),
+        "peak_memory_bytes": peak_memory_bytes(job.session.processes.device),
         "failures": sums.failures,
     }
     record(job, step, line)
@@ -333,6 +328,7 @@ def head_of_line(job: Job, step: Step, event: str) -> dict[str, Any]:
 
 def record(job: Job, step: Step, line: dict[str, Any]) -> None:
     """Append a line to metrics.jsonl and send it to the trackers."""
-    if job.processes.is_main:
-        job.rundir.append(job.rundir.metrics, line)
-        job.trackers.log(line, job.number_of(step))
+    session = job.session
+    if session.processes.is_main:
+        session.rundir.append(session.rundir.metrics, line)
+        session.trackers.log(line, job.number_of(step))

@@ -1,4 +1,4 @@
-"""What a phase minimises: the reconstruction error, or a contrast between drawn defects and clean places.
+"""What a phase trains, and minimises: the reconstruction error, or a contrast of drawn defects with clean places.
 
 Shape suffixes: B images, P places, N rows (places of all images), L steps, D channels of a trajectory, F its valid
 entries.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch
 from trajdist.models.losses import Losses, trajectory_losses
 from trajdist.models.reconstruction import Reconstruction
@@ -35,6 +36,27 @@ class Objective(Protocol):
     """Per-image losses of a model on a batch; ``progress`` is the fraction of the training completed."""
 
     def __call__(self, model: Model, trajectories: torch.Tensor, batch: ImageBatch, progress: float) -> Losses: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model to train, and how.
+
+    Attributes:
+        learning_rate: at its peak.
+        base: fingerprint of what the model builds on: the trajectories in Phase 1, the base model in Phase 2.
+        defects: draws the defects that the objective contrasts clean images with, new ones every epoch; training is
+            then on whole images.
+        whitened: the residual model whose whitening the model is trained with, if any.
+    """
+
+    model: nn.Module
+    objective: Objective
+    learning_rate: float
+    weight_decay: float
+    base: str
+    defects: DefectDraw | None = None
+    whitened: ResidualModel | None = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from trajdist.scoring.detector import Detector
 from trajdist.scoring.residuals import PlaceMoments, ResidualModel, roots
 from trajdist.sharding import Plan, Selection
 from trajdist.training.feed import move
-from trajdist.training.journal import BadImages, BadLimit
+from trajdist.training.journal import BadImages, check_bad
 from trajdist.training.session import Session
 
 
@@ -179,9 +179,8 @@ def clean_batches(
             if processes.any(bool(session.stop)):
                 raise StopRequested(session.stop.why or "another process was asked to stop")
     trim()
-    source = session.sources[set_name]
-    bad = bad_images.write(set_name, source.name)
-    BadLimit(num_images, len(source), session.config.data.max_bad_fraction).check(len(bad), session.rundir)
+    bad = bad_images.write(set_name, session.sources[set_name].name)
+    check_bad(session, set_name, num_images, len(bad))
 
 
 def pass_plan(session: Session, set_name: str, num_images: int) -> Plan:

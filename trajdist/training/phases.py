@@ -18,11 +18,11 @@ from trajdist.sharding import seed_of
 from trajdist.tables import summary_table
 from trajdist.training.adaptation import phase2
 from trajdist.training.doctor import smaller
-from trajdist.training.job import Position
+from trajdist.training.objectives import Task
 from trajdist.training.passes import CleanImages, calibrate, prepare_extractor
 from trajdist.training.session import Session, open_session
 from trajdist.training.summary import finish, is_done, summarise
-from trajdist.training.train import Task, Training, reconstruction, train
+from trajdist.training.train import Training, reconstruction, train
 
 
 def run(
@@ -49,32 +49,31 @@ def run(
     """
     _check_request(config, phases, fresh)
     session = open_session(config, sources, fresh, profile)
-    at = Position()
     with session.stop.listening():
         try:
-            with naming_memory(session.processes, lambda device: smaller(config, at.phase or 1, device)):
-                _run_phases(session, at, phases)
+            with naming_memory(session.processes, lambda device: smaller(config, session.at.phase or 1, device)):
+                _run_phases(session, phases)
         except StopRequested as stop:
-            _record_end(session, at, stop)
+            _record_end(session, stop)
             session.processes.leave()
             raise
         except BaseException as error:
-            _record_end(session, at, error)
+            _record_end(session, error)
             raise
         else:
-            _record_end(session, at, None)
+            _record_end(session, None)
         finally:
             session.rundir.unlock()
     session.processes.leave()
     return session.rundir.read_summary()
 
 
-def _run_phases(session: Session, at: Position, phases: Sequence[int]) -> None:
+def _run_phases(session: Session, phases: Sequence[int]) -> None:
     scaler = session.accelerator.scaler
     initial = None if scaler is None else scaler.state_dict()
-    with session.watchdog.watching(lambda why: session.record(at, TrainingError(why))):
+    with session.watchdog.watching(lambda why: session.write_status(TrainingError(why))):
         for phase in sorted(phases):
-            PHASES[phase](session, at)
+            PHASES[phase](session)
             # Accelerate keeps all that it prepared, so Phase 2 would hold Phase 1's weights and optimizer.
             session.accelerator.free_memory()
             # fp16's gradient scale starts anew, as in a run that is resumed between the phases.
@@ -106,8 +105,8 @@ def _check_request(config: Config, phases: Sequence[int], fresh: bool) -> None:
         lora.check_targets(config)
 
 
-def _record_end(session: Session, at: Position, error: BaseException | None) -> None:
-    session.record(at, error, ended=True)
+def _record_end(session: Session, error: BaseException | None) -> None:
+    session.write_status(error, ended=True)
     session.trackers.finish()
     if not session.processes.is_main:
         return
@@ -119,7 +118,7 @@ def _record_end(session: Session, at: Position, error: BaseException | None) -> 
         session.say(f"stopped ({error}): run the same command again to resume")
 
 
-def phase1(session: Session, at: Position) -> None:
+def phase1(session: Session) -> None:
     """Train the sequence model on the trajectories of the ImageNet set, and calibrate it.
 
     Raises:
@@ -128,7 +127,7 @@ def phase1(session: Session, at: Position) -> None:
         ArtifactError, ConfigError: see :func:`trajdist.training.train.train`.
         StopRequested: a stop was requested; a new start resumes from the checkpoint, if there is one yet.
     """
-    at.phase = 1
+    session.at.phase = 1
     if is_done(session, 1) or _was_adopted(session):
         return
     selection = session.selection(1)
@@ -141,8 +140,8 @@ def phase1(session: Session, at: Position) -> None:
     objective = reconstruction(session.config, extractor)
     base = document.trajectory_fingerprint
     task = Task(model, objective, settings.learning_rate, settings.weight_decay, base)
-    (job,) = train(extractor, [Training(session, at, selection, task)])
-    summary = summarise(session, job)
+    (job,) = train(extractor, [Training(session, selection, task)])
+    summary = summarise(job)
     trained = job.trained_model()
 
     def save() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from accelerate import Accelerator
@@ -34,13 +34,25 @@ from trajdist.saved.checkpoint import Checkpoint, load_checkpoint, newest_checkp
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.training.claiming import claim, how_to_start_over, reference_world_of
-from trajdist.training.job import Position
 from trajdist.training.selection import draw_selection, keep_subset, selection_facts
 
 # How much longer than runtime.timeout_s the process group itself waits for a lost process.
 GRACE_S = 60.0
 # How many images are checked before training for being those of a 12-bit camera.
 FIRST_IMAGES = 4
+
+
+@dataclass
+class Position:
+    """How far the run has got, for status.json.
+
+    Attributes:
+        phase: 1 or 2; 0 before the first.
+        step: optimizer steps done in the phase.
+    """
+
+    phase: int = 0
+    step: int = 0
 
 
 @dataclass
@@ -59,6 +71,7 @@ class Session:
         trackers: open experiment trackers, on the main process.
         extractor: built when first needed, then shared by the phases.
         domain: name of the domain, if there are several; else empty.
+        at: kept up to date by the phases and the loop.
     """
 
     config: Config
@@ -74,6 +87,7 @@ class Session:
     trackers: Trackers
     extractor: TrajectoryExtractor | None = None
     domain: str = ""
+    at: Position = field(default_factory=Position)
 
     def say(self, text: str) -> None:
         """Show the user a line, from the main process."""
@@ -83,7 +97,7 @@ class Session:
         """``text`` preceded by the name of the domain, if there are several."""
         return f"{self.domain}: {text}" if self.domain else text
 
-    def record(self, at: Position, error: BaseException | None = None, ended: bool = False) -> None:
+    def write_status(self, error: BaseException | None = None, ended: bool = False) -> None:
         """Write status.json: still running, or how the run ended.
 
         If ``error`` is why the run failed, an error in writing the file (such as a full disk) must not replace it.
@@ -95,7 +109,7 @@ class Session:
             status, why = "failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         if self.processes.is_main:
             with suppress(ArtifactError) if status == "failed" else nullcontext():
-                self.rundir.write_status(status, at.phase, at.step, why)
+                self.rundir.write_status(status, self.at.phase, self.at.step, why)
 
     def accept(self) -> None:
         """Replace the run's config by this command's, once nothing can refuse it any more.
@@ -131,6 +145,7 @@ class Session:
             reference_world=self.processes.main_knows(lambda: reference_world_of(rundir)),
             trackers=self.trackers.under(name, int(self.rundir.read_summary().get("phase1", {}).get("steps", 0))),
             domain=name,
+            at=Position(phase=2),
         )
 
     def naming(self) -> AbstractContextManager[None]:

@@ -46,25 +46,25 @@ def is_done(session: Session, phase: int) -> bool:
     return True
 
 
-def summarise(session: Session, job: Job) -> dict[str, Any]:
+def summarise(job: Job) -> dict[str, Any]:
     """The figures of a phase that has just been trained, and what limits its speed. All processes must call it."""
-    journal, taken = job.journal, job.seconds()
+    session, journal, taken = job.session, job.journal, job.seconds()
     time = job.clock.seconds()
-    advice = diagnose(_facts(session, job, time, taken))
+    advice = diagnose(_facts(job, time, taken))
     session.say(f"phase {job.phase} is {advice}")
     memory = journal.epoch_memory
     return {
         "images": journal.total.images,
         "failures": journal.total.failures,
-        "epochs": job.at.step // job.plan.steps_per_epoch,
-        "steps": job.at.step,
+        "epochs": session.at.step // job.plan.steps_per_epoch,
+        "steps": session.at.step,
         "seconds": taken,
         "images_per_s": journal.total.images / max(taken, 1e-9),
         "first_loss": journal.first_loss,
         "final_loss": journal.final_loss,
-        "peak_memory_bytes": peak_memory_bytes(job.processes.device),
+        "peak_memory_bytes": peak_memory_bytes(session.processes.device),
         "memory_growth_bytes": int(memory[-1] - memory[0]) if memory else 0,
-        "num_processes": job.processes.world,
+        "num_processes": session.processes.world,
         "trained_parameters": sum(weight.numel() for weight in job.trainable_weights().values()),
         "time": split(time, taken),
         "doctor": advice,
@@ -72,14 +72,14 @@ def summarise(session: Session, job: Job) -> dict[str, Any]:
     }
 
 
-def _facts(session: Session, job: Job, time: dict[str, float], taken: float) -> Facts:
-    config, processes = session.config, session.processes
+def _facts(job: Job, time: dict[str, float], taken: float) -> Facts:
+    session, config, processes = job.session, job.session.config, job.session.processes
     # Contrast draws new defects every epoch and trains on whole images: neither a cache nor fewer places would help.
     contrast = config.contrasts(job.phase)
     workers = resolve_workers(config.data.num_workers, processes.local_world, processes.device.type)
     return Facts(
         seconds=taken,
-        steps=job.at.step,
+        steps=session.at.step,
         time=time,
         waits=processes.gather([time["data"]]),
         workers=workers,

@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trajdist.config import SETS, Config
-from trajdist.data.drawing import DefectDraw
 from trajdist.data.labelled import LabelledFolder
 from trajdist.errors import ArtifactError, ConfigError, DataError
 from trajdist.extraction.trajectory import TrajectoryExtractor
@@ -23,46 +21,20 @@ from trajdist.runtime.memory import reset_peak_memory
 from trajdist.runtime.profiling import nothing, profiling
 from trajdist.runtime.progress import Progress
 from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter, check_fits, restore_optimizer, set_aside_above
-from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.tables import counted
 from trajdist.training.caching import open_cache, open_writer
 from trajdist.training.feed import Feed, Stream, num_places
-from trajdist.training.job import Job, Position, Recipe, Rhythm, trainable_weights
-from trajdist.training.journal import BadLimit, Journal
+from trajdist.training.job import Job, trainable_weights
+from trajdist.training.journal import Journal
 from trajdist.training.keeper import Keeper
 from trajdist.training.loop import fit, walk
-from trajdist.training.objectives import Objective, ReconstructionError
+from trajdist.training.objectives import ReconstructionError, Task
 from trajdist.training.optimization import make_optimizer
 from trajdist.training.passes import CleanImages
 from trajdist.training.selection import training_plan
 from trajdist.training.session import Session
 from trajdist.training.validation import Examiner
-
-# fp16 skips a step whose gradient is not finite and halves the gradient scale, which starts at 2**16. After this many
-# in a row the scale is so small that it cannot be to blame.
-MOST_SKIPPED = 30
-
-
-@dataclass(frozen=True)
-class Task:
-    """A model to train, and how.
-
-    Attributes:
-        learning_rate: at its peak.
-        base: fingerprint of what the model builds on: the trajectories in Phase 1, the base model in Phase 2.
-        defects: draws the defects that the objective contrasts clean images with, new ones every epoch; training is
-            then on whole images.
-        whitened: the residual model whose whitening the model is trained with, if any.
-    """
-
-    model: nn.Module
-    objective: Objective
-    learning_rate: float
-    weight_decay: float
-    base: str
-    defects: DefectDraw | None = None
-    whitened: ResidualModel | None = None
 
 
 def reconstruction(config: Config, extractor: TrajectoryExtractor) -> ReconstructionError:
@@ -75,12 +47,10 @@ class Training:
     """One training run within a phase.
 
     Attributes:
-        at: its progress, kept up to date by the loop.
         selection: the images to train on and those held out.
     """
 
     session: Session
-    at: Position
     selection: Selection
     task: Task
 
@@ -106,10 +76,10 @@ def train(extractor: TrajectoryExtractor, trainings: Sequence[Training]) -> list
         stack.callback(feed.close)
         for training in trainings:
             with training.session.naming():
-                job, cursor = _make_job(training, extractor, feed, clock, sharing=len(trainings))
+                job = _make_job(training, extractor, feed, clock, sharing=len(trainings))
                 training.session.accept()
             jobs.append(job)
-            walks.append(_named(training, walk(job, cursor)))
+            walks.append(_named(training, walk(job)))
         torch.autograd.set_detect_anomaly(session.config.runtime.detect_anomaly)
         trim()
         reset_peak_memory(device)
@@ -118,7 +88,7 @@ def train(extractor: TrajectoryExtractor, trainings: Sequence[Training]) -> list
             fit(walks)
         for job in jobs:
             with clock("checkpoint"):
-                job.processes.main_does(job.writer.finish)
+                job.session.processes.main_does(job.writer.finish)
             job.settle_weights()
     return jobs
 
@@ -136,59 +106,45 @@ def _close_caches(trainings: Sequence[Training], feed: Feed) -> None:
             training.session.say(why)
 
 
-def _make_job(
-    training: Training, extractor: TrajectoryExtractor, feed: Feed, clock: Clock, sharing: int
-) -> tuple[Job, int]:
-    """A training's job, restored from its checkpoint if there is one, and the images consumed so far.
+def _make_job(training: Training, extractor: TrajectoryExtractor, feed: Feed, clock: Clock, sharing: int) -> Job:
+    """A training's job, restored from its checkpoint if there is one; its images become a stream of ``feed``.
 
     Args:
-        feed: gets a stream of the training's images.
         sharing: number of trainings that read at the same time.
     """
     session, selection, task = training.session, training.selection, training.task
-    config, phase = session.config, selection.phase
-    plan = training_plan(config, selection, session.reference_world, session.processes.world)
+    config, phase, processes = session.config, selection.phase, session.processes
+    plan = training_plan(config, selection, session.reference_world, processes.world)
     checkpoint = _checkpoint_of(session, phase, task.base)
     cursor = _cursor_of(checkpoint, plan, SETS[phase]) if checkpoint else 0
-    task.model.to(session.processes.device)
-    examiner = _examiner(session, selection, extractor, task)
+    task.model.to(processes.device)
+    examiner = _examiner(training, extractor)
     model, optimizer = _wrapped(session, task, clock)
     stream = _open_stream(training, plan, cursor, extractor, sharing)
-    session.say(_announcement(phase, plan, cursor, task.model, session.processes.world))
+    session.say(_announcement(phase, plan, cursor, task.model, processes.world))
+    patience, keeps_best = config.early_stopping.patience, config.validation.keep == "best"
     job = Job(
-        phase=phase,
-        accelerator=session.accelerator,
-        processes=session.processes,
-        plan=plan,
+        session,
+        selection,
+        task,
+        plan,
+        cursor,
         batches=feed.add(stream),
         model=model,
-        objective=task.objective,
         optimizer=optimizer,
-        recipe=_recipe(config, task.learning_rate),
-        rhythm=_rhythm(config),
-        journal=_journal(session, phase, plan, selection),
-        rundir=session.rundir,
+        journal=Journal(session, plan, selection),
+        keeper=Keeper(trainable_weights(task.model), config.ema.decay, patience, keeps_best),
+        examiner=examiner,
         writer=CheckpointWriter(session.rundir.checkpoints, config.checkpoint.keep),
-        stop=session.stop,
-        watchdog=session.watchdog,
         progress=Progress(session.console, session.titled(f"phase {phase}"), plan.total_images, cursor),
         clock=clock,
-        at=training.at,
-        base=task.base,
         steps_before=_steps_before(session, phase),
-        tick=nothing,
-        keeper=_keeper(config, task.model),
-        trackers=session.trackers,
-        validate=examiner.validate,
-        draw=examiner.draw,
-        say=session.say,
     )
     if checkpoint:
         _restore(job, checkpoint)
-        # All jobs share one clock.
-        if len(feed.streams) == 1:
+        if len(feed.streams) == 1:  # All jobs share one clock.
             clock.restore(checkpoint.state["stages"])
-    return job, cursor
+    return job
 
 
 def _wrapped(session: Session, task: Task, clock: Clock) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -213,18 +169,13 @@ def _open_stream(training: Training, plan: Plan, cursor: int, extractor: Traject
     return Stream(loader, open_writer(session, cache) if cache is not None else None)
 
 
-def _keeper(config: Config, model: nn.Module) -> Keeper:
-    return Keeper(
-        trainable_weights(model), config.ema.decay, config.early_stopping.patience, config.validation.keep == "best"
-    )
-
-
-def _examiner(session: Session, selection: Selection, extractor: TrajectoryExtractor, task: Task) -> Examiner:
+def _examiner(training: Training, extractor: TrajectoryExtractor) -> Examiner:
     """Create the examiner. Must precede Accelerate's wrapping of the model, which is copied if it will be examined.
 
     Raises:
         DataError: there is nothing to validate on.
     """
+    session, selection, task = training.session, training.selection, training.task
     labelled = session.sources.get("validation")
     validates = session.config.validation.every_epochs > 0
     if validates and labelled is None and not selection.num_holdout:
@@ -233,14 +184,8 @@ def _examiner(session: Session, selection: Selection, extractor: TrajectoryExtra
             f"{session.config.calibration.holdout_fraction:g} holds none out to validate on: raise the fraction."
         )
     model = copy.deepcopy(task.model).eval() if validates or session.trackers else task.model
-    return Examiner(
-        clean=CleanImages(session, selection, extractor),
-        model=model,
-        objective=task.objective,
-        defects=task.defects,
-        whitened=task.whitened,
-        labelled=labelled if isinstance(labelled, LabelledFolder) else None,
-    )
+    clean = CleanImages(session, selection, extractor)
+    return Examiner(clean, task, model, labelled if isinstance(labelled, LabelledFolder) else None)
 
 
 def _profiled(session: Session, phase: int) -> AbstractContextManager[Callable[[], None]]:
@@ -324,14 +269,15 @@ def _restore(job: Job, checkpoint: Checkpoint) -> None:
     Raises:
         ArtifactError: it does not fit the model or the optimizer.
     """
-    check_fits(checkpoint, job.trainable_weights(), job.optimizer)
+    weights, scaler = job.trainable_weights(), job.session.accelerator.scaler
+    check_fits(checkpoint, weights, job.optimizer)
     with torch.no_grad():
-        for name, weight in job.trainable_weights().items():
+        for name, weight in weights.items():
             weight.copy_(checkpoint.model[name])
     restore_optimizer(job.optimizer, checkpoint.optimizer)
-    if job.accelerator.scaler is not None and checkpoint.state["scaler"]:
-        job.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-    job.keeper.restore(checkpoint.state["validated"], checkpoint.kept, job.trainable_weights())
+    if scaler is not None and checkpoint.state["scaler"]:
+        scaler.load_state_dict(checkpoint.state["scaler"])
+    job.keeper.restore(checkpoint.state["validated"], checkpoint.kept, weights)
     job.journal.restore(checkpoint.state["journal"])
     job.seconds_before = checkpoint.state["seconds"]
 
@@ -344,44 +290,6 @@ def _announcement(phase: int, plan: Plan, cursor: int, model: nn.Module, world: 
         f"{counted(plan.micro_batches, 'micro-batch', 'micro-batches')})"
     )
     return text + (f"; resuming after {cursor:,} images" if cursor else "")
-
-
-def _journal(session: Session, phase: int, plan: Plan, selection: Selection) -> Journal:
-    source = session.sources[SETS[phase]]
-
-    def files_of(step_index: int) -> list[str]:
-        step = plan.step(step_index)
-        return [source.name(index) for index in selection.train(step.epoch, np.arange(step.start, step.stop)).tolist()]
-
-    return Journal(
-        phase,
-        session.rundir,
-        session.processes,
-        source.name,
-        files_of,
-        SETS[phase],
-        BadLimit(plan.num_images, len(source), session.config.data.max_bad_fraction),
-        0 if session.accelerator.scaler is None else min(MOST_SKIPPED, plan.total_steps) - 1,
-    )
-
-
-def _recipe(config: Config, learning_rate: float) -> Recipe:
-    return Recipe(
-        learning_rate=learning_rate,
-        warmup_fraction=config.train.warmup_fraction,
-        max_grad_norm=config.train.max_grad_norm,
-        seed=config.seed,
-    )
-
-
-def _rhythm(config: Config) -> Rhythm:
-    return Rhythm(
-        log_every_steps=config.logging.every_steps,
-        save_every_steps=config.checkpoint.every_steps,
-        save_every_s=config.checkpoint.every_minutes * 60.0,
-        empty_cache_every=config.memory.empty_cache_every,
-        validate_every_epochs=config.validation.every_epochs,
-    )
 
 
 def _steps_before(session: Session, phase: int) -> int:

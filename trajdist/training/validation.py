@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from trajdist.data.decode import to_square
-from trajdist.data.drawing import DefectDraw
 from trajdist.data.labelled import GOOD, LabelledFolder
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import TrainingError
@@ -26,10 +25,9 @@ from trajdist.saved.checkpoint import Tensors
 from trajdist.scoring import pictures, residuals
 from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.metrics import PixelScores, curve
-from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import in_order
 from trajdist.training.journal import FIXED_POINT, fixed_point
-from trajdist.training.objectives import ContrastModel, Objective
+from trajdist.training.objectives import ContrastModel, Task
 from trajdist.training.passes import CleanImages, clean_batches, fit_detector, pass_plan
 from trajdist.training.session import Session
 
@@ -43,16 +41,12 @@ class Examiner:
     Attributes:
         clean: the images of the phase.
         model: of the same architecture as the one in training; weights are copied into it.
-        defects: draws the defects that the objective needs, if any.
-        whitened: the residual model whose whitening the model is trained with, if any.
         labelled: the labelled images, or None.
     """
 
     clean: CleanImages
+    task: Task
     model: nn.Module
-    objective: Objective
-    defects: DefectDraw | None
-    whitened: ResidualModel | None
     labelled: LabelledFolder | None
 
     @torch.no_grad()
@@ -104,7 +98,7 @@ class Examiner:
     def _held_out(self) -> dict[str, Any]:
         clean, processes = self._silently(), self.clean.session.processes
         sums = torch.zeros(5, dtype=torch.int64, device=processes.device)
-        for batch in clean.held_out("validation", defects=self.defects):
+        for batch in clean.held_out("validation", defects=self.task.defects):
             sums += self._loss_sums(batch)
         images, bad, *parts = processes.sum(sums).tolist()
         if bad:
@@ -116,7 +110,7 @@ class Examiner:
         return {"images": images, **dict(zip(("loss", "recon", "kl"), means, strict=True))}
 
     def _loss_sums(self, batch: ImageBatch) -> torch.Tensor:
-        losses = self.objective(self.model, self.clean.extractor(batch.images), batch, 1.0)
+        losses = self.task.objective(self.model, self.clean.extractor(batch.images), batch, 1.0)
         counted = batch.weights > 0
         bad = counted & ~losses.loss.isfinite()
         return torch.stack([counted.sum(), bad.sum(), *(fixed_point(part, batch.weights) for part in losses)])
@@ -126,7 +120,7 @@ class Examiner:
         clean = self._silently()
         session = clean.session
         detector = clean.detector("validation", self._reconstructing())
-        fit_detector(clean, detector, self.whitened)
+        fit_detector(clean, detector, self.task.whitened)
         counts = _Counts(labelled, session)
         plan = pass_plan(session, "validation", len(labelled))
         batches: Iterable[ImageBatch] = clean_batches(session, "validation", in_order, len(labelled), "validation")
