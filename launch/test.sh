@@ -25,7 +25,7 @@ if [ $# -gt 0 ]; then
   echo "+ pytest $*"
   exec "$venv"/bin/python -m pytest -m "not slow" "${two[@]}" "$@"
 fi
-# Those of Slurm and of the network wait for most of their time, so they run beside the others.
+# Those of Slurm and of the network wait for most of their time, so they run beside the others; they are in two folders.
 echo "+ pytest"
 waiting=$(mktemp)
 "$venv"/bin/python -m pytest -m "not slow" tests/slurm tests/netns > "$waiting" 2>&1 &

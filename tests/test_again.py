@@ -417,8 +417,8 @@ def test_held_out_images_of_shards_are_visited_shard_by_shard():
     positions = np.arange(12)
     chosen = plain.holdout(0, positions)
     assert not np.array_equal(np.sort(chosen), chosen)
-    assert np.array_equal(plain.held_out()(0, positions), chosen)
-    walk = pickle.loads(pickle.dumps(by_shards.held_out()))
+    assert np.array_equal(plain.held_out(12)(0, positions), chosen)
+    walk = pickle.loads(pickle.dumps(by_shards.held_out(12)))
     assert np.array_equal(walk(0, positions), np.sort(chosen))
     assert np.array_equal(walk(0, positions[3:5]), np.sort(chosen)[3:5])
 

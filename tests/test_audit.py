@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from images import write_images
 from jobs import REPOSITORY
+from safetensors.numpy import load_file
 
 from trajdist.cli import main
 from trajdist.data.sources import open_source
@@ -281,6 +282,22 @@ def test_a_real_run_holds_out_no_more_images_than_it_measures(tmp_path, fresh_ac
         facts["imagenet"]["max_holdout"] = wrong
         (tmp_path / "run.json").write_text(json.dumps(facts))
         assert main(["audit", str(tmp_path)]) == 4
+
+
+def test_a_run_that_held_out_more_goes_on_with_its_images(tmp_path, monkeypatch, fresh_accelerate):
+    """As versions did that had no limit."""
+    images = write_images(tmp_path / "images", 14)
+    command = ["train", "debug", f"run_dir={tmp_path}", f"data.imagenet.path={images}", "data.imagenet.num_samples=-1"]
+    command += ["calibration.holdout_fraction=0.5", "trajectory.statistics_images=3", "runtime.mixed_precision=no"]
+    draw = Selection.draw
+    with monkeypatch.context() as patched:
+        patched.setattr(Selection, "draw", lambda *arguments: draw(*arguments[:6]))
+        assert main([*command, "data.imagenet.num_epochs=1"]) == 0
+    assert main(command) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["phase1"]["images"] == 2 * 7
+    assert not audit(tmp_path).problems
+    calibration = load_file(tmp_path / "phase1" / "calibration.safetensors")
+    assert calibration["images.counts"].sum() == 3
 
 
 def test_a_real_run_that_was_tampered_with(debug_run, tmp_path):

@@ -195,7 +195,7 @@ def test_a_last_sync_that_fails_ends_the_caching_and_nothing_else(cache, monkeyp
             time.sleep(0.01)
         write(*args)
 
-    monkeypatch.setattr("trajdist.data.trajectory_cache.SYNC", full)
+    monkeypatch.setattr("trajdist.data.trajectory_cache.sync_contents", full)
     monkeypatch.setattr(TrajectoryCache, "write", write_while_it_is_closed)
     writer, closed = CacheWriter(cache, 100), []
     writer.add(torch.tensor([1]), torch.tensor([1]), some(1))

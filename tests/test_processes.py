@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 
 import pytest
 import torch
 
-from trajdist.errors import ConfigError
+from trajdist.errors import ConfigError, TrainingError
 from trajdist.runtime.processes import Processes, precision, start_accelerator, supported_precision
 from trajdist.runtime.stopping import StopFlag
 from trajdist.screen import ReaderGone
@@ -151,3 +152,16 @@ def test_the_end_of_a_worker_is_no_request_to_end(tmp_path):
             assert stop.heard(), "once is enough"
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_process_ends_at_once_though_nobody_reads_why(tmp_path):
+    code = "from pathlib import Path; from trajdist.runtime.watchdog import end_at_once; "
+    code += f"end_at_once(0, 'lost', Path({str(tmp_path / 'last')!r}).touch)"
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], stderr=writing, timeout=120, check=False)
+    finally:
+        os.close(writing)
+    assert done.returncode == TrainingError.exit_code
+    assert (tmp_path / "last").exists()

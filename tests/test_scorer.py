@@ -581,7 +581,7 @@ def test_held_out_images_were_scored_as_new_ones_are(tmp_path, fresh_accelerate)
     keys = [f"data.imagenet.path={folder}", "data.imagenet.num_samples=-1", "calibration.holdout_fraction=0.4"]
     assert main(["train", "debug", f"run_dir={run_dir}", "data.imagenet.fit=crop", *keys]) == 0
     config, source = load_config(str(run_dir / "config.yaml"), []), open_source(str(folder), "source")
-    selection = draw_selection(config, 1, source)
+    selection = draw_selection(config, 1, source, max_holdout=None)
     held_out = selection.holdout(0, np.arange(selection.num_holdout)).tolist()
     scorer = trajdist.load(run_dir, device="cpu")
     scores = scorer([source.load(index, None) for index in held_out]).scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -188,6 +189,16 @@ def test_nothing_but_damaged_images(debug_run, tmp_path, capsys, fresh_accelerat
     assert "2 unreadable" in said.out
     assert "none of the 2 images" in said.err
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_row_counts_only_once_its_map_is_on_the_disk(debug_run, images, tmp_path, monkeypatch, capsys):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("trajdist.scoring.output.sync_contents", full)
+    assert score(debug_run, images, tmp_path / "out") == 4
+    assert "cannot be written (No space left on device): free some space" in capsys.readouterr().err
+    assert not read_rows(tmp_path / "out")
 
 
 # ---------------------------------------------------------------------------------------------- the pictures

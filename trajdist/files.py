@@ -141,6 +141,15 @@ def is_held(path: Path) -> bool | None:
     return False
 
 
+def sync_contents(descriptor: int) -> None:
+    """Make what was written to an open file survive a power cut.
+
+    Raises:
+        OSError: the file system reports that it could not be written.
+    """
+    getattr(os, "fdatasync", os.fsync)(descriptor)  # macOS has no fdatasync.
+
+
 def sync_file(path: Path) -> None:
     """Make the contents of a file survive a power cut."""
     with open(path, "rb") as handle:

@@ -320,14 +320,14 @@ class Selection:
         """Indices of the held-out images at ``positions``, the same in every epoch."""
         return self._split(self.total - 1 - np.asarray(positions, np.int64))
 
-    def held_out(self) -> Callable[[int, Int64s], Int64s]:
-        """The order of a pass over the held-out images, as a function like :meth:`holdout`.
+    def held_out(self, count: int) -> Callable[[int, Int64s], Int64s]:
+        """The order of a pass over the first ``count`` held-out images, as a function like :meth:`holdout`.
 
         If the order goes by shards, they are sorted, so that no shard is visited twice.
         """
         if self.member_sizes is None:
             return self.holdout
-        return partial(picked, np.sort(self.holdout(0, np.arange(self.num_holdout))))
+        return partial(picked, np.sort(self.holdout(0, np.arange(count))))
 
     def _split(self, ranks: Int64s) -> Int64s:
         return permute(ranks, self.total, key64(self.seed, self.phase, SPLIT))

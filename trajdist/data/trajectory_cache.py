@@ -28,13 +28,11 @@ import torch
 
 from trajdist.artifacts import fingerprint
 from trajdist.errors import ArtifactError, ConfigError, one_line
-from trajdist.files import write_at, write_json
+from trajdist.files import sync_contents, write_at, write_json
 from trajdist.sharding import Int64s
 
 PAGE, VERSION_BYTES = 4096, 8
 GIB = 2**30
-# macOS has no fdatasync.
-SYNC = getattr(os, "fdatasync", os.fsync)
 # While batches are queued, sync only after this many bytes of records.
 SYNC_BYTES = 64 * 2**20
 # Batches queued for writing; when the queue is full, training blocks.
@@ -150,7 +148,7 @@ class TrajectoryCache:
         Raises:
             OSError: they cannot be written.
         """
-        SYNC(self._descriptor("records"))
+        sync_contents(self._descriptor("records"))
         for number, version in written:
             self._set_version(number, max(version, 1))
 

@@ -82,16 +82,20 @@ class PlannedTraining:
     selection: Selection
 
 
+def _draw(config: Config, phase: int, source: ImageSource) -> Selection:
+    return draw_selection(config, phase, source, config.trajectory.statistics_images)
+
+
 def _planned(config: Config, sources: dict[str, ImageSource], phase: int) -> list[PlannedTraining]:
     """All trainings that a phase runs at once."""
     if phase == 1 or not config.data.domains:
         source = sources[SETS[phase]]
-        return [PlannedTraining("", config, source, draw_selection(config, phase, source))]
+        return [PlannedTraining("", config, source, _draw(config, phase, source))]
     trainings = []
     for name in config.data.domains:
         own, source = domain_config(config, name), sources[f"domains.{name}"]
         with naming(name):
-            trainings.append(PlannedTraining(name, own, source, draw_selection(own, phase, source)))
+            trainings.append(PlannedTraining(name, own, source, _draw(own, phase, source)))
     return trainings
 
 

@@ -159,8 +159,9 @@ def answer_within(seconds: float, question: Callable[[], Answer]) -> Answer | No
 
 def end_at_once(rank: int, sentence: str, last: Callable[[], None] = lambda: None) -> NoReturn:
     """Print why, do what is left to do, and end the process, whatever its threads are doing."""
-    print(f"trajdist: [process {rank}] {sentence}", file=sys.stderr, flush=True)
     try:
+        with contextlib.suppress(OSError, ValueError):  # Nobody may be reading.
+            print(f"trajdist: [process {rank}] {sentence}", file=sys.stderr, flush=True)
         last()
     finally:
         # A thread that is blocked in network or file system code cannot be ended in any other way.

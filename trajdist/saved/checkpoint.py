@@ -219,13 +219,17 @@ class Totals(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    images: int = 0
-    loss: int = 0
-    recon: int = 0
-    kl: int = 0
-    digest: int = 0
-    failures: int = 0
-    not_finite: int = 0
+    images: int
+    loss: int
+    recon: int
+    kl: int
+    digest: int
+    failures: int
+    not_finite: int
+
+    @classmethod
+    def zero(cls) -> Totals:
+        return cls(**dict.fromkeys(cls.model_fields, 0))
 
     def add(self, other: Totals) -> None:
         for name, value in other:
@@ -249,10 +253,10 @@ class Validated(BaseModel):
     """The serialised state of a :class:`trajdist.training.keeper.Keeper`."""
 
     model_config = ConfigDict(extra="forbid")
-    epoch: int = Field(0, ge=0)
-    stale: int = Field(0, ge=0)
-    best: dict[str, Any] | None = None
-    last: dict[str, Any] | None = None
+    epoch: int = Field(ge=0)
+    stale: int = Field(ge=0)
+    best: dict[str, Any] | None
+    last: dict[str, Any] | None
 
 
 class State(BaseModel):

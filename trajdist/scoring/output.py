@@ -17,7 +17,7 @@ import numpy as np
 
 from trajdist.artifacts import fingerprint
 from trajdist.errors import os_errors
-from trajdist.files import exists, write_at
+from trajdist.files import exists, sync_contents, write_at
 from trajdist.scoring.pictures import Floats
 
 Row = dict[str, Any]
@@ -128,12 +128,16 @@ class MapsFile:
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
 
     def write(self, maps: list[tuple[int, Floats | None]]) -> None:
-        """Fill in maps by position. Written, not memory-mapped: a full disk would kill a process that maps the file."""
+        """Fill in maps by position; they are on the disk when this returns.
+
+        Written, not memory-mapped: a full disk would kill a process that maps the file.
+        """
         assert self._descriptor is not None
         failed_HW = np.full(self._shape[1:], np.nan, np.float32)
         for position, cells_HW in maps:
             whole_HW = np.ascontiguousarray(failed_HW if cells_HW is None else cells_HW, np.float32)
             write_at(self._descriptor, whole_HW.data, len(self._prefix) + position * whole_HW.nbytes)
+        sync_contents(self._descriptor)
 
     def read(self, start: int, stop: int) -> Floats:
         """The maps at positions ``[start, stop)``, float32 ``[B, H, W]``.

@@ -83,13 +83,16 @@ def score(job: Scoring) -> None:
         with _writing(job.out):
             return _prepare_out(job)
 
+    def close() -> None:
+        with _writing(job.out):
+            job.maps.close()
+
     done, failed = job.processes.main_knows(prepare)
     if done < num_images:
         _walk(job, np.arange(num_images), done, partial(_append, job))
     if failed:
         _try_again(job, failed)
-    job.maps.close()
-    job.processes.wait()
+    job.processes.main_does(close)
 
 
 def _walk(job: Scoring, order: Int64s, cursor: int, keep: Keep) -> None:
@@ -110,10 +113,9 @@ def _try_again(job: Scoring, failed: list[int]) -> None:
     found: dict[int, Row] = {}
 
     def keep(rows: list[Numbered]) -> None:
-        read = [row for row in rows if row[2] is not None]
-        found.update({position: row for position, row, _ in read})
+        found.update({position: row for position, row, cells_HW in rows if cells_HW is not None})
         with _writing(job.out):
-            job.maps.write([(position, cells_HW) for position, _, cells_HW in read])
+            job.maps.write([(position, cells_HW) for position, _, cells_HW in rows])
 
     def replace() -> None:
         if found:

@@ -1,23 +1,25 @@
 """Claims a run directory: whether this run may start there, or resume what is there.
 
-What is found in a run directory that is met again, what is done, and where; a new phase concerns most of these:
+What is found in a run directory that is met again, what is done, and where:
 
 ========================================  ========================================  ================================
 a lock that is held                       refused                                   claim
 anything, with --fresh                    renamed, once per job of a launcher       session.open_session
 a STOP file, partial files                removed                                   claim
 config.yaml: a key that changes results   refused, if the run has made anything     _check_same_config
-run.json, but nothing made                forgotten                                 claim
+run.json, but nothing made                its image sets are forgotten              claim
 run.json: num_processes                   sets the global batch                     selection.training_plan
 run.json: other images of a set           refused, if the phase has made anything   session.Session.selection
   of a finished phase                     refused                                   summary.is_done
 Phase 1, but not its images in run.json   was adopted: not trained                  phases._was_adopted
 no Phase 1, with phase1=DIR               copied; refused if an own one was begun   adoption.adopt_phase1
 another Phase 1 than that of phase1=DIR   refused                                   adoption.adopt_phase1
-summary.json: the phase                   done, unless it has further epochs to do  summary.is_done
+summary.json: the phase                   done; may go on from its checkpoint       summary.is_done
+  of several domains, now one             not done                                  summary.is_done
   with files lost                         repeated, or refused below a Phase 2      summary.is_done
 trajectory.safetensors                    read, not measured                        passes.prepare_extractor
-contrast.safetensors                      read, or measured anew for another base   passes.contrast_residuals
+contrast.safetensors                      read; for another base measured anew      passes.contrast_residuals
+  with a checkpoint of Phase 2            read; for another base refused            passes.contrast_residuals
 a damaged checkpoint                      set aside for the one before it           checkpoint.newest_checkpoint
 a checkpoint of the phase                 resumed; cuts metrics and ledger          train._checkpoint_of
   of other weights, steps or more epochs  refused                                   train._checkpoint_of, _cursor_of

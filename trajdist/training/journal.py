@@ -124,7 +124,7 @@ class Journal:
         # Consecutive steps whose gradient need not be finite, and how many there have been.
         self._may_skip = 0 if session.accelerator.scaler is None else min(MOST_SKIPPED, plan.total_steps) - 1
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.line, self.epoch, self.total = Totals(), Totals(), Totals()
+        self.line, self.epoch, self.total = Totals.zero(), Totals.zero(), Totals.zero()
         self.first_loss: float | None = None
         self.final_loss: float | None = None
         self.epoch_memory: list[float] = []
@@ -192,12 +192,12 @@ class Journal:
         if self._memory_readings:
             self.epoch_memory.append(self._memory_sum / self._memory_readings)
         self._memory_sum, self._memory_readings = 0, 0
-        closed, self.epoch = self.epoch, Totals()
+        closed, self.epoch = self.epoch, Totals.zero()
         return closed
 
     def take_line(self) -> Totals:
         """Return the totals since the last line of metrics.jsonl and start new ones."""
-        line, self.line = self.line, Totals()
+        line, self.line = self.line, Totals.zero()
         self.final_loss = means(line)["loss"]
         if self.first_loss is None:
             self.first_loss = self.final_loss

@@ -100,7 +100,7 @@ class Keeper:
         Raises:
             ArtifactError: the tensors belong to another model.
         """
-        state = state or Validated().model_dump()
+        state = state or Validated(epoch=0, stale=0, best=None, last=None).model_dump()
         self.epoch, self.stale, self.best, self.last = (state[key] for key in ("epoch", "stale", "best", "last"))
         kinds = ["average"] * self.averages + ["best"] * (self._keeps_best and self.best is not None)
         expected = {f"{kind}.{name}": weight.shape for kind in kinds for name, weight in weights.items()}

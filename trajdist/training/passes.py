@@ -60,8 +60,10 @@ class CleanImages:
         )
 
     def held_out(self, title: str, fit: Fit | None = None, defects: DefectDraw | None = None) -> Iterator[ImageBatch]:
-        """A pass over the images held out from training."""
-        index_at, count = self.selection.held_out(), self.selection.num_holdout
+        """A pass over the images held out from training, or over the first of them."""
+        # Runs of earlier versions hold out more.
+        count = min(self.selection.num_holdout, self.session.config.trajectory.statistics_images)
+        index_at = self.selection.held_out(count)
         return clean_batches(self.session, self.set_name, index_at, count, title, defects, fit)
 
     def detector(self, name: str, model: nn.Module) -> Detector:

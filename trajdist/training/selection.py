@@ -16,8 +16,8 @@ from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Int64s, Order, Plan, Selection
 
 
-def draw_selection(config: Config, phase: int, source: ImageSource) -> Selection:
-    """Draw the images that a phase trains on.
+def draw_selection(config: Config, phase: int, source: ImageSource, max_holdout: int | None) -> Selection:
+    """Draw the images that a phase trains on, with at most ``max_holdout`` others held out.
 
     Raises:
         DataError: ``num_samples`` is 0.
@@ -27,8 +27,7 @@ def draw_selection(config: Config, phase: int, source: ImageSource) -> Selection
         raise DataError(f"data.{SETS[phase]}.num_samples=0 leaves nothing to train on: use -1 for all images.")
     classes = source.classes() if 0 < settings.num_samples < len(source) else None
     order = Order(source.shard_sizes(), config.data.shuffle_window, classes)
-    # Passes over held-out images take no more than these.
-    return _draw(config, phase, len(source), order, config.trajectory.statistics_images)
+    return _draw(config, phase, len(source), order, max_holdout)
 
 
 def _draw(config: Config, phase: int, total: int, order: Order, max_holdout: int | None) -> Selection:
@@ -46,7 +45,7 @@ def training_plan(config: Config, selection: Selection, reference_world: int, wo
     return Plan(selection.num_train, settings.num_epochs, global_batch, world, settings.batch_size)
 
 
-def selection_facts(source: ImageSource, selection: Selection, max_holdout: int) -> dict[str, Any]:
+def selection_facts(source: ImageSource, selection: Selection, max_holdout: int | None) -> dict[str, Any]:
     """What a run records about a set, to refuse a different one and to redraw the same order without the set."""
     known: dict[str, Any] = {"num_images": len(source), "fingerprint": source.fingerprint}
     if selection.num_holdout == max_holdout:

@@ -189,10 +189,14 @@ class Session:
         """
         set_name = SETS[phase]
         source = self.sources[set_name]
-        selection = draw_selection(self.config, phase, source)
-        found = selection_facts(source, selection, self.config.trajectory.statistics_images)
         before = self.processes.main_knows(lambda: self.rundir.recall(set_name))
-        if before not in (None, found) and self._has_begun(phase):
+        begun = before is not None and self._has_begun(phase)
+        # Earlier versions held out more than passes take: their runs go on with what they trained on.
+        uncapped = begun and isinstance(before, dict) and "max_holdout" not in before
+        max_holdout = None if uncapped else self.config.trajectory.statistics_images
+        selection = draw_selection(self.config, phase, source, max_holdout)
+        found = selection_facts(source, selection, max_holdout)
+        if begun and before != found:
             raise self._other_images(set_name, before)
         if self.processes.is_main:
             if before is None:
