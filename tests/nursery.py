@@ -1,8 +1,9 @@
 """Processes that begin with their imports done: each is forked from one that has imported torch, PEFT and trajdist.
 
 Imports are most of what a short job costs. ``Popen`` here is ``subprocess.Popen``, except that ``python -m MODULE ...``
-is forked: a child of the process that asked for it, with the arguments, environment, folder and files it would have.
-The workers of ``accelerate launch`` are forked as well. Linux only, and one thread at a time.
+is forked: a child of the process that asked for it, with the arguments, environment, folder and files it would have;
+in the network namespace of ``nsenter --net=FILE`` before it. The workers of ``accelerate launch`` are forked as well.
+Linux only, and one thread at a time.
 
 All that are forked share the seed of hashes, and what libraries read from the environment as they are loaded has no
 effect (``OMP_NUM_THREADS`` is 1). Tests that are about such things start their jobs with ``from_nothing=True``.
@@ -42,6 +43,7 @@ LAUNCHER = "accelerate.commands.launch"
 FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 LARGEST_REQUEST, LARGEST_ANSWER = 2**17, 32
 PR_SET_CHILD_SUBREAPER = 36
+CLONE_NEWNET = 0x40000000
 
 # The connection to the nursery of this process, once it has one.
 _nursery: socket.socket | None = None
@@ -56,10 +58,11 @@ class Request:
     environment: dict[str, str]
     folder: str
     new_session: bool
+    network: str
 
 
 class Popen(subprocess.Popen):
-    """``subprocess.Popen``; ``python -m MODULE ...`` is forked."""
+    """``subprocess.Popen``; ``[nsenter --net=FILE] python -m MODULE ...`` is forked."""
 
     def _execute_child(
         self,
@@ -87,14 +90,16 @@ class Popen(subprocess.Popen):
         start_new_session: bool,
         *more: Any,
     ) -> None:
-        python, *words = map(os.fspath, args)
-        words = [word for word in words if word != "-u"]
+        words = [word for word in map(os.fspath, args) if word != "-u"]
+        network = words[1].removeprefix("--net=") if words[0] == "nsenter" else ""
+        python, *words = words[2:] if network else words
         assert python == sys.executable, "only Python is forked"
         assert words[0] == "-m", "only modules are forked"
         assert preexec_fn is None, "what is forked takes no function"
         assert not pass_fds, "what is forked takes no more files"
         environment = dict(os.environ if env is None else env)
-        request = Request(words[1], words[2:], environment, os.fspath(cwd or os.getcwd()), bool(start_new_session))
+        folder = os.fspath(cwd or os.getcwd())
+        request = Request(words[1], words[2:], environment, folder, bool(start_new_session), network)
         files = [theirs if theirs != -1 else own for theirs, own in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
         self.pid = _ask(request, files)
         self._child_created = True
@@ -176,6 +181,9 @@ def _dress(request: Request, files: list[int]) -> None:
     """Give this process what it would have had from ``execve``."""
     if request.new_session:
         os.setsid()
+    if request.network:
+        with open(request.network) as namespace:
+            assert ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET) == 0, request.network
     for wanted, descriptor in enumerate(files):
         os.dup2(descriptor, wanted)
         os.close(descriptor)

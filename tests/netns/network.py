@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 import jobs
+import nursery
 
 SEARCH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -76,7 +77,8 @@ class Network:
         """The launcher of one machine, with one process."""
         command = self.inside(machine, *launcher(machine, port), *arguments)
         # The machine's name stands for an address that is none of the cable's.
-        return jobs.spawn(command, jobs.environment({"GLOO_SOCKET_IFNAME": CARD, "TP_SOCKET_IFNAME": CARD}))
+        environment = jobs.environment({"GLOO_SOCKET_IFNAME": CARD, "TP_SOCKET_IFNAME": CARD})
+        return jobs.spawn(command, environment, popen=nursery.Popen)
 
 
 def launcher(machine: int, port: int) -> list[str]:
