@@ -8,15 +8,6 @@ from typing import Any
 
 from trajdist.tools.audit import audit
 
-ARTIFACTS = (
-    "phase1/model.safetensors",
-    "phase1/trajectory.safetensors",
-    "phase1/calibration.safetensors",
-    "phase2/adapter/adapter_model.safetensors",
-    "phase2/calibration.safetensors",
-)
-
-
 def read(run_dir: Path, name: str) -> dict[str, Any]:
     """One of the JSON files of a run; empty before there is one."""
     path = run_dir / name
@@ -31,7 +22,12 @@ def assert_done(run_dir: Path) -> None:
 
 
 def assert_same_bits(run_dir: Path, reference: Path) -> None:
-    """Model, adapter and calibrations are those of the other run, byte by byte."""
+    """Models, adapters and calibrations are those of the other run, byte by byte."""
     assert_done(run_dir)
-    different = [name for name in ARTIFACTS if (run_dir / name).read_bytes() != (reference / name).read_bytes()]
-    assert different == []
+    ours, theirs = _tensors(run_dir), _tensors(reference)
+    assert ours.keys() == theirs.keys() >= {"phase1/model.safetensors", "phase1/calibration.safetensors"}
+    assert [name for name, tensors in ours.items() if tensors != theirs[name]] == []
+
+
+def _tensors(run_dir: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(run_dir)): file.read_bytes() for file in run_dir.glob("phase?/**/*.safetensors")}

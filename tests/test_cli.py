@@ -209,7 +209,7 @@ def test_a_run_on_no_terminal(tmp_path):
     images = write_images(tmp_path / "images", 8)
     shutil.copy(REPOSITORY / "configs" / "debug.yaml", tmp_path / "mine.yaml")
     overrides = [f"data.{name}.path={images}" for name in ("imagenet", "domain")]
-    done = launch(["run", "mine.yaml", "run_dir=out", *overrides], cwd=tmp_path, from_nothing=True)
+    done = launch(["run", "mine.yaml", "run_dir=out", *overrides], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert not CONTROL & set(done.stdout)
     assert "phase 1: epoch 2 step 2" in done.stdout

@@ -23,6 +23,8 @@ from trajdist.tools import export
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
 TRAINING = ("run", "train", "adapt", "plan")
+# An export takes seconds for each block.
+SMALL = ("debug", "runtime.mixed_precision=no", "backbone.blocks=[layer1.1, layer2.1]")
 # What has tests of its own, or belongs to the shell.
 ELSEWHERE = ("source", "pip", "bash launch/quickstart.sh", "bash launch/test.sh", "bash launch/debug.sh")
 
@@ -44,13 +46,15 @@ def made() -> set[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def workspace(debug_run, tmp_path_factory) -> Path:
+def workspace(tmp_path_factory) -> Path:
     """A folder in which the pages' paths mean something; /data is the folder data in it."""
     folder = tmp_path_factory.mktemp("workspace")
+    trained = tmp_path_factory.mktemp("small") / "run"
+    assert main(["run", *SMALL, f"run_dir={trained}"]) == 0
     for name in ("mine", "a", "b", "base", "quickstart"):
-        shutil.copytree(debug_run, folder / "runs" / name)
+        shutil.copytree(trained, folder / "runs" / name)
     for name in ("plant", "plant/domains/road", "plant/domains/gravel"):
-        shutil.copytree(debug_run, folder / "runs" / name, dirs_exist_ok=True)
+        shutil.copytree(trained, folder / "runs" / name, dirs_exist_ok=True)
     for name in ("imagenet/train", "mine", "new", "road", "gravel"):
         write_images(folder / "data" / name, 24)
     done = launch(["skimage:gravel/heldout", folder / "data" / "labelled"], module="trajdist.data.defects")
@@ -75,7 +79,7 @@ def arguments(command: str, workspace: Path) -> list[str]:
     if words[0] in TRAINING:
         load_config(words[1], [word for word in words[2:] if "=" in word and not word.startswith("--")])
         one_domain = ["data.domain.path=null"] if "data.domains." in command else []
-        words[1:2] = ["debug", "runtime.mixed_precision=no", *one_domain]
+        words[1:2] = [*SMALL, *one_domain]
         words += ["--no-probe"] if words[0] == "plan" else []
     return [word.replace("/data/", f"{workspace}/data/") for word in words]
 

@@ -77,7 +77,7 @@ def assert_same_training(run_dir: Path, other: Path) -> None:
 
 def test_two_processes_and_accumulation_are_one_process(images, one_process, tmp_path):
     """Through the launcher: 2 processes x 4 images x 2 micro-batches = 1 process x 16 images."""
-    done = launch(arguments("run", images, tmp_path / "run", *batches(4, 2)), num_processes=2, from_nothing=True)
+    done = launch(arguments("run", images, tmp_path / "run", *batches(4, 2)), num_processes=2)
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path / "run", one_process)
     steps = records(tmp_path / "run", "step")

@@ -34,7 +34,7 @@ def test_two_processes_on_each_of_two_nodes(cluster, tmp_path):
         tmp_path / "log",
         *TWO_NODES,
         *training(tmp_path / "run", "data.imagenet.num_epochs=2"),
-        env={"NUM_PROCESSES_PER_NODE": "2", "TRAJDIST_COMMAND": "train"},
+        env={"NUM_PROCESSES_PER_NODE": "2"},
     )
     assert job.end()["JobState"] == "COMPLETED", job.told()
     summary = read(tmp_path / "run", "summary.json")
