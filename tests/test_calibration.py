@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from images import write_images
 
+from trajdist.cli import main
 from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.histogram import ScoreHistogram
 
@@ -99,3 +101,13 @@ def test_two_processes_ask_one_sketch():
     first.histogram.all_reduce(lambda tensor: tensor + second.histogram.counts_K)
     assert first.count == 3
     assert first.p_values(torch.tensor([2.0])) == 0.75
+
+
+@pytest.mark.parametrize(("first", "says"), [("all", True), ("all/parts", True), ("others", False)])
+def test_it_is_said_if_phase_1_has_seen_what_phase_2_holds_out(tmp_path, capsys, fresh_accelerate, first, says):
+    parts = write_images(tmp_path / "all" / "parts", 10)
+    write_images(tmp_path / "others", 10)
+    sets = [f"data.imagenet.path={tmp_path / first}", f"data.domain.path={parts}", "calibration.holdout_fraction=0.3"]
+    assert main(["run", "debug", f"run_dir={tmp_path / 'run'}", *sets, "data.image_size=32"]) == 0
+    said = "phase 1 was trained on images that are held out here" in capsys.readouterr().out
+    assert said == says

@@ -18,7 +18,7 @@ from trajdist.errors import StopRequested
 from trajdist.extraction.backbones import Backbone
 from trajdist.extraction.projection import BlockMoments, fit_projection
 from trajdist.extraction.trajectory import TrajectoryExtractor, update_moments
-from trajdist.files import exists
+from trajdist.files import exists, is_folder, user_path
 from trajdist.runtime.allocator import trim
 from trajdist.runtime.clock import Clock
 from trajdist.runtime.progress import Progress
@@ -246,6 +246,11 @@ def calibrate(
         session.say("no images are held out: p-values rest on training images, and are too small")
     elif _chose_weights(session):
         session.say("the held-out images also chose the weights: p-values are slightly too small")
+    if detector.held_out and clean.selection.phase == 2 and _trained_on_them_before(session):
+        session.say(
+            "phase 1 was trained on images that are held out here, as data.imagenet.path holds those of "
+            "data.domain.path: p-values are too small; give the phases different images"
+        )
     cells, images = detector.cells.histogram, detector.images.histogram
     # Make images square as scoring will, however training did it: otherwise these scores and new ones do not compare.
     fit = session.config.data.domain.fit
@@ -263,6 +268,18 @@ def _chose_weights(session: Session) -> bool:
     config = session.config
     chosen = config.validation.keep == "best" or config.early_stopping.patience > 0
     return config.validation.every_epochs > 0 and config.validation.path is None and chosen
+
+
+def _trained_on_them_before(session: Session) -> bool:
+    """Whether Phase 1 took its images from the same place as Phase 2, or from a folder around it.
+
+    Each phase holds out images of its own: most of those that Phase 2 holds out have been trained on then.
+    """
+    first, second = session.config.data.imagenet.path, session.config.data.domain.path
+    if first is None or second is None:
+        return False
+    folder = user_path(first)
+    return first == second or (is_folder(folder) and user_path(second).resolve().is_relative_to(folder.resolve()))
 
 
 def fit_detector(clean: CleanImages, detector: Detector, whitened: ResidualModel | None) -> None:
