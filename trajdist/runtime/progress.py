@@ -49,7 +49,7 @@ class Progress:
 
     def __init__(self, console: Console, title: str, total_images: int, done_images: int = 0) -> None:
         self._console, self._title, self._total = console, title, total_images
-        self._first = self._last = (time.monotonic(), done_images)
+        self._first = self._last = self._lap = (time.monotonic(), done_images)
         self._bar: Bar | None = None
         if console.is_terminal and not console.quiet:
             # In a narrow terminal the bar gives way first, then the note is folded; counts and times stay whole.
@@ -64,7 +64,7 @@ class Progress:
             self._task = self._bar.add_task(title, total=total_images, completed=done_images, note="")
 
     def __enter__(self) -> Progress:
-        self._first = self._last = (time.monotonic(), self._first[1])
+        self._first = self._last = self._lap = (time.monotonic(), self._first[1])
         if self._bar:
             self._bar.start()
         return self
@@ -78,6 +78,11 @@ class Progress:
         now, (then, before) = time.monotonic(), self._last
         self._last = (now, images)
         return (images - before) / max(now - then, 1e-9)
+
+    def lap_rate(self) -> float:
+        """Images per second since the last call, as of the last call of :meth:`rate`."""
+        before, self._lap = self._lap, self._last
+        return (self._last[1] - before[1]) / max(self._last[0] - before[0], 1e-9)
 
     def mean_rate(self) -> float:
         """Images per second since the stage began, as of the last call of :meth:`rate`."""

@@ -313,7 +313,7 @@ def write_epoch(job: Job, step: Step) -> None:
         "images": sums.images,
         **means(sums),
         "lr": job.optimizer.param_groups[0]["lr"],
-        "images_per_s": job.progress.mean_rate(),
+        "images_per_s": job.progress.lap_rate(),
         "memory_bytes": int(job.journal.epoch_memory[-1]),
         "peak_memory_bytes": peak_memory_bytes(job.session.processes.device),
         "failures": sums.failures,
