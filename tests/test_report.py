@@ -339,6 +339,15 @@ def test_without_a_threshold_nothing_is_called_clean(tmp_path):
 
 
 @needs_browser
+@pytest.mark.parametrize(("rate", "told"), [(0.0004, "0.04 %"), (0.0125, "1.25 %"), (1 / 11, "9.09 %"), (0.1, "10 %")])
+def test_the_rate_that_was_asked_for_is_told_as_asked(tmp_path, rate, told):
+    path, _ = written(tmp_path, dataclasses.replace(scored(30), false_alarm_rate=rate))
+    seen, _ = browse(path, "seen.text = document.body.innerText; seen.share = [share(.0004), share(0), share(.256)];")
+    assert f"set on clean images for {told} false alarms" in seen["text"].replace("\xa0", " ")
+    assert [words.replace("\xa0", " ") for words in seen["share"]] == ["0.04 %", "0 %", "25.6 %"]
+
+
+@needs_browser
 def test_kinds_of_defects_sort_as_numbers(tmp_path):
     found, aurocs = [9, 10, 0], [0.9, None, 0.1]
     kinds = [

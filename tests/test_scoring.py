@@ -37,7 +37,7 @@ from trajdist.scoring.output import most_anomalous, picture_name
 from trajdist.scoring.pictures import outline, overlay
 from trajdist.scoring.report import GALLERY, calmest_besides, mistakes
 from trajdist.scoring.residuals import upsample
-from trajdist.scoring.score import _row
+from trajdist.scoring.score import _row, told_p_value
 from trajdist.scoring.scorer import Scorer
 
 Rows = list[dict[str, Any]]
@@ -900,6 +900,11 @@ def test_too_few_clean_images_declare_nothing_and_say_so(clean_run, tmp_path, ca
     assert not any(row["is_anomalous"] for row in read_rows(tmp_path / "out"))
     assert score(run, folder, tmp_path / "default") == 0
     assert "for a false-alarm rate of 0.1" in capsys.readouterr().out, "the least that 9 images can answer for"
+
+
+def test_no_p_value_is_told_as_0():
+    """With imagenet.yaml 20,000 images are held out."""
+    assert [told_p_value(p_value) for p_value in (1.0, 0.0109, 1 / 20_001)] == ["1.0000", "0.0109", "5e-05"]
 
 
 def test_the_advised_rate_is_enough(clean_run, tmp_path, capsys, fresh_accelerate):

@@ -338,5 +338,10 @@ def score_table(job: Scoring) -> Table:
     table.add_column("")
     for _, row in most_anomalous(job.out, 10):
         alarm = "anomalous" if row["is_anomalous"] else ""
-        table.add_row(on_screen(row["image"]), f"{row['score']:.3f}", f"{row['p_value']:.4f}", alarm)
+        table.add_row(on_screen(row["image"]), f"{row['score']:.3f}", told_p_value(row["p_value"]), alarm)
     return table
+
+
+def told_p_value(p_value: float) -> str:
+    """A p-value with four decimals, or two digits if it is small: it is never 0."""
+    return f"{p_value:.4f}" if p_value >= 0.001 else f"{p_value:.2g}"
