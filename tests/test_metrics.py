@@ -164,6 +164,7 @@ def test_constant_scores_tell_nothing():
     assert ours.average_precision() == pytest.approx(0.3)
     assert ours.tied_share == 1
     assert len(ours.roc_points()) == 2
+    assert ours.pr_points() == [(0.0, pytest.approx(0.3)), (1.0, pytest.approx(0.3))], "a line, not a dot"
 
 
 def test_one_class_only():
@@ -188,6 +189,7 @@ def test_plot_points_are_few_and_trace_the_curve():
     assert auc(rate, recall) == pytest.approx(ours.area(), abs=2e-3)
     recall, precision = np.array(ours.pr_points(100)).T
     assert len(recall) <= 100
+    assert (recall[0], recall[-1]) == (0, 1)
     assert auc(recall, precision) == pytest.approx(ours.average_precision(), abs=1e-2)
 
 

@@ -98,8 +98,13 @@ class Curve:
         return [(0.0, 0.0), *_thin(self.false_positive_rate_T, self.recall_T, count - 1)]
 
     def pr_points(self, count: int = 200) -> Points:
-        """At most ``count`` points (recall, precision) for a plot; empty without anomalous scores."""
-        return _thin(self.recall_T, self.precision_T, count) if self.anomalous_T.any() else []
+        """At most ``count`` points (recall, precision) for a plot; empty without anomalous scores.
+
+        From recall 0 on, with the precision of the strictest threshold, as :meth:`average_precision` counts it.
+        """
+        if not self.anomalous_T.any():
+            return []
+        return [(0.0, float(self.precision_T[0])), *_thin(self.recall_T, self.precision_T, count - 1)]
 
 
 def curve(anomalous: ScoreHistogram, clean: ScoreHistogram) -> Curve:
