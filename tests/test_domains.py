@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from trajdist.cli import main
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.scoring import scorer
 from trajdist.tools.audit import audit
-from trajdist.training import adaptation, feed, loop
+from trajdist.training import adaptation, feed, job, loop
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -126,6 +127,20 @@ def test_the_run_tells_of_all(together, capsys):
     shown = capsys.readouterr().out
     assert "phase2 road" in shown
     assert str(together / "domains" / "bark" / "phase2" / "adapter") in shown
+
+
+def test_a_domain_that_ends_sooner_took_less_time(folders, base, tmp_path, monkeypatch):
+    passes = []
+    run = feed.Feed._run
+    monkeypatch.setattr(feed.Feed, "_run", lambda self, batches: passes.append(batches) or run(self, batches))
+    for module in (loop, job):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(len(passes))))
+    more = ["data.domains.road.num_epochs=1", "data.domains.bark.num_epochs=6"]
+    assert main(several(folders, tmp_path / "run", base, *more)) == 0
+    parts = json.loads((tmp_path / "run" / "summary.json").read_text())["phase2"]["domains"]
+    # In passes through the backbone: 16 images in steps of 8, and six times 13 in micro-batches of 4.
+    assert 2 <= parts["road"]["seconds"] <= 3
+    assert parts["bark"]["seconds"] == len(passes) == 6 * 4
 
 
 def test_audit_reads_every_domain(together, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Job:
         steps_before: number of steps in earlier phases, which checkpoint numbers continue.
         tick: called after each step; advances the profiler.
         seconds_before: training time in seconds of earlier starts.
+        taken, stages: once the walk has ended, its training time in seconds, and the seconds of each stage up to then.
         started, last_saved: times of ``time.monotonic``, in seconds; the walk begins with both.
         agreed: steps done and time at the last agreement between processes on whether to stop or save.
         agree_at: number of steps done at which the next agreement is due.
@@ -60,6 +61,8 @@ class Job:
     steps_before: int
     tick: Callable[[], None] = nothing
     seconds_before: float = 0.0
+    taken: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
     started: float = 0.0
     last_saved: float = 0.0
     agreed: tuple[int, float] = (0, 0.0)

@@ -64,7 +64,7 @@ def walk(job: Job) -> Iterator[None]:
         job.model.train()
         for step in job.plan.steps(job.cursor):
             if job.keeper.exhausted:
-                return
+                break
             begin_step(job, step)
             num_used = torch.zeros((), device=job.session.processes.device)
             for micro_batch in range(job.plan.micro_batches):
@@ -81,6 +81,19 @@ def walk(job: Job) -> Iterator[None]:
                 update(job, step, num_used)
             finish_step(job, step)
             job.tick()
+    conclude(job)
+
+
+def conclude(job: Job) -> None:
+    """Wait for the last checkpoint, and stop the job's time: other domains may go on.
+
+    Raises:
+        ArtifactError: a checkpoint could not be written; on the main process.
+        SystemExit: the same, on the other processes.
+    """
+    with job.clock("checkpoint"):
+        job.session.processes.main_does(job.writer.finish)
+    job.taken, job.stages = job.seconds(), job.clock.seconds()
 
 
 def resume(job: Job) -> None:

@@ -48,8 +48,7 @@ def is_done(session: Session, phase: int) -> bool:
 
 def summarise(job: Job) -> dict[str, Any]:
     """The figures of a phase that has just been trained, and what limits its speed. All processes must call it."""
-    session, journal, taken = job.session, job.journal, job.seconds()
-    time = job.clock.seconds()
+    session, journal, time, taken = job.session, job.journal, job.stages, job.taken
     advice = diagnose(_facts(job, time, taken))
     session.say(f"phase {job.phase} is {advice}")
     memory = journal.epoch_memory

@@ -87,8 +87,6 @@ def train(extractor: TrajectoryExtractor, trainings: Sequence[Training]) -> list
         with _projection_timed(session, extractor, clock):
             fit(walks)
         for job in jobs:
-            with clock("checkpoint"):
-                job.session.processes.main_does(job.writer.finish)
             job.settle_weights()
     return jobs
 
