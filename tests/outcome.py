@@ -8,6 +8,7 @@ from typing import Any
 
 from trajdist.tools.audit import audit
 
+
 def read(run_dir: Path, name: str) -> dict[str, Any]:
     """One of the JSON files of a run; empty before there is one."""
     path = run_dir / name

@@ -16,10 +16,13 @@ from jobs import REPOSITORY
 from safetensors.numpy import load_file
 
 from trajdist.cli import main
+from trajdist.config import Config
+from trajdist.config_files import load_config
 from trajdist.data.sources import open_source
-from trajdist.saved.rundir import FIGURES
+from trajdist.saved.rundir import FIGURES, RunDir
 from trajdist.sharding import Plan, Selection, digest
 from trajdist.tools.audit import audit
+from trajdist.training.selection import recall_selection
 
 CONFIG = """\
 seed: 7
@@ -298,6 +301,38 @@ def test_a_run_that_held_out_more_goes_on_with_its_images(tmp_path, monkeypatch,
     assert not audit(tmp_path).problems
     calibration = load_file(tmp_path / "phase1" / "calibration.safetensors")
     assert calibration["images.counts"].sum() == 3
+
+
+def trained_and_held_out(run_dir: Path, config: Config, phase: int) -> tuple[set[int], set[int]]:
+    selection = recall_selection(RunDir(run_dir), config, phase)
+    trained = selection.train(0, np.arange(selection.num_train))
+    return set(trained.tolist()), set(selection.holdout(0, np.arange(selection.num_holdout)).tolist())
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_no_phase_trains_on_what_the_other_holds_out(tmp_path, monkeypatch, fresh_accelerate, earlier):
+    """If both have the same set; but runs that began with an earlier version go on with their images."""
+    images = write_images(tmp_path / "images", 14)
+    run_dir = tmp_path / "run"
+    overrides = [f"run_dir={run_dir}", "calibration.holdout_fraction=0.5", "runtime.mixed_precision=no"]
+    for name in ("imagenet", "domain"):
+        overrides += [f"data.{name}.path={images}", f"data.{name}.num_samples=-1", f"data.{name}.batch_size=4"]
+    with monkeypatch.context() as patched:
+        if earlier:
+            draw = Selection.draw
+            patched.setattr(Selection, "draw", lambda *arguments: draw(*arguments[:7]))
+        assert main(["run", "debug", *overrides, "data.domain.num_epochs=1"]) == 0
+    assert main(["run", "debug", *overrides]) == 0
+    assert json.loads((run_dir / "summary.json").read_text())["phase2"]["images"] == 2 * 7
+    assert not audit(run_dir).problems
+    config = load_config("debug", overrides)
+    (trained, _), (_, held_out) = (trained_and_held_out(run_dir, config, phase) for phase in (1, 2))
+    assert bool(trained & held_out) == earlier
+    facts = json.loads((run_dir / "run.json").read_text())
+    assert facts["domain"].get("split_of") == (None if earlier else 1)
+    facts["domain"]["split_of"] = 2
+    (run_dir / "run.json").write_text(json.dumps(facts))
+    assert main(["audit", str(run_dir)]) == 4
 
 
 def test_a_real_run_that_was_tampered_with(debug_run, tmp_path):

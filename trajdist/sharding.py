@@ -246,6 +246,7 @@ class Selection:
         stratified: whether the images trained on are a subset stratified by class.
         members: ``[num_train]``, sorted indices of the images trained on; None if they follow from a formula.
         member_sizes: how many of them each shard has, if the order goes by shards.
+        split_of: the phase whose split into training and held-out images this is, if another one's.
     """
 
     total: int
@@ -257,6 +258,7 @@ class Selection:
     stratified: bool = False
     members: Int64s | None = field(default=None, compare=False, repr=False)
     member_sizes: Int64s | None = field(default=None, compare=False, repr=False)
+    split_of: int | None = None
 
     @classmethod
     def draw(
@@ -268,6 +270,7 @@ class Selection:
         phase: int,
         order: Order | None = None,
         max_holdout: int | None = None,
+        split_of: int | None = None,
     ) -> Selection:
         """Hold out a seeded random fraction of all images; train on ``num_samples`` of the others (-1: all of them).
 
@@ -278,7 +281,7 @@ class Selection:
         num_holdout = num_holdout if max_holdout is None else min(num_holdout, max_holdout)
         available = total - num_holdout
         num_train = available if num_samples < 0 else min(num_samples, available)
-        plain = cls(total, num_train, num_holdout, seed, phase)
+        plain = cls(total, num_train, num_holdout, seed, phase, split_of=split_of)
         stratified = order.classes is not None and num_train < available
         if not stratified and not order.by_shards:
             return plain
@@ -330,7 +333,7 @@ class Selection:
         return partial(picked, np.sort(self.holdout(0, np.arange(count))))
 
     def _split(self, ranks: Int64s) -> Int64s:
-        return permute(ranks, self.total, key64(self.seed, self.phase, SPLIT))
+        return permute(ranks, self.total, key64(self.seed, self.split_of or self.phase, SPLIT))
 
 
 def picked(images: Int64s, epoch: int, positions: Int64s) -> Int64s:

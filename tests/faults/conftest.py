@@ -1,4 +1,4 @@
-"""Runs that nothing interrupted, to compare with: that of one process in an interpreter of its own, with other hashes."""
+"""Runs that nothing interrupted, to compare with; that of one process has other hashes than other jobs."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ def calibrate(
         session.say("no images are held out: p-values rest on training images, and are too small")
     elif _chose_weights(session):
         session.say("the held-out images also chose the weights: p-values are slightly too small")
-    if detector.held_out and clean.selection.phase == 2 and _trained_on_them_before(session):
+    if detector.held_out and clean.selection.phase == 2 and _trained_on_them_before(clean):
         session.say(
             "phase 1 was trained on images that are held out here, as data.imagenet.path holds those of "
             "data.domain.path: p-values are too small; give the phases different images"
@@ -270,13 +270,15 @@ def _chose_weights(session: Session) -> bool:
     return config.validation.every_epochs > 0 and config.validation.path is None and chosen
 
 
-def _trained_on_them_before(session: Session) -> bool:
+def _trained_on_them_before(clean: CleanImages) -> bool:
     """Whether Phase 1 took its images from the same place as Phase 2, or from a folder around it.
 
-    Each phase holds out images of its own: most of those that Phase 2 holds out have been trained on then.
+    Unless the run could hold out the same images in both phases, most of those that Phase 2 holds out have been trained
+    on then.
     """
-    first, second = session.config.data.imagenet.path, session.config.data.domain.path
-    if first is None or second is None:
+    data = clean.session.config.data
+    first, second = data.imagenet.path, data.domain.path
+    if first is None or second is None or clean.selection.split_of is not None:
         return False
     folder = user_path(first)
     return first == second or (is_folder(folder) and user_path(second).resolve().is_relative_to(folder.resolve()))

@@ -16,8 +16,13 @@ from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Int64s, Order, Plan, Selection
 
 
-def draw_selection(config: Config, phase: int, source: ImageSource, max_holdout: int | None) -> Selection:
+def draw_selection(
+    config: Config, phase: int, source: ImageSource, max_holdout: int | None, split_of: int | None = None
+) -> Selection:
     """Draw the images that a phase trains on, with at most ``max_holdout`` others held out.
+
+    Args:
+        split_of: another phase that trains on the same set, to hold out what it holds out.
 
     Raises:
         DataError: ``num_samples`` is 0.
@@ -27,12 +32,14 @@ def draw_selection(config: Config, phase: int, source: ImageSource, max_holdout:
         raise DataError(f"data.{SETS[phase]}.num_samples=0 leaves nothing to train on: use -1 for all images.")
     classes = source.classes() if 0 < settings.num_samples < len(source) else None
     order = Order(source.shard_sizes(), config.data.shuffle_window, classes)
-    return _draw(config, phase, len(source), order, max_holdout)
+    return _draw(config, phase, len(source), order, max_holdout, split_of)
 
 
-def _draw(config: Config, phase: int, total: int, order: Order, max_holdout: int | None) -> Selection:
+def _draw(
+    config: Config, phase: int, total: int, order: Order, max_holdout: int | None, split_of: int | None
+) -> Selection:
     num_samples, fraction = config.data.of_phase(phase).num_samples, config.calibration.holdout_fraction
-    return Selection.draw(total, num_samples, fraction, config.seed, phase, order, max_holdout)
+    return Selection.draw(total, num_samples, fraction, config.seed, phase, order, max_holdout, split_of)
 
 
 def training_plan(config: Config, selection: Selection, reference_world: int, world: int) -> Plan:
@@ -50,6 +57,8 @@ def selection_facts(source: ImageSource, selection: Selection, max_holdout: int 
     known: dict[str, Any] = {"num_images": len(source), "fingerprint": source.fingerprint}
     if selection.num_holdout == max_holdout:
         known["max_holdout"] = max_holdout
+    if selection.split_of is not None:
+        known["split_of"] = selection.split_of
     if selection.member_sizes is not None:
         known["shard_sizes"] = source.shard_sizes()
     if selection.stratified and selection.members is not None:
@@ -85,8 +94,11 @@ def recall_selection(rundir: RunDir, config: Config, phase: int) -> Selection | 
     max_holdout = known.get("max_holdout")
     if max_holdout is not None and (type(max_holdout) is not int or max_holdout < 1):
         raise _damaged(rundir, f"{SETS[phase]}.max_holdout={max_holdout!r} is not a number of images")
+    split_of = known.get("split_of")
+    if split_of not in (None, 1):
+        raise _damaged(rundir, f"{SETS[phase]}.split_of={split_of!r} is not a phase with a split of its own")
     order = Order(sizes, config.data.shuffle_window)
-    selection = _draw(config, phase, total, order, max_holdout)
+    selection = _draw(config, phase, total, order, max_holdout, split_of)
     return (
         selection.of(_read_subset(rundir, phase, known["subset"], selection), order) if "subset" in known else selection
     )

@@ -191,10 +191,13 @@ class Session:
         source = self.sources[set_name]
         before = self.processes.main_knows(lambda: self.rundir.recall(set_name))
         begun = before is not None and self._has_begun(phase)
-        # Earlier versions held out more than passes take: their runs go on with what they trained on.
-        uncapped = begun and isinstance(before, dict) and "max_holdout" not in before
-        max_holdout = None if uncapped else self.config.trajectory.statistics_images
-        selection = draw_selection(self.config, phase, source, max_holdout)
+        max_holdout: int | None = self.config.trajectory.statistics_images
+        split_of = 1 if phase == 2 and self._phase1_has(source) else None
+        if begun and isinstance(before, dict):
+            # Earlier versions held out more, and other images than Phase 1: their runs go on with what they trained on.
+            max_holdout = max_holdout if "max_holdout" in before else None
+            split_of = split_of if "split_of" in before else None
+        selection = draw_selection(self.config, phase, source, max_holdout, split_of)
         found = selection_facts(source, selection, max_holdout)
         if begun and before != found:
             raise self._other_images(set_name, before)
@@ -204,6 +207,12 @@ class Session:
             keep_subset(self.rundir, set_name, selection)
             self.rundir.remember(set_name, found, replace=True)
         return selection
+
+    def _phase1_has(self, source: ImageSource) -> bool:
+        """Whether the run's own Phase 1 has the same set: no phase may train on what the other holds out."""
+        first = self.processes.main_knows(lambda: self.rundir.recall(SETS[1]))
+        same = (len(source), source.fingerprint)
+        return isinstance(first, dict) and (first.get("num_images"), first.get("fingerprint")) == same
 
     def _tell_of_dim(self, set_name: str, selection: Selection) -> None:
         """Tell the user if the first images look like those of a 12-bit camera in 16-bit files."""
