@@ -2,7 +2,8 @@
 
 Scores in the same bin of :mod:`trajdist.scoring.histogram` count as tied; the order of bins is exact. So every
 confusion matrix used here is exact for its threshold, and only thresholds inside a bin are missing: the best F1 is
-never overstated, AUROC is off by at most half of :attr:`Curve.tied_share`, AUPRO by at most ``tied_share / limit``.
+never overstated, AUROC is off by at most half of :attr:`Curve.tied_share`, a partial area by at most that divided by
+its limit (AUPRO with the tied share of its own curve).
 
 Shape suffixes: B images, S pixels per side, T thresholds, M pixels of a mask.
 """

@@ -70,7 +70,8 @@ class ResidualModel(nn.Module):
         whitening_FF: float32, whitening of clean residuals, shared by all places.
         energy_L: float32, mean energy of each block over clean places.
         usual_P: float32, the place's mean clean score relative to the average place.
-        centre, spread: approximate mean and standard deviation of clean scores: maps are in standard deviations.
+        centre: approximate mean of clean scores.
+        spread: the unit of maps: standard deviation of clean :func:`roots` at a place, as root mean square over places.
     """
 
     mean_PF: torch.Tensor
@@ -112,7 +113,10 @@ class ResidualModel(nn.Module):
         return torch.stack(energies, -1).view(*residual_BPF.shape[:2], -1) / self.energy_L
 
     def cells(self, energies_BPL: torch.Tensor) -> torch.Tensor:
-        """Score of each place, float32 ``[B, P]``: mean about 0 and standard deviation about 1 for clean images."""
+        """Score of each place, float32 ``[B, P]``: for clean images, mean about 0 and standard deviation about 1.
+
+        The latter is less if images differ in level, as the median takes half of that away.
+        """
         raw_BP = roots(energies_BPL) - PLACE_SHARE * self.usual_P
         # The (lower) median, by sorting: exporters support that.
         median_B1 = raw_BP.sort(1).values[:, (raw_BP.shape[1] - 1) // 2, None]

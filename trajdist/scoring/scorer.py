@@ -40,7 +40,8 @@ class Scores:
     Attributes:
         maps: float32 ``[B, S, S]``, anomaly maps at the resolution the backbone sees.
         scores: float32 ``[B]``, one per image.
-        p_values: float64 ``[B]``, conformal: the share of clean images that score at least as high.
+        p_values: float64 ``[B]``, conformal: the share of clean images, the image itself among them, that score at
+            least as high.
 
     >>> Scores(np.zeros((1, 64, 64), np.float32), np.zeros(1, np.float32), np.ones(1)).maps.shape
     (1, 64, 64)
