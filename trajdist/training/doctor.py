@@ -107,7 +107,9 @@ def _lighter_backbone(facts: Facts) -> str:
         ways.append("cache.dir=DIR (epochs from the second on do without it)")
     if facts.overlapping and not facts.half_precision:
         ways.append("runtime.mixed_precision=bf16")
-    return f"{' and '.join(ways)} make it faster" if ways else "only more processes make it faster"
+    if not ways:
+        return "only more processes make it faster"
+    return f"{' and '.join(ways)} {'makes' if len(ways) == 1 else 'make'} it faster"
 
 
 def _lighter_model(facts: Facts) -> str:
