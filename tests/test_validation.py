@@ -108,9 +108,9 @@ def test_the_average_of_the_weights(tmp_path, fresh_accelerate, monkeypatch):
     steps: list[dict[str, torch.Tensor]] = []
     follow, begin = Keeper.follow, Keeper.__init__
 
-    def spy(self: Keeper, weights: dict[str, torch.Tensor]) -> None:
+    def spy(self: Keeper, weights: dict[str, torch.Tensor], step: int) -> None:
         steps.append({name: weight.detach().double().clone() for name, weight in weights.items()})
-        follow(self, weights)
+        follow(self, weights, step)
 
     def first(self: Keeper, weights: dict[str, torch.Tensor], *options) -> None:
         steps.append({name: weight.detach().double().clone() for name, weight in weights.items()})
@@ -118,12 +118,11 @@ def test_the_average_of_the_weights(tmp_path, fresh_accelerate, monkeypatch):
 
     monkeypatch.setattr(Keeper, "follow", spy)
     monkeypatch.setattr(Keeper, "__init__", first)
-    train(tmp_path, "ema.decay=0.8")
+    train(tmp_path, "ema.decay=0.35")
     average, *later = steps
-    for weights in later:
-        average = {name: 0.8 * average[name] + 0.2 * weights[name] for name in average}
+    for decay, weights in zip([1 / 10, 2 / 11, 3 / 12, 4 / 13, 0.35, 0.35, 0.35, 0.35], later, strict=True):
+        average = {name: decay * average[name] + (1 - decay) * weights[name] for name in average}
     saved = model_of(tmp_path)
-    assert len(later) == 8
     for name, tensor in saved.items():
         torch.testing.assert_close(tensor.double(), average[name], rtol=1e-4, atol=1e-6)
     assert not all(torch.equal(saved[name].double(), later[-1][name]) for name in saved)

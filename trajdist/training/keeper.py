@@ -54,10 +54,15 @@ class Keeper:
         return int(self.best["epoch"]) if self.best else 0
 
     @torch.no_grad()
-    def follow(self, weights: Tensors) -> None:
-        """Move the average by one step: ``decay * average + (1 - decay) * weights``."""
+    def follow(self, weights: Tensors, step: int) -> None:
+        """Move the average after step number ``step`` (from 0): ``decay * average + (1 - decay) * weights``.
+
+        The decay rises to its value, as in TensorFlow's ``ExponentialMovingAverage``: otherwise short phases would end
+        with much of the initial weights.
+        """
+        decay = min(self._decay, (1 + step) / (10 + step))
         for name, average in self._average.items():
-            average.lerp_(weights[name], 1 - self._decay)
+            average.lerp_(weights[name], 1 - decay)
 
     def judged(self, weights: Tensors) -> Tensors:
         """The weights to validate: the moving average if there is one."""

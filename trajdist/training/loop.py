@@ -160,7 +160,7 @@ def update(job: Job, step: Step, num_used: torch.Tensor) -> None:
     job.optimizer.step()
     job.optimizer.zero_grad()
     if job.keeper.averages:
-        job.keeper.follow(job.trainable_weights())
+        job.keeper.follow(job.trainable_weights(), step.index)
 
 
 def check_all_trained(job: Job) -> None:
