@@ -127,6 +127,14 @@ def test_saved_and_loaded_is_the_same(tmp_path, options):
     assert not any(weight.requires_grad for weight in ours.parameters())
 
 
+def test_an_adapter_is_loaded_on_the_cpu_whatever_there_is(tmp_path, monkeypatch):
+    """PEFT itself would allocate on the first GPU, even for a scorer on the CPU."""
+    lora.save_adapter(attach(base_model()), tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    adapted = lora.load_adapter(base_model(), tmp_path, "base")
+    assert {weight.device.type for weight in adapted.parameters()} == {"cpu"}
+
+
 def test_the_config_of_an_adapter_does_not_depend_on_the_process(tmp_path):
     """PEFT writes the names as they come out of a set, whose order is drawn anew in each process."""
     lora.save_adapter(attach(base_model("transformer")), tmp_path)

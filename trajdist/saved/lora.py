@@ -117,7 +117,8 @@ def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftM
     check_base(folder, base_fingerprint)
     read_tensors(folder / ADAPTER_WEIGHTS)  # Report damage before PEFT meets it.
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        # By itself, PEFT would load the file onto a GPU if there is one, in every process onto the first.
+        adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = one_line(error)
         raise ArtifactError(f"the adapter {str(folder)!r} does not fit the model: {reason}") from None
