@@ -247,6 +247,14 @@ def test_scores_do_not_depend_on_the_program_around(debug_run, scorer, crops, ar
         np.testing.assert_array_equal(scores.p_values, expected.p_values)
 
 
+def test_loading_leaves_the_random_numbers_of_gpus_alone(debug_run, monkeypatch):
+    """torch.manual_seed seeds them too, and nothing would restore them."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    trajdist.load(debug_run, device="cpu")
+    assert not seeded
+
+
 def test_random_weights_are_the_runs_in_whatever_thread(debug_run, scorer, crops, monkeypatch):
     """Several threads that load at once would draw from one generator."""
     inside: list[int] = []

@@ -46,7 +46,8 @@ def build_network(name: str, weights: str, seed: int, image_size: int) -> Built:
         ArtifactError: a weight file that is damaged or belongs to another network.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: it would also seed the GPUs, whose random state is not restored.
+        torch.default_generator.manual_seed(seed)
         if name == "efficientnet_lite0":
             built = _efficientnet_lite0(weights)
         elif name.startswith("timm:"):
