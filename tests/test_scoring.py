@@ -31,6 +31,8 @@ import trajdist.scoring.score
 from trajdist.artifacts import read_document, read_tensors, write_tensors
 from trajdist.cli import main
 from trajdist.data.sources import open_source
+from trajdist.errors import TrainingError
+from trajdist.scoring import job
 from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.output import most_anomalous, picture_name
@@ -691,6 +693,22 @@ def test_a_lack_of_memory_is_one_sentence(debug_run, images, tmp_path, capsys, m
     said = capsys.readouterr().err
     assert said.startswith("trajdist: process 0 ran out of memory on cpu ([enforce fail")
     assert said.endswith("): use a --batch-size below 6.\n")
+
+
+@pytest.mark.parametrize(
+    ("device", "mend"),
+    [("cpu", r"end other programs\."), ("cuda", "end other programs on it, or set ACCELERATE_USE_CPU=true to score")],
+)
+def test_a_run_that_does_not_fit_is_one_sentence(monkeypatch, device, mend):
+    """On a GPU that other programs have filled, already the weights may be too much."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(job, "load", full)
+    processes = SimpleNamespace(rank=0, device=torch.device(device), main_first=lambda make: make())
+    with pytest.raises(TrainingError, match=rf"^process 0 ran out of memory on {device} \(.*\): {mend}"):
+        job._load("run", job.Options(), processes)
 
 
 # ------------------------------------------------------------------------------------------ several adapters

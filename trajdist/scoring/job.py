@@ -22,6 +22,7 @@ from trajdist.data.loader import (
 )
 from trajdist.errors import DataError
 from trajdist.files import user_path
+from trajdist.runtime.memory import naming_memory
 from trajdist.runtime.processes import Processes, start_accelerator
 from trajdist.runtime.progress import make_console
 from trajdist.saved.rundir import RunDir
@@ -32,6 +33,8 @@ from trajdist.sharding import Int64s, Plan, picked
 
 # How long the processes wait for one another.
 TIMEOUT_S = 1800.0
+# What to do if the run does not fit, on a CPU and on an accelerator.
+MORE_MEMORY = "end other programs", "end other programs on it, or set ACCELERATE_USE_CPU=true to score on the CPU"
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
         ArtifactError: the run is not finished, or damaged.
         ConfigError: the options contradict each other.
         DataError: another process has found other images.
+        TrainingError: the run does not fit into memory.
     """
     accelerator = start_accelerator("no", TIMEOUT_S, False)
     processes = Processes(accelerator)
@@ -162,9 +166,18 @@ def _check_same_images(source: ImageSource, title: str, processes: Processes) ->
 
 
 def _load(run_dir: str, options: Options, processes: Processes) -> Scorer:
-    """Load on the main process first: the others find what it downloaded, and exit if it fails."""
+    """Load on the main process first: the others find what it downloaded, and exit if it fails.
+
+    Raises:
+        TrainingError: there was not enough memory; other programs may hold that of a GPU.
+    """
     adapters = list(options.adapters) or None
-    return processes.main_first(lambda: load(run_dir, adapters, options.phase, str(processes.device)))
+
+    def of_run() -> Scorer:
+        with naming_memory(processes, lambda device: MORE_MEMORY[device != "cpu"]):
+            return load(run_dir, adapters, options.phase, str(processes.device))
+
+    return processes.main_first(of_run)
 
 
 def supported_rate(detector: Detector) -> float:
