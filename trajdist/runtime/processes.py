@@ -128,8 +128,8 @@ class Processes:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process. Waits for the device."""
-        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+        """Whether the flag is set on any process. With several processes, waits for the device."""
+        return flag if self.world == 1 else bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The concatenated lists of all processes, on every process. For rare, small data, not for use in a step."""
