@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 
@@ -133,6 +134,47 @@ def test_an_adapter_is_loaded_on_the_cpu_whatever_there_is(tmp_path, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     adapted = lora.load_adapter(base_model(), tmp_path, "base")
     assert {weight.device.type for weight in adapted.parameters()} == {"cpu"}
+
+
+ASKED = {
+    "peft_type": "XLORA",
+    "megatron_config": {"x": 1},
+    "megatron_core": "megatron.found.in.the.current.folder",
+    "init_lora_weights": "pissa",
+    "alpha_pattern": {"encoder.0": 100},
+    "exclude_modules": "((",
+    "task_type": "CAUSAL_LM",
+}
+
+
+@pytest.mark.parametrize("key", ASKED)
+def test_an_adapter_asks_for_nothing_else(tmp_path, key):
+    """PEFT imports modules, loads other adapters and changes the base where the config of an adapter says so."""
+    adapted = attach(base_model())
+    train(adapted)
+    lora.save_adapter(adapted.eval(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    write_json(path, {**read_json(path), key: ASKED[key]})
+    loaded = lora.load_adapter(base_model(), tmp_path, "base").eval()
+    assert torch.equal(loaded(trajectories()).output_NLD, adapted(trajectories()).output_NLD)
+    assert fingerprint(lora.base_state(loaded)) == fingerprint(lora.base_state(adapted))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("r", 60000, "rank 60000, its weights 2"),
+        ("r", None, "not of a LoRA adapter \\(r: "),
+        ("lora_alpha", 1e400, "not of a LoRA adapter \\(lora_alpha: "),
+        ("target_modules", "((", "does not fit the model"),
+    ],
+)
+def test_settings_that_no_adapter_has_are_refused(tmp_path, key, value, said):
+    lora.save_adapter(attach(base_model()), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**read_json(path), key: value}))
+    with pytest.raises(ArtifactError, match=said):
+        lora.load_adapter(base_model(), tmp_path, "base")
 
 
 def test_the_config_of_an_adapter_does_not_depend_on_the_process(tmp_path):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
 from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.config import Config, Lora
 from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
-from trajdist.files import is_file, read_json, sync_file, sync_folder, write_json
+from trajdist.files import is_file, read_json, read_object, sync_file, sync_folder, write_json
 from trajdist.models.registry import MODELS
 from trajdist.saved.bundle import load_model, untrained_model
 from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
@@ -24,6 +26,9 @@ from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
 # The adapter's config names its base by this prefix and the base's fingerprint.
 BASE_PREFIX = "trajdist:"
 ADAPTER_CONFIG = "adapter_config.json"
+# The keys of domain_adaptation.lora that an adapter's config holds, and PEFT's names of them.
+PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+PEFT_NAMES |= {key: key for key in ("target_modules", "use_rslora", "use_dora")}
 
 
 def attach(model: nn.Module, settings: Lora, base_fingerprint: str) -> PeftModel:
@@ -33,15 +38,7 @@ def attach(model: nn.Module, settings: Lora, base_fingerprint: str) -> PeftModel
         ConfigError: ``target_modules`` matches no linear layer, or other modules.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT computes with floats although it declares an int.
-        lora_dropout=settings.dropout,
-        target_modules=linear if settings.target_modules == "all-linear" else settings.target_modules,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-        base_model_name_or_path=BASE_PREFIX + base_fingerprint,
-    )
+    config = _peft_config(settings, linear, base_fingerprint)
     # PEFT reads the name of the base from the model itself.
     model.name_or_path = BASE_PREFIX + base_fingerprint  # type: ignore[assignment]
     try:
@@ -55,6 +52,19 @@ def attach(model: nn.Module, settings: Lora, base_fingerprint: str) -> PeftModel
         ) from None
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def _peft_config(settings: Lora, linear: list[str], base_fingerprint: str) -> LoraConfig:
+    """The settings as PEFT's; ``linear`` are the linear layers of the model."""
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT computes with floats although it declares an int.
+        lora_dropout=settings.dropout,
+        target_modules=linear if settings.target_modules == "all-linear" else settings.target_modules,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        base_model_name_or_path=BASE_PREFIX + base_fingerprint,
+    )
 
 
 def check_targets(config: Config) -> None:
@@ -115,15 +125,42 @@ def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftM
         ArtifactError: no adapter there, a damaged one, or one that was trained on another base.
     """
     check_base(folder, base_fingerprint)
-    read_tensors(folder / ADAPTER_WEIGHTS)  # Report damage before PEFT meets it.
+    # PEFT would do whatever else the file asks for; its older versions import any module that it names.
+    config = _peft_config(_settings_of(folder), [], base_fingerprint)
     try:
         # By itself, PEFT would load the file onto a GPU if there is one, in every process onto the first.
-        adapted = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config, torch_device="cpu")
+    except (RuntimeError, ValueError, TypeError, KeyError, re.error) as error:
         reason = one_line(error)
         raise ArtifactError(f"the adapter {str(folder)!r} does not fit the model: {reason}") from None
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def _settings_of(folder: Path) -> Lora:
+    """The settings in an adapter's config, which may hold more than trajdist writes; nothing else of it is used.
+
+    Raises:
+        ArtifactError: they are not those of a LoRA adapter, or not those of its weights.
+    """
+    document, tensors = read_object(folder / ADAPTER_CONFIG), read_tensors(folder / ADAPTER_WEIGHTS)
+    try:
+        settings = Lora.model_validate({key: document.get(name) for key, name in PEFT_NAMES.items()})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        name = PEFT_NAMES[str(problem["loc"][0])]
+        raise ArtifactError(
+            f"{str(folder / ADAPTER_CONFIG)!r} is not of a LoRA adapter ({name}: {problem['msg']}): restore it."
+        ) from None
+    # Before PEFT allocates matrices of that rank.
+    ranks = {size for name, tensor in tensors.items() if "lora_A" in name for size in tensor.shape[:1]}
+    if ranks != {settings.rank}:
+        found = ", ".join(map(str, sorted(ranks))) or "no rank"
+        raise ArtifactError(
+            f"the adapter {str(folder)!r} does not fit the model: its config has rank {settings.rank}, its weights "
+            f"{found}."
+        )
+    return settings
 
 
 def check_base(folder: Path, base_fingerprint: str) -> None:
