@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
 import pytest
 import torch
 from rich.console import Console
+from rich.table import Table
 from safetensors.torch import save_file
 
 from trajdist.argument_types import CONFIG_HELP
+from trajdist.cli import _complain, main
 from trajdist.config_files import _config_folders
 from trajdist.errors import ArtifactError
 from trajdist.planning.plan import _ROWS, advice
-from trajdist.runtime.progress import Progress
+from trajdist.runtime.progress import Progress, make_console
 from trajdist.scoring.evaluation import metrics_table
 from trajdist.tables import counted
 from trajdist.tools.inspection import inspect
@@ -34,6 +37,27 @@ def printed(table: object, width: int) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get()
+
+
+CODES = "\x1b[2J\x1b]0;title\x07\x9b31m\r\u202e"
+
+
+def test_what_others_wrote_does_nothing_to_a_terminal(tmp_path, capfd):
+    """A run, an adapter or an error's text may hold anything; what is shown can only be read."""
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "status.json").write_text(json.dumps({"status": CODES, "why": f"{CODES} of [bold]", CODES: 1}))
+    assert main(["inspect", str(tmp_path)]) == 0
+    console = make_console(True)
+    table = Table(title=CODES)
+    table.add_column(CODES)
+    table.add_row(CODES)
+    for shown in (f"a name {CODES}\nand a line", table):
+        console.print(shown)
+    _complain(CODES)
+    written = "".join(capfd.readouterr())
+    assert not set(CODES) & set(written) - set(ascii(CODES))
+    assert written.count(r"\x1b[2J\x1b]0;title\x07\x9b31m\r\u202e") == 8
+    assert "\nand a line" in written
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

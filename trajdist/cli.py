@@ -15,7 +15,7 @@ from trajdist import __version__, launcher
 from trajdist.argument_types import RUN_HELP, add_config, place, positive, quality, rate, size, speed
 from trajdist.errors import StopRequested, UserError
 from trajdist.files import user_path
-from trajdist.screen import guarded_stdout
+from trajdist.screen import guarded_stdout, lines_on_screen, on_screen
 
 if TYPE_CHECKING:
     from trajdist.config import Config
@@ -308,7 +308,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     out = user_path(arguments.out)
     difference = merge(arguments.run_dir, arguments.adapter, out)
     adapter = arguments.adapter or RunDir(arguments.run_dir).adapter
-    print(f"{out / 'phase1'} scores as {adapter} does, within {difference:.1g}")
+    print(on_screen(f"{out / 'phase1'} scores as {adapter} does, within {difference:.1g}"))
     return 0
 
 
@@ -320,7 +320,8 @@ def _export(arguments: argparse.Namespace) -> int:
     out = user_path(arguments.out or Path(arguments.run_dir, FILES[arguments.format]))
     made = export(scorer, arguments.format, out)
     shape = f"uint8 [B, 3, {scorer.size}, {scorer.size}]"
-    print(f"{made.path} ({made.path.stat().st_size / 2**20:.1f} MiB): {shape} -> maps, scores, p_values")
+    size = f"{made.path.stat().st_size / 2**20:.1f} MiB"
+    print(on_screen(f"{made.path} ({size}): {shape} -> maps, scores, p_values"))
     print(f"against the run itself: scores within {made.score_difference:.1g}, maps within {made.map_difference:.1g}")
     return 0
 
@@ -350,7 +351,7 @@ def _audit(arguments: argparse.Namespace) -> int:
 
     found = audit(arguments.run_dir)
     for line in report(found):
-        print(line)
+        print(on_screen(line))
     return 1 if found.problems else 0
 
 
@@ -392,4 +393,4 @@ def _end(code: int) -> int:
 def _complain(sentence: str) -> None:
     """Print an error to stderr. Several processes may report it: all but the main one add their rank."""
     rank = launcher.rank()
-    print(f"trajdist: {f'[process {rank}] ' if rank else ''}{sentence}", file=sys.stderr)
+    print(f"trajdist: {f'[process {rank}] ' if rank else ''}{lines_on_screen(sentence)}", file=sys.stderr)

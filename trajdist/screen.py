@@ -15,6 +15,20 @@ from trajdist.errors import ArtifactError, one_line
 LINE_EVERY_S = 60.0
 
 
+def on_screen(name: str) -> str:
+    r"""A name that is safe to print on a terminal: unprintable characters are escaped as in Python.
+
+    >>> print(on_screen("a \x1b[31mred\nname.png"))
+    a \x1b[31mred\nname.png
+    """
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
+
+
+def lines_on_screen(text: str) -> str:
+    """Text that is safe to print, whatever names and messages of others are in it; its line breaks are kept."""
+    return "\n".join(map(on_screen, text.split("\n")))
+
+
 class ReaderGone(SystemExit):
     """Ends the command as if SIGPIPE had killed it: nobody reads what it prints any more (``| head``)."""
 

@@ -113,15 +113,6 @@ class Names:
         return os.fsdecode(self._buffer[start : int(self._ends[index])])
 
 
-def on_screen(name: str) -> str:
-    r"""A name that is safe to print on a terminal: unprintable characters are escaped as in Python.
-
-    >>> print(on_screen("a \x1b[31mred\nname.png"))
-    a \x1b[31mred\nname.png
-    """
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
-
-
 def numbered(classes: Iterable[str]) -> npt.NDArray[np.int64] | None:
     """Number the class names in order of first appearance, int64 ``[N]``; None if there are fewer than two classes."""
     numbers: dict[str, int] = {}

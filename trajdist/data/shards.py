@@ -23,13 +23,13 @@ from rich.progress import track
 
 from trajdist import launcher
 from trajdist.data import storage
-from trajdist.data.base import EXTENSIONS, EncodedSource, Names, numbered, on_screen, version_of
+from trajdist.data.base import EXTENSIONS, EncodedSource, Names, numbered, version_of
 from trajdist.data.shard_cache import GIB, ShardCache
 from trajdist.data.shard_index import BLOCK, ShardIndex, load_index
 from trajdist.data.storage import THREADS, Access, Version
 from trajdist.errors import DataError, UserError
 from trajdist.files import user_path
-from trajdist.screen import LINE_EVERY_S
+from trajdist.screen import LINE_EVERY_S, on_screen
 
 SHOWN = 5
 T = TypeVar("T")

@@ -10,9 +10,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
+from rich.text import Text
 
-from trajdist.screen import LINE_EVERY_S
+from trajdist.screen import LINE_EVERY_S, lines_on_screen
 from trajdist.tables import GIB, format_seconds
+
+
+class _Console(Console):
+    """A console on which no text, of a message or in a table, can do more than be read: rich lets some codes pass."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(lines_on_screen(text), **options)
 
 
 def make_console(is_main: bool, bars: bool = True) -> Console:
@@ -26,7 +34,7 @@ def make_console(is_main: bool, bars: bool = True) -> Console:
         # A name that the terminal cannot encode must not end the job.
         reconfigure(errors="replace")
     terminal = None if bars else False
-    return Console(
+    return _Console(
         quiet=not is_main,
         highlight=False,
         markup=False,

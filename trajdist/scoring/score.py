@@ -18,7 +18,6 @@ import torch
 from rich.table import Table
 
 from trajdist.artifacts import fingerprint
-from trajdist.data.base import on_screen
 from trajdist.data.loader import (
     ImageBatch,
     in_threads,
@@ -42,6 +41,7 @@ from trajdist.scoring.output import (
     replace_rows,
     unreadable,
 )
+from trajdist.screen import on_screen
 from trajdist.sharding import Int64s
 from trajdist.tables import counted
 

@@ -18,11 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trajdist.config import SETS, Config
 from trajdist.config_files import read_yaml
 from trajdist.config_parsing import parse_config
-from trajdist.data.base import ImageSource, on_screen
+from trajdist.data.base import ImageSource
 from trajdist.data.sources import open_source
 from trajdist.errors import ArtifactError, UserError, os_errors
 from trajdist.files import exists, is_file
 from trajdist.saved.rundir import RunDir
+from trajdist.screen import on_screen
 from trajdist.sharding import Int64s, Selection, digest
 from trajdist.tables import counted
 from trajdist.training.selection import recall_selection

@@ -18,6 +18,7 @@ from trajdist.artifacts import METADATA_KEY, read_header
 from trajdist.errors import ArtifactError
 from trajdist.files import exists, is_file, read_object
 from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
+from trajdist.screen import lines_on_screen
 from trajdist.tables import summary_table
 
 # A folder with more files than this, such as one of pictures, is summed up in one row.
@@ -151,5 +152,5 @@ def _facts(title: str, facts: Mapping[str, Any]) -> Table:
 
 
 def _plain(text: str, style: str = "") -> Text:
-    """Text shown literally: names may look like rich's markup or not be valid Unicode."""
-    return Text(text.encode(errors="replace").decode(), style)
+    """Text shown literally: names may look like rich's markup, hold terminal codes or not be valid Unicode."""
+    return Text(lines_on_screen(text), style)
