@@ -454,6 +454,12 @@ def test_a_download_link_is_not_read_whole_in_search_of_its_index(tmp_path, monk
     assert [path for path, span in _Careless.ranges if span is None and path.startswith("/a.tar?")] == []
 
 
+def test_a_server_that_sends_only_whole_files_is_named(monkeypatch):
+    monkeypatch.setattr(storage, "read", lambda name, start, length: bytes(length + 1))
+    with pytest.raises(OSError, match="its server sends whole files where parts are asked for"):
+        storage.read_exactly("https://host/a.tar", 0, 512, retries=3)
+
+
 def test_an_index_that_is_too_large_is_none(tmp_path):
     write_shards(tmp_path / "tars", write_images(tmp_path / "images", 3), 3)
     url = "memory://large"

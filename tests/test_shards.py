@@ -191,6 +191,21 @@ def test_broken_members_are_empty_slots_with_names(tmp_path):
     assert [source.name(index) for index, _ in batch.failures] == ["a.tar/1.jpg", "a.tar/2.png", "a.tar/3.png"]
 
 
+def test_what_is_too_large_for_an_image_is_not_read(tmp_path):
+    """A file of another kind that ends like an image, or a sparse one, would fill the memory."""
+    (tmp_path / "images").mkdir()
+    write_tar(tmp_path / "a.tar", {"0.png": encoded(0), "1.tif": b"II*\0"})
+    (tmp_path / "images" / "0.png").write_bytes(encoded(0))
+    with open(tmp_path / "images" / "1.tif", "wb") as sparse:
+        sparse.truncate(2**34)
+    source = shards(tmp_path / "a.tar")
+    source._shards[0].sizes[1] = 2**34
+    for each in (source, open_source(str(tmp_path / "images"), "key")):
+        batch = SlotDataset(each, lambda epoch, positions: positions, 32, "squash")[Slots(0, 0, 2, 2)]
+        assert batch.weights.tolist() == [1, 0]
+        assert batch.failures == [(1, "OSError: 17,179,869,184 bytes are too many for an image")]
+
+
 def damaged(path, how: str) -> None:
     raw = path.read_bytes()
     headers = [at for at in range(0, len(raw), 512) if raw[at + 257 : at + 262] == b"ustar"]

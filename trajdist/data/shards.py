@@ -105,11 +105,12 @@ class TarShards(EncodedSource):
         """The encoded bytes of image ``index``.
 
         Raises:
-            OSError: the shard has changed since it was indexed.
+            OSError: the shard has changed since it was indexed, or the member is too large for an image.
             Exception: whatever the store raises.
         """
         shard, member = self._find(index)
         start, size = int(self._shards[shard].offsets[member]) - BLOCK, int(self._shards[shard].sizes[member])
+        storage.check_size(size)
         location = self._location(shard)
         try:
             content = storage.read_exactly(location, start, BLOCK + size, self._access.retries)

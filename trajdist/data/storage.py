@@ -33,6 +33,8 @@ THREADS = 16
 LONGEST_PAUSE_S = 30.0
 LOCAL_TAG = "mtime:"
 MOST_SHARDS = 1_000_000
+# Of an encoded image: Pillow refuses those of more than 90 million pixels, which take 8 bytes each at most.
+LARGEST_IMAGE = 2**30
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,8 @@ def read_exactly(name: str, start: int, length: int, retries: int) -> bytes:
 
     def once() -> bytes:
         content = read(name, start, length)
+        if len(content) > length:
+            raise OSError(errno.ENOTSUP, "its server sends whole files where parts are asked for")
         if len(content) != length:
             number = errno.EIO if is_url(name) else 0
             raise OSError(number, f"it ends at byte {start + len(content):,}, {length - len(content):,} too soon")
@@ -237,17 +241,28 @@ def refusal(key: str, name: str, error: Exception) -> DataError:
 
 
 def read_bytes(path: Path, retries: int) -> bytes:
-    """The contents of a local file, with retries after transient errors.
+    """The contents of a local image file, with retries after transient errors.
 
     Raises:
-        OSError: it cannot be read, or is not a regular file.
+        OSError: it cannot be read, is not a regular file, or is too large for an image.
     """
 
     def once() -> bytes:
         with open(path, "rb", opener=_open_regular) as file:
+            check_size(os.fstat(file.fileno()).st_size)
             return file.read()
 
     return retrying(once, retries)
+
+
+def check_size(size: int) -> None:
+    """Refuse a file of so many bytes as an image, before it fills the memory.
+
+    Raises:
+        OSError: it is too large.
+    """
+    if size > LARGEST_IMAGE:
+        raise OSError(errno.EFBIG, f"{size:,} bytes are too many for an image")
 
 
 def _open_regular(path: str, flags: int) -> int:
