@@ -336,10 +336,10 @@ def test_mistakes_are_the_lowest_misses_and_the_highest_alarms(tmp_path, num_mis
 
 def test_names_of_pictures_are_flat_short_and_unlike():
     names = ["a/b.png", "a__b.png", "a_b.png", "a/_b.png", "a_/b.png", "a_u_ub.png", "x" * 300 + ".png", "ä" * 140]
-    names += ["x" * 301 + ".png", "y/" * 120 + "z.png"]
+    names += ["x" * 301 + ".png", "y/" * 120 + "z.png", "a\0b.png"]
     flat = [picture_name(name) for name in names]
     assert len(set(flat)) == len(names)
-    assert all("/" not in name and len(f"{name}.depth.png".encode()) <= 255 for name in flat)
+    assert all(not {"/", "\0"} & set(name) and len(f"{name}.depth.png".encode()) <= 255 for name in flat)
 
 
 def test_a_name_that_is_no_unicode(debug_run, tmp_path, fresh_accelerate):

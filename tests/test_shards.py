@@ -167,6 +167,20 @@ def test_siblings_links_and_second_members_of_a_key(tmp_path, capfd):
     assert len(json.loads((tmp_path / "a.tar.index.json").read_text())["left_out"]) == 3
 
 
+def test_no_name_holds_a_nul(tmp_path):
+    """An extended header may, and no picture, nor a member of another shard, can be named so."""
+    path, index = tmp_path / "a.tar", tmp_path / "a.tar.index.json"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("0.png")
+        member.size, member.pax_headers = len(encoded(0)), {"path": "x\0y.png"}
+        tar.addfile(member, io.BytesIO(encoded(0)))
+    assert names(shards(path)) == [r"a.tar/x\x00y.png"]
+    index.write_text(index.read_text().replace(r"\\x00", r"\u0000"))
+    assert names(shards(path)) == [r"a.tar/x\x00y.png"], "a stranger's index counts no more"
+    assert main(["pack", str(path), str(tmp_path / "out")]) == 0
+    assert names(shards(tmp_path / "out")) == [r"shard-000000.tar/x\x00y.png"]
+
+
 def test_no_private_step_of_tarfile_is_needed(tmp_path, monkeypatch):
     """Since Python 3.14 tarfile reads a header without ``TarInfo.frombuf``, where a subclass could see it."""
     frombuf = tarfile.TarInfo.frombuf.__func__

@@ -56,13 +56,14 @@ class ShardIndex(BaseModel):
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is well-formed: the known format, lists of equal length, and no member outside the shard."""
+        """Whether it is well-formed: the known format, equal lists, no NUL in a name, no member outside the shard."""
         lists = self.offsets, self.sizes, self.headers, self.classes
         same = all(len(values) == len(self.names) for values in lists)
         pairs = zip(self.offsets, self.sizes, strict=False)
         return (
             self.format == self.FORMAT
             and same
+            and not any("\0" in name for name in self.names)
             and all(0 <= header < 2**32 for header in self.headers)
             and all(at >= BLOCK and 0 <= size <= self.version[0] - at for at, size in pairs)
         )
@@ -245,5 +246,5 @@ class _Walk:
 
 
 def printable(name: str) -> str:
-    """JSON cannot hold names that are not valid UTF-8."""
-    return name.encode(errors="backslashreplace").decode()
+    """A name for an index and for files: JSON holds no invalid UTF-8, file names no NUL, which tar's may."""
+    return name.encode(errors="backslashreplace").decode().replace("\0", "\\x00")

@@ -91,7 +91,8 @@ def _scored_rows(out: Path, keep: Keep) -> Iterator[Placed]:
 
 def picture_name(image: str) -> str:
     """A flat file name that is unique for the image's path: ``a/b.jpg`` -> ``a__b.jpg``."""
-    flat = image.replace("_", "_u").replace("/", "__").replace("\\", "_b")
+    # A name that does not come from a file system may hold a NUL.
+    flat = image.replace("_", "_u").replace("/", "__").replace("\\", "_b").replace("\0", "_0")
     # Most file systems allow 255 bytes; the hash keeps shortened names apart.
     raw = os.fsencode(flat)
     return flat if len(raw) <= 200 else f"{raw[:150].decode(errors='ignore')}-{fingerprint({}, {'text': image})[:16]}"
