@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -353,3 +354,15 @@ def test_no_run(tmp_path, capsys):
 def test_no_torch_is_needed():
     code = "import sys, trajdist.tools.audit; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["run.json", "status.json", "summary.json", "bad_images.jsonl"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+@pytest.mark.timeout(60)
+def test_no_file_of_a_run_is_waited_for(tmp_path, name, make, capsys):
+    """A downloaded run may hold a pipe, which nobody writes to, or a link to a device without an end."""
+    write_run(tmp_path, records(1, (2,), missing=(3,)), done=(1,))
+    (tmp_path / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    assert main(["audit", str(tmp_path)]) == 4
+    assert f"{name}' cannot be read (it is not a regular file)" in capsys.readouterr().err

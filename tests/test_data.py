@@ -256,7 +256,7 @@ def test_passing_errors_are_tried_again(tmp_path, monkeypatch, times, number, tr
     (tmp_path / "x").write_bytes(b"whole")
     opened, calls = failing_open(times, number)
     pauses: list[float] = []
-    monkeypatch.setattr("trajdist.data.storage._open_regular", opened)
+    monkeypatch.setattr("trajdist.data.storage.open_regular", opened)
     monkeypatch.setattr("time.sleep", pauses.append)
     if succeeds:
         assert read_bytes(tmp_path / "x", retries=3) == b"whole"

@@ -55,6 +55,23 @@ def _mode(path: Path) -> int:
             return 0
 
 
+def open_regular(path: str, flags: int) -> int:
+    """``os.open`` for regular files alone: a pipe could block, and a device may have no end.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        os.set_blocking(descriptor, True)  # Hierarchical storage recalls a file only for a blocking read.
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: whatever happens, it is either complete or as it was before.
 
@@ -80,9 +97,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file of any size, in hexadecimal, read in constant memory."""
+    """SHA-256 of a file of any size, in hexadecimal, read in constant memory.
+
+    Raises:
+        OSError: it cannot be read, or is not a regular file.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as handle:
+    with open(path, "rb", opener=open_regular) as handle:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -195,10 +216,10 @@ def read_json(path: Path) -> Any:
     """Read a JSON document.
 
     Raises:
-        ArtifactError: the file is missing, is not JSON, or is too large to be one of trajdist's.
+        ArtifactError: the file is missing, is not a regular file or not JSON, or is too large to be one of trajdist's.
     """
     try:
-        with open(path, "rb") as handle:
+        with open(path, "rb", opener=open_regular) as handle:
             raw = handle.read(LARGEST_JSON + 1)
     except OSError as error:
         raise ArtifactError(f"{str(path)!r} cannot be read ({error.strerror}).") from None

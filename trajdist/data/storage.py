@@ -10,7 +10,6 @@ import functools
 import glob
 import os
 import re
-import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 from trajdist.errors import DataError, UserError, one_line
+from trajdist.files import open_regular
 
 T = TypeVar("T")
 PASSING_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENETUNREACH}
@@ -194,7 +194,7 @@ def open_file(name: str) -> IO[bytes]:
         Exception: whatever the file system raises.
     """
     if not is_url(name):
-        return open(name, "rb", opener=_open_regular)
+        return open(name, "rb", opener=open_regular)
     file: IO[bytes] = _filesystem(name).open(name, "rb", block_size=PIECE, cache_type="readahead")
     return file
 
@@ -248,7 +248,7 @@ def read_bytes(path: Path, retries: int) -> bytes:
     """
 
     def once() -> bytes:
-        with open(path, "rb", opener=_open_regular) as file:
+        with open(path, "rb", opener=open_regular) as file:
             check_size(os.fstat(file.fileno()).st_size)
             return file.read()
 
@@ -265,28 +265,11 @@ def check_size(size: int) -> None:
         raise OSError(errno.EFBIG, f"{size:,} bytes are too many for an image")
 
 
-def _open_regular(path: str, flags: int) -> int:
-    """``os.open`` for regular files alone: a pipe could block, and a device may have no end.
-
-    Raises:
-        OSError: it cannot be opened, or is something else.
-    """
-    descriptor = os.open(path, flags | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        os.set_blocking(descriptor, True)  # Hierarchical storage recalls a file only for a blocking read.
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 class _File:
     """A file descriptor closed with its last reference, so that any thread may evict it while another one reads."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = _open_regular(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.descriptor = open_regular(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

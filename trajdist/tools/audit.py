@@ -21,7 +21,7 @@ from trajdist.config_parsing import parse_config
 from trajdist.data.base import ImageSource
 from trajdist.data.sources import open_source
 from trajdist.errors import ArtifactError, UserError, os_errors
-from trajdist.files import exists, is_file
+from trajdist.files import exists, is_file, open_regular
 from trajdist.saved.rundir import RunDir
 from trajdist.screen import on_screen
 from trajdist.sharding import Int64s, Selection, digest
@@ -238,7 +238,10 @@ def _names_of_set(rundir: RunDir, config: Config, phase: int) -> Callable[[int],
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    with os_errors(f"{str(path)!r} cannot be read", fix="make it readable"), open(path, "rb") as handle:
+    with (
+        os_errors(f"{str(path)!r} cannot be read", fix="make it readable"),
+        open(path, "rb", opener=open_regular) as handle,
+    ):
         while line := handle.readline(LARGEST_LINE):
             yield line
 
