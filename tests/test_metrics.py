@@ -124,6 +124,7 @@ def test_a_histogram_survives_saving(tmp_path):
         ({"image.counts": torch.tensor([1.0])}, "damaged"),
         ({"image.counts": torch.tensor([1.0, -1.0], dtype=torch.float64)}, "damaged"),
         ({"image.counts": torch.tensor([1.0, torch.nan], dtype=torch.float64)}, "damaged"),
+        ({"image.counts": torch.tensor([1.0, 2.0**53], dtype=torch.float64)}, "damaged"),
         ({"image.edges": torch.tensor([1.0, torch.inf])}, "damaged"),
         ({"image.edges": torch.tensor([1.0, 2.0001])}, "other bins"),
         ({"image.edges": torch.tensor([2.0, 1.0])}, "other bins"),

@@ -95,6 +95,10 @@ HUGE = {"a": {"dtype": "F64", "shape": [2**40, 2**20], "data_offsets": [0, 2**63
 SWOLLEN = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 2**50]}}
 STRANGE = {"a": {"dtype": "PICKLE", "shape": "x", "data_offsets": None}, "__metadata__": [1]}
 NESTED = b"[" * 100_000
+# Valid but for its seed, which no generator takes.
+SEED = {"backbone": "resnet18", "weights": "none", "seed": 10**30, "image_size": 32, "fit": "crop", "projection": "pca"}
+SEED |= {"blocks": ["layer1.0"], "channels": [64], "spatial_resolution": 2, "feature_dim": 4, "num_images": 1}
+SEED |= {"kind": "trajectory", "backbone_fingerprint": ""}
 FILES_OF_STRANGERS = (
     st.binary(max_size=200)
     | TREES.map(lambda tree: with_header(json.dumps(tree).encode()))
@@ -114,6 +118,7 @@ FILES_OF_STRANGERS = (
 @example(raw=with_header(json.dumps(SWOLLEN).encode()))
 @example(raw=with_header(json.dumps(STRANGE).encode()))
 @example(raw=save({"a": torch.zeros(3)}, metadata={METADATA_KEY: "[" * 100_000}))
+@example(raw=save({"a": torch.zeros(3)}, metadata={METADATA_KEY: json.dumps(SEED)}))
 @example(raw=save({"a": torch.zeros(3)}, metadata={METADATA_KEY: '{"kind": "model", "hidden_dim": 1e9}'}))
 def test_safetensors(raw, folder):
     path = folder / "model.safetensors"

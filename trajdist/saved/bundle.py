@@ -44,7 +44,7 @@ class TrajectoryDocument(Document):
     weights: str
     # Only in older files, and ignored: the blocks that they selected are stored as well.
     patterns: list[str] = Field([], exclude=True)
-    seed: int
+    seed: int = Field(ge=0, lt=2**32)
     image_size: int = Field(ge=16, le=16384)
     fit: Literal["squash", "crop"]
     projection: Literal["pca", "random"]

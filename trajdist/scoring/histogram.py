@@ -96,7 +96,7 @@ class ScoreHistogram:
             raise ArtifactError(f"{str(path)!r} lacks the score histogram {name!r}: make the calibration again.")
         valid = edges.dtype == torch.float32 and counts.dtype == torch.float64
         valid = valid and edges.ndim == 1 and edges.shape == counts.shape and bool(edges.isfinite().all())
-        if not valid or not bool((counts.isfinite() & (counts > 0)).all()):
+        if not valid or not bool((counts > 0).all()) or not float(counts.sum()) < 2**53:
             raise ArtifactError(f"{str(path)!r} holds a damaged score histogram {name!r}: make the calibration again.")
         bins = bins_of(edges)
         if not torch.equal(lower_edges(bins), edges) or not bool((bins.diff() > 0).all()):
