@@ -85,6 +85,13 @@ def test_deep_greys_keep_their_range(values, kind):
     assert np.abs(shown[0, :, 0] - [0, 128, 255]).max() <= 1
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_each_level_of_sixteen_bits_becomes_the_nearest_of_eight(dtype):
+    levels = np.arange(2**16).reshape(256, 256)
+    shown = pixels(encode(Image.fromarray(levels.astype(dtype)), "TIFF"))[..., 0]
+    assert np.array_equal(shown, np.rint(levels / 257))
+
+
 def test_transparent_palette_keeps_its_colours():
     image = noise(0).quantize(16)
     opaque, transparent = (

@@ -98,12 +98,14 @@ def _guess_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     that range or overshoot it a little, as resampling does; values that are not finite become black. All else is taken
     as 0..255 already.
     """
-    values = np.nan_to_num(pixels.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    # In place, as images may be large; float32 is exact for all integers that are not clipped.
+    values = pixels.astype(np.float64 if pixels.dtype.kind == "f" else np.float32)
     if pixels.dtype.kind == "f":
+        np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
         values *= 255.0 if values.max(initial=0.0) <= OVERSHOOT else 1.0
     elif pixels.dtype.itemsize == 2 or values.max(initial=0.0) > 255:
         values /= 257.0
-    return np.rint(values.clip(0, 255)).astype(np.uint8)
+    return np.rint(values, out=values).clip(0, 255, out=values).astype(np.uint8)
 
 
 def is_dim(raw: bytes) -> bool:
