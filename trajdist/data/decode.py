@@ -99,7 +99,7 @@ def _guess_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     as 0..255 already.
     """
     # In place, as images may be large; float32 is exact for all integers that are not clipped.
-    values = pixels.astype(np.float64 if pixels.dtype.kind == "f" else np.float32)
+    values: npt.NDArray[np.floating] = pixels.astype(np.float64 if pixels.dtype.kind == "f" else np.float32)
     if pixels.dtype.kind == "f":
         np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
         values *= 255.0 if values.max(initial=0.0) <= OVERSHOOT else 1.0
