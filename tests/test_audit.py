@@ -331,9 +331,10 @@ def test_no_phase_trains_on_what_the_other_holds_out(tmp_path, monkeypatch, fres
     assert bool(trained & held_out) == earlier
     facts = json.loads((run_dir / "run.json").read_text())
     assert facts["domain"].get("split_of") == (None if earlier else 1)
-    facts["domain"]["split_of"] = 2
-    (run_dir / "run.json").write_text(json.dumps(facts))
-    assert main(["audit", str(run_dir)]) == 4
+    for wrong in (2, 1.0, True):
+        facts["domain"]["split_of"] = wrong
+        (run_dir / "run.json").write_text(json.dumps(facts))
+        assert main(["audit", str(run_dir)]) == 4
 
 
 def test_a_real_run_that_was_tampered_with(debug_run, tmp_path):
@@ -366,3 +367,10 @@ def test_no_file_of_a_run_is_waited_for(tmp_path, name, make, capsys):
     make(tmp_path / name)
     assert main(["audit", str(tmp_path)]) == 4
     assert f"{name}' cannot be read (it is not a regular file)" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_no_tensors_are_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 4
+    assert "model.safetensors' is not a regular file" in capsys.readouterr().err

@@ -141,7 +141,6 @@ ASKED = {
     "megatron_config": {"x": 1},
     "megatron_core": "megatron.found.in.the.current.folder",
     "init_lora_weights": "pissa",
-    "alpha_pattern": {"encoder.0": 100},
     "exclude_modules": "((",
     "task_type": "CAUSAL_LM",
 }
@@ -163,12 +162,16 @@ def test_an_adapter_asks_for_nothing_else(tmp_path, key):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("r", 60000, "rank 60000, its weights 2"),
-        ("r", None, "not of a LoRA adapter \\(r: "),
-        ("lora_alpha", 1e400, "not of a LoRA adapter \\(lora_alpha: "),
+        ("r", 60000, "rank 60000, the weights beside it have 2"),
+        ("r", None, "not a LoRA adapter's config \\(r: "),
+        ("lora_alpha", 1e400, "not a LoRA adapter's config \\(lora_alpha: "),
+        ("alpha_pattern", {"encoder.0": 100}, "has an alpha_pattern"),
         ("target_modules", "((", "does not fit the model"),
+        ("target_modules", ["encoder.0"], "of another adapter than the weights"),
+        ("use_dora", True, "of another adapter than the weights"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_settings_that_no_adapter_has_are_refused(tmp_path, key, value, said):
     lora.save_adapter(attach(base_model()), tmp_path)
     path = tmp_path / "adapter_config.json"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from trajdist.errors import ArtifactError, one_line, os_errors
-from trajdist.files import is_file, write_bytes
+from trajdist.files import exists, is_file, write_bytes
 
 METADATA_KEY = "trajdist"
 _PIECE = 2**24  # bytes
@@ -51,7 +51,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ArtifactError: the file is missing or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as handle:
+        with _opened(path) as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise _damaged(path, error) from None
@@ -92,7 +92,7 @@ def read_document(path: Path) -> Any:
         ArtifactError: the file is missing or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as handle:
+        with _opened(path) as handle:
             text = (handle.metadata() or {}).get(METADATA_KEY)
         return None if text is None else json.loads(text)
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
@@ -106,16 +106,23 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, list[i
         ArtifactError: the file is missing or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as handle:
+        with _opened(path) as handle:
             parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
             return handle.metadata() or {}, {name: (it.get_dtype(), it.get_shape()) for name, it in parts.items()}
     except (OSError, SafetensorError, ValueError) as error:
         raise _damaged(path, error) from None
 
 
+def _opened(path: Path) -> Any:
+    """A safetensors file; the library itself would wait for a pipe."""
+    if not is_file(path):
+        raise FileNotFoundError(path)
+    return safe_open(path, framework="pt")
+
+
 def _damaged(path: Path, error: Exception) -> ArtifactError:
     if not is_file(path):
-        return ArtifactError(f"{str(path)!r} does not exist.")
+        return ArtifactError(f"{str(path)!r} {'is not a regular file' if exists(path) else 'does not exist'}.")
     # safetensors calls a file missing that it may not read.
     with os_errors(f"{str(path)!r} cannot be read", fix="make it readable"), open(path, "rb"):
         pass

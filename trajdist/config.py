@@ -261,7 +261,7 @@ class Ema(Section):
     """A moving average of the weights."""
 
     decay: Fraction = 0.0
-    """EMA decay per step, such as 0.999; the averaged weights are validated and saved. 0 turns it off."""
+    """EMA decay per step, such as 0.999, rising to it; averaged weights are validated and saved. 0 turns it off."""
 
 
 class Logging(Section):

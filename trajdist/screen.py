@@ -13,6 +13,8 @@ from trajdist.errors import ArtifactError, one_line
 
 # Where there is no bar, a stage without lines of its own prints one after this many seconds.
 LINE_EVERY_S = 60.0
+# Spaces and joiners of many scripts, unprintable to Python: paths are to be copied as they are.
+HARMLESS = "\u00a0\u202f\u3000\u200c\u200d"
 
 
 def on_screen(name: str) -> str:
@@ -21,7 +23,7 @@ def on_screen(name: str) -> str:
     >>> print(on_screen("a \x1b[31mred\nname.png"))
     a \x1b[31mred\nname.png
     """
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
+    return "".join(each if each.isprintable() or each in HARMLESS else repr(each)[1:-1] for each in name)
 
 
 def lines_on_screen(text: str) -> str:

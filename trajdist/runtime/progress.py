@@ -92,6 +92,10 @@ class Progress:
         before, self._lap = self._lap, self._last
         return (self._last[1] - before[1]) / max(self._last[0] - before[0], 1e-9)
 
+    def go_on(self) -> None:
+        """After something else, such as a validation, whose time is not to count in the next rates."""
+        self._last = self._lap = (time.monotonic(), self._last[1])
+
     def mean_rate(self) -> float:
         """Images per second since the stage began, as of the last call of :meth:`rate`."""
         return (self._last[1] - self._first[1]) / max(self._last[0] - self._first[0], 1e-9)

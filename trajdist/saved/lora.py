@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,9 +27,16 @@ from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
 # The adapter's config names its base by this prefix and the base's fingerprint.
 BASE_PREFIX = "trajdist:"
 ADAPTER_CONFIG = "adapter_config.json"
+MEND = "restore it as the run wrote it."
 # The keys of domain_adaptation.lora that an adapter's config holds, and PEFT's names of them.
-PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
-PEFT_NAMES |= {key: key for key in ("target_modules", "use_rslora", "use_dora")}
+PEFT_NAMES = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target_modules": "target_modules",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
 
 
 def attach(model: nn.Module, settings: Lora, base_fingerprint: str) -> PeftModel:
@@ -125,8 +133,9 @@ def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftM
         ArtifactError: no adapter there, a damaged one, or one that was trained on another base.
     """
     check_base(folder, base_fingerprint)
+    tensors = read_tensors(folder / ADAPTER_WEIGHTS)
     # PEFT would do whatever else the file asks for; its older versions import any module that it names.
-    config = _peft_config(_settings_of(folder), [], base_fingerprint)
+    config = _peft_config(_settings_of(folder, tensors), [], base_fingerprint)
     try:
         # By itself, PEFT would load the file onto a GPU if there is one, in every process onto the first.
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, torch_device="cpu")
@@ -134,32 +143,33 @@ def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftM
         reason = one_line(error)
         raise ArtifactError(f"the adapter {str(folder)!r} does not fit the model: {reason}") from None
     assert isinstance(adapted, PeftModel)
+    if adapter_state(adapted).keys() != tensors.keys():
+        raise ArtifactError(
+            f"{str(folder / ADAPTER_CONFIG)!r} is of another adapter than the weights beside it: {MEND}"
+        )
     return adapted
 
 
-def _settings_of(folder: Path) -> Lora:
+def _settings_of(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Lora:
     """The settings in an adapter's config, which may hold more than trajdist writes; nothing else of it is used.
 
     Raises:
         ArtifactError: they are not those of a LoRA adapter, or not those of its weights.
     """
-    document, tensors = read_object(folder / ADAPTER_CONFIG), read_tensors(folder / ADAPTER_WEIGHTS)
+    document, path = read_object(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG)
+    if document.get("alpha_pattern"):  # A scale for each layer.
+        raise ArtifactError(f"{path!r} has an alpha_pattern, which trajdist never writes: {MEND}")
     try:
         settings = Lora.model_validate({key: document.get(name) for key, name in PEFT_NAMES.items()})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         name = PEFT_NAMES[str(problem["loc"][0])]
-        raise ArtifactError(
-            f"{str(folder / ADAPTER_CONFIG)!r} is not of a LoRA adapter ({name}: {problem['msg']}): restore it."
-        ) from None
+        raise ArtifactError(f"{path!r} is not a LoRA adapter's config ({name}: {problem['msg']}): {MEND}") from None
     # Before PEFT allocates matrices of that rank.
     ranks = {size for name, tensor in tensors.items() if "lora_A" in name for size in tensor.shape[:1]}
     if ranks != {settings.rank}:
-        found = ", ".join(map(str, sorted(ranks))) or "no rank"
-        raise ArtifactError(
-            f"the adapter {str(folder)!r} does not fit the model: its config has rank {settings.rank}, its weights "
-            f"{found}."
-        )
+        found = ", ".join(map(str, sorted(ranks))) or "none"
+        raise ArtifactError(f"{path!r} says rank {settings.rank}, the weights beside it have {found}: {MEND}")
     return settings
 
 

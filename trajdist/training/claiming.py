@@ -12,7 +12,7 @@ run.json: num_processes                   sets the global batch                 
 run.json: other images of a set           refused, if the phase has made anything   session.Session.selection
   of a finished phase                     refused                                   summary.is_done
 run.json: a set without max_holdout       as many are held out as when it began     session.Session.selection
-  a domain without split_of               its own are held out as when it began     session.Session.selection
+  a domain with or without split_of       Phase 1's or its own are held out again   session.Session.selection
 Phase 1, but not its images in run.json   was adopted: not trained                  phases._was_adopted
 no Phase 1, with phase1=DIR               copied; refused if an own one was begun   adoption.adopt_phase1
 another Phase 1 than that of phase1=DIR   refused                                   adoption.adopt_phase1

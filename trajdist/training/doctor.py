@@ -69,6 +69,8 @@ def diagnose(facts: Facts) -> str:
     """
     if facts.steps < ENOUGH_STEPS:
         return f"too short to say what bounds it: {facts.steps} steps, {ENOUGH_STEPS} are needed."
+    if not any(facts.time.values()):
+        return "not measured: it was resumed after its last step."
     share = shares(facts)
     behind = max(facts.waits) - min(facts.waits)
     if behind > STRAGGLES * facts.seconds:

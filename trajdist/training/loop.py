@@ -203,6 +203,8 @@ def finish_step(job: Job, step: Step) -> None:
     if save or stop or job.keeper.exhausted:
         with job.clock("checkpoint"):
             save_checkpoint(job, step)
+    if step.ends_epoch:
+        job.progress.go_on()
     if stop:
         session.processes.main_does(job.writer.finish)
         raise StopRequested(session.stop.why or "another process was asked to stop")

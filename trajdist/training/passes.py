@@ -18,7 +18,7 @@ from trajdist.errors import StopRequested
 from trajdist.extraction.backbones import Backbone
 from trajdist.extraction.projection import BlockMoments, fit_projection
 from trajdist.extraction.trajectory import TrajectoryExtractor, update_moments
-from trajdist.files import exists, is_folder, user_path
+from trajdist.files import exists
 from trajdist.runtime.allocator import trim
 from trajdist.runtime.clock import Clock
 from trajdist.runtime.progress import Progress
@@ -28,6 +28,7 @@ from trajdist.scoring.residuals import PlaceMoments, ResidualModel, roots
 from trajdist.sharding import Plan, Selection
 from trajdist.training.feed import move
 from trajdist.training.journal import BadImages, check_bad
+from trajdist.training.selection import Phase1Images
 from trajdist.training.session import Session
 
 
@@ -244,13 +245,13 @@ def calibrate(
     detector.held_out = clean.selection.num_holdout > 0
     if not detector.held_out:
         session.say("no images are held out: p-values rest on training images, and are too small")
+    elif session.processes.main_knows(lambda: _may_be_trained_on(clean)):
+        session.say(
+            "phase 1 may have been trained on images that are held out here, as its set and this one overlap: p-values "
+            "may be too small; train both phases on the same set with the same seed, or on sets apart"
+        )
     elif _chose_weights(session):
         session.say("the held-out images also chose the weights: p-values are slightly too small")
-    if detector.held_out and clean.selection.phase == 2 and _trained_on_them_before(clean):
-        session.say(
-            "phase 1 was trained on images that are held out here, as data.imagenet.path holds those of "
-            "data.domain.path: p-values are too small; give the phases different images"
-        )
     cells, images = detector.cells.histogram, detector.images.histogram
     # Make images square as scoring will, however training did it: otherwise these scores and new ones do not compare.
     fit = session.config.data.domain.fit
@@ -270,18 +271,12 @@ def _chose_weights(session: Session) -> bool:
     return config.validation.every_epochs > 0 and config.validation.path is None and chosen
 
 
-def _trained_on_them_before(clean: CleanImages) -> bool:
-    """Whether Phase 1 took its images from the same place as Phase 2, or from a folder around it.
-
-    Unless the run could hold out the same images in both phases, most of those that Phase 2 holds out have been trained
-    on then.
-    """
-    data = clean.session.config.data
-    first, second = data.imagenet.path, data.domain.path
-    if first is None or second is None or clean.selection.split_of is not None:
+def _may_be_trained_on(clean: CleanImages) -> bool:
+    """Whether Phase 1 may have been trained on what Phase 2 holds out."""
+    session, selection = clean.session, clean.selection
+    if selection.phase == 1 or selection.split_of is not None:
         return False
-    folder = user_path(first)
-    return first == second or (is_folder(folder) and user_path(second).resolve().is_relative_to(folder.resolve()))
+    return Phase1Images.below(session.rundir, session.config).may_be_among(session.config.data.domain.path)
 
 
 def fit_detector(clean: CleanImages, detector: Detector, whitened: ResidualModel | None) -> None:

@@ -4,16 +4,64 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from trajdist.config import SETS, Config
+from trajdist.config_files import read_yaml
+from trajdist.config_schema import flatten
 from trajdist.data.base import ImageSource
-from trajdist.errors import ArtifactError, DataError
-from trajdist.files import write_bytes
+from trajdist.errors import ArtifactError, DataError, UserError
+from trajdist.files import open_regular, user_path, write_bytes
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Int64s, Order, Plan, Selection
+
+# The keys that decide which images of a set are held out.
+SPLIT_KEYS = ("seed", "calibration.holdout_fraction", "trajectory.statistics_images")
+
+
+@dataclass(frozen=True)
+class Phase1Images:
+    """The images that a Phase 1 was trained on, as far as its run directory tells.
+
+    Attributes:
+        path: the set's, in the config; None if unknown.
+        split: what decides which images were held out: their number, their fingerprint, and the values of
+            :data:`SPLIT_KEYS`.
+    """
+
+    path: str | None = None
+    split: tuple[Any, ...] = ()
+
+    @classmethod
+    def below(cls, rundir: RunDir, config: Config) -> Phase1Images:
+        """Those of the Phase 1 that a run builds on: its own, or another run's, which may no longer exist."""
+        folder = rundir.path if config.phase1 is None else user_path(config.phase1)
+        first = RunDir(folder.parent if folder.name == "phase1" else folder)
+        try:
+            known, made = first.recall(SETS[1]), flatten(read_yaml(first.config))
+        except UserError:
+            return cls()
+        if not isinstance(known, dict):
+            return cls()
+        values = [known.get("num_images"), known.get("fingerprint"), *(made.get(key) for key in SPLIT_KEYS)]
+        return cls(made.get("data.imagenet.path"), tuple(values))
+
+    def are(self, source: ImageSource, config: Config) -> bool:
+        """Whether a phase with this set and config would hold out the same images."""
+        values = [config.seed, config.calibration.holdout_fraction, config.trajectory.statistics_images]
+        return self.split == (len(source), source.fingerprint, *values)
+
+    def may_be_among(self, path: str | None) -> bool:
+        """Whether the set at ``path`` has the same name, or one of the two is a folder around the other."""
+        if self.path is None or path is None:
+            return False
+        folders = [os.path.realpath(user_path(each)) for each in (self.path, path)]
+        around = all(map(os.path.isdir, folders)) and os.path.commonpath(folders) in folders
+        return self.path == path or around
 
 
 def draw_selection(
@@ -94,9 +142,7 @@ def recall_selection(rundir: RunDir, config: Config, phase: int) -> Selection | 
     max_holdout = known.get("max_holdout")
     if max_holdout is not None and (type(max_holdout) is not int or max_holdout < 1):
         raise _damaged(rundir, f"{SETS[phase]}.max_holdout={max_holdout!r} is not a number of images")
-    split_of = known.get("split_of")
-    if split_of not in (None, 1):
-        raise _damaged(rundir, f"{SETS[phase]}.split_of={split_of!r} is not a phase with a split of its own")
+    split_of = recorded_split(rundir, phase, known)
     order = Order(sizes, config.data.shuffle_window)
     selection = _draw(config, phase, total, order, max_holdout, split_of)
     return (
@@ -104,10 +150,23 @@ def recall_selection(rundir: RunDir, config: Config, phase: int) -> Selection | 
     )
 
 
+def recorded_split(rundir: RunDir, phase: int, known: dict[str, Any]) -> int | None:
+    """The phase whose split a phase took over, from what run.json says of its set; None if it has its own.
+
+    Raises:
+        ArtifactError: run.json is damaged.
+    """
+    split_of = known.get("split_of")
+    if split_of is None or (type(split_of) is int and split_of == 1):
+        return split_of
+    raise _damaged(rundir, f"{SETS[phase]}.split_of={split_of!r} is not a phase with a split of its own")
+
+
 def _read_subset(rundir: RunDir, phase: int, expected: object, selection: Selection) -> Int64s:
     path = rundir.subset(SETS[phase])
     try:
-        members = np.load(path, allow_pickle=False)
+        with open(path, "rb", opener=open_regular) as handle:
+            members = np.load(handle, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ArtifactError(f"{str(path)!r} cannot be read ({error}).") from None
     if members.dtype != np.int64 or members.shape != (selection.num_train,) or _hash(members) != expected:

@@ -34,7 +34,13 @@ from trajdist.saved.checkpoint import Checkpoint, load_checkpoint, newest_checkp
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.training.claiming import claim, how_to_start_over, reference_world_of
-from trajdist.training.selection import draw_selection, keep_subset, selection_facts
+from trajdist.training.selection import (
+    Phase1Images,
+    draw_selection,
+    keep_subset,
+    recorded_split,
+    selection_facts,
+)
 
 # How much longer than runtime.timeout_s the process group itself waits for a lost process.
 GRACE_S = 60.0
@@ -192,11 +198,12 @@ class Session:
         before = self.processes.main_knows(lambda: self.rundir.recall(set_name))
         begun = before is not None and self._has_begun(phase)
         max_holdout: int | None = self.config.trajectory.statistics_images
-        split_of = 1 if phase == 2 and self._phase1_has(source) else None
         if begun and isinstance(before, dict):
             # Earlier versions held out more, and other images than Phase 1: their runs go on with what they trained on.
             max_holdout = max_holdout if "max_holdout" in before else None
-            split_of = split_of if "split_of" in before else None
+            split_of = recorded_split(self.rundir, phase, before)
+        else:
+            split_of = 1 if phase == 2 and self._shares_images_of_phase1(source) else None
         selection = draw_selection(self.config, phase, source, max_holdout, split_of)
         found = selection_facts(source, selection, max_holdout)
         if begun and before != found:
@@ -208,11 +215,9 @@ class Session:
             self.rundir.remember(set_name, found, replace=True)
         return selection
 
-    def _phase1_has(self, source: ImageSource) -> bool:
-        """Whether the run's own Phase 1 has the same set: no phase may train on what the other holds out."""
-        first = self.processes.main_knows(lambda: self.rundir.recall(SETS[1]))
-        same = (len(source), source.fingerprint)
-        return isinstance(first, dict) and (first.get("num_images"), first.get("fingerprint")) == same
+    def _shares_images_of_phase1(self, source: ImageSource) -> bool:
+        """Whether both phases have the same set: then neither is to train on what the other holds out."""
+        return self.processes.main_knows(lambda: Phase1Images.below(self.rundir, self.config).are(source, self.config))
 
     def _tell_of_dim(self, set_name: str, selection: Selection) -> None:
         """Tell the user if the first images look like those of a 12-bit camera in 16-bit files."""
