@@ -40,7 +40,7 @@ def facts(time: dict[str, float], **changes: object) -> Facts:
         ({"data": 30, "backbone": 60}, {}, "or set cache.dir"),
         ({"data": 19, "backbone": 75}, {}, "at its limit"),
         ({"backbone": 90}, {}, "backbone.compile=true and cache.dir=DIR"),
-        ({"backbone": 90}, {"cacheable": False}, "backbone.compile=true make"),
+        ({"backbone": 90}, {"cacheable": False}, "backbone.compile=true makes it faster"),
         ({"backbone": 90}, {"overlapping": True}, "runtime.mixed_precision=bf16"),
         ({"backbone": 90}, {"compiled": True, "cacheable": False}, "only more processes"),
         ({"backbone": 30, "model": 60}, {}, "train.cell_fraction=0.25"),
@@ -55,6 +55,7 @@ def facts(time: dict[str, float], **changes: object) -> Facts:
         ({"checkpoint": 12, "data": 40, "backbone": 40}, {}, "waiting for images"),
         ({"sync": 40, "backbone": 55}, {"waits": [1.0, 38.0, 2.0]}, "number 1 waits 37 s longer"),
         ({"backbone": 90}, {"steps": ENOUGH_STEPS - 1}, "too short"),
+        ({}, {}, "not measured: it was resumed after its last step"),
     ],
 )
 def test_what_it_says(time, changes, said):

@@ -261,8 +261,8 @@ def test_a_run_keeps_its_base(debug_run, tmp_path):
     model = tmp_path / "model.safetensors"
     shutil.copy(debug_run / "phase1" / "model.safetensors", model)
     base, document = bundle.load_model(model)
-    lora.check_base(debug_run / "phase2" / "adapter", bundle.base_fingerprint(base, document))
+    lora.read_config(debug_run / "phase2" / "adapter", bundle.base_fingerprint(base, document))
     with torch.no_grad():
         next(base.parameters()).view(-1)[0] += 1e-3
     with pytest.raises(ArtifactError, match="another base"):
-        lora.check_base(debug_run / "phase2" / "adapter", bundle.base_fingerprint(base, document))
+        lora.read_config(debug_run / "phase2" / "adapter", bundle.base_fingerprint(base, document))

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -19,7 +20,7 @@ from torch import nn
 from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.config import Config, Lora
 from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
-from trajdist.files import is_file, read_json, read_object, sync_file, sync_folder, write_json
+from trajdist.files import is_file, read_json, sync_file, sync_folder, write_json
 from trajdist.models.registry import MODELS
 from trajdist.saved.bundle import load_model, untrained_model
 from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
@@ -132,10 +133,11 @@ def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftM
     Raises:
         ArtifactError: no adapter there, a damaged one, or one that was trained on another base.
     """
-    check_base(folder, base_fingerprint)
+    document = read_config(folder, base_fingerprint)
     tensors = read_tensors(folder / ADAPTER_WEIGHTS)
     # PEFT would do whatever else the file asks for; its older versions import any module that it names.
-    config = _peft_config(_settings_of(folder, tensors), [], base_fingerprint)
+    settings = _settings_of(document, tensors, str(folder / ADAPTER_CONFIG))
+    config = _peft_config(settings, [], base_fingerprint)
     try:
         # By itself, PEFT would load the file onto a GPU if there is one, in every process onto the first.
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, torch_device="cpu")
@@ -150,13 +152,16 @@ def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftM
     return adapted
 
 
-def _settings_of(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Lora:
+def _settings_of(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: str) -> Lora:
     """The settings in an adapter's config, which may hold more than trajdist writes; nothing else of it is used.
+
+    Args:
+        tensors: the weights beside it.
+        path: of the config, for the error.
 
     Raises:
         ArtifactError: they are not those of a LoRA adapter, or not those of its weights.
     """
-    document, path = read_object(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG)
     if document.get("alpha_pattern"):  # A scale for each layer.
         raise ArtifactError(f"{path!r} has an alpha_pattern, which trajdist never writes: {MEND}")
     try:
@@ -173,8 +178,13 @@ def _settings_of(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Lora:
     return settings
 
 
-def check_base(folder: Path, base_fingerprint: str) -> None:
-    """Refuse an adapter that was trained on another base model, projection or backbone."""
+def read_config(folder: Path, base_fingerprint: str) -> dict[str, Any]:
+    """An adapter's config, as saved.
+
+    Raises:
+        ArtifactError: there is none, it is damaged, or the adapter was trained on another base model, projection or
+            backbone.
+    """
     if not is_file(folder / ADAPTER_CONFIG):
         inside = [path for path in (folder / "adapter", folder / "phase2/adapter") if is_file(path / ADAPTER_CONFIG)]
         fix = f"name {str(inside[0])!r}" if inside else "name a folder like RUN_DIR/phase2/adapter"
@@ -186,6 +196,7 @@ def check_base(folder: Path, base_fingerprint: str) -> None:
             f"the adapter {str(folder)!r} was trained on another base ({base[:28]}..., this one is "
             f"{BASE_PREFIX}{base_fingerprint[:19]}...): use it with the Phase 1 it was trained on."
         )
+    return dict(document)
 
 
 def merged(adapted: nn.Module) -> nn.Module:

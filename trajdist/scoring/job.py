@@ -33,8 +33,8 @@ from trajdist.sharding import Int64s, Plan, picked
 
 # How long the processes wait for one another.
 TIMEOUT_S = 1800.0
-# What to do if the run does not fit, on a CPU and on an accelerator.
-MORE_MEMORY = "end other programs", "end other programs on it, or set ACCELERATE_USE_CPU=true to score on the CPU"
+# What to do if the run does not fit into the memory of an accelerator.
+MORE_MEMORY = "end other programs on it, or set ACCELERATE_USE_CPU=true to score on the CPU"
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _load(run_dir: str, options: Options, processes: Processes) -> Scorer:
     adapters = list(options.adapters) or None
 
     def of_run() -> Scorer:
-        with naming_memory(processes, lambda device: MORE_MEMORY[device != "cpu"]):
+        with naming_memory(processes, lambda device: "end other programs" if device == "cpu" else MORE_MEMORY):
             return load(run_dir, adapters, options.phase, str(processes.device))
 
     return processes.main_first(of_run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +48,11 @@ class Phase1Images:
             return cls()
         if not isinstance(known, dict):
             return cls()
-        values = [known.get("num_images"), known.get("fingerprint"), *(made.get(key) for key in SPLIT_KEYS)]
-        return cls(made.get("data.imagenet.path"), tuple(values))
+        return cls(made.get("data.imagenet.path"), _split_by(known.get("num_images"), known.get("fingerprint"), made))
 
     def are(self, source: ImageSource, config: Config) -> bool:
         """Whether a phase with this set and config would hold out the same images."""
-        values = [config.seed, config.calibration.holdout_fraction, config.trajectory.statistics_images]
-        return self.split == (len(source), source.fingerprint, *values)
+        return self.split == _split_by(len(source), source.fingerprint, flatten(config.model_dump()))
 
     def may_be_among(self, path: str | None) -> bool:
         """Whether the set at ``path`` has the same name, or one of the two is a folder around the other."""
@@ -62,6 +61,11 @@ class Phase1Images:
         folders = [os.path.realpath(user_path(each)) for each in (self.path, path)]
         around = all(map(os.path.isdir, folders)) and os.path.commonpath(folders) in folders
         return self.path == path or around
+
+
+def _split_by(num_images: Any, fingerprint: Any, keys: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides which images of a set are held out; ``keys`` are those of a config, with dots."""
+    return num_images, fingerprint, *(keys.get(key) for key in SPLIT_KEYS)
 
 
 def draw_selection(

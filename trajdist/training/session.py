@@ -34,13 +34,7 @@ from trajdist.saved.checkpoint import Checkpoint, load_checkpoint, newest_checkp
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.training.claiming import claim, how_to_start_over, reference_world_of
-from trajdist.training.selection import (
-    Phase1Images,
-    draw_selection,
-    keep_subset,
-    recorded_split,
-    selection_facts,
-)
+from trajdist.training.selection import Phase1Images, draw_selection, keep_subset, recorded_split, selection_facts
 
 # How much longer than runtime.timeout_s the process group itself waits for a lost process.
 GRACE_S = 60.0
