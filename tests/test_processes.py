@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from trajdist.errors import ConfigError, TrainingError
-from trajdist.runtime.processes import Processes, precision, start_accelerator, supported_precision
+from trajdist.runtime.processes import Processes, device_type, precision, start_accelerator, supported_precision
 from trajdist.runtime.stopping import StopFlag
 from trajdist.screen import ReaderGone
 
@@ -77,6 +77,28 @@ def test_fp16_is_not_for_cpus(monkeypatch):
     assert supported_precision("fp16", "cuda") == "fp16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert (supported_precision("auto", "cpu"), supported_precision("auto", "cuda")) == ("no", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "mend"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP .* set distributed_type: MULTI_GPU"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed .* pass it --multi_gpu"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "True", "a parallelism config"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "'INDUCTOR'.* --dynamo_backend no"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed_precision='fp8': set it, or .*, to no, bf16 or fp16"),
+    ],
+)
+def test_what_the_launcher_is_set_to_for_other_work_is_refused(variable, value, mend, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f"accelerate launch is set to .*{mend}"):
+        start_accelerator("auto", timeout_s=60, deterministic=False)
+
+
+def test_the_device_that_accelerate_is_told(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:1")
+    assert device_type() == "cuda"
 
 
 def ask(processes: Processes, failure: BaseException | None) -> int:

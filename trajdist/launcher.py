@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import os
 
+# How accelerate launch asks for other ways to share the work than copies of the model.
+_SPLIT_MODELS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
 
 def rank() -> int:
     """The process's rank in the job; 0 without a launcher."""
@@ -23,6 +31,27 @@ def local_world(default: int = 1) -> int:
 def mixed_precision() -> str | None:
     """The setting of ``accelerate launch``, or None. It takes precedence over what the machine would choose."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() or None
+
+
+def unsupported() -> str:
+    """A sentence about what ``accelerate launch`` asks for that trajdist does not do; usually empty.
+
+    Its config often belongs to other work, and Accelerate would follow it: models split over the processes cannot be
+    saved as one, and a model compiled in one run and not in the next differs in its last bits.
+    """
+    for variable, way in _SPLIT_MODELS.items():
+        if os.environ.get(variable, "").lower() == "true":
+            return (
+                f"accelerate launch is set to use {way} ({variable}=true), which is for large models; here every "
+                "process has the whole model: set distributed_type: MULTI_GPU in its config, or pass it --multi_gpu."
+            )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        return (
+            f"accelerate launch is set to compile the model (ACCELERATE_DYNAMO_BACKEND={backend!r}): pass it "
+            "--dynamo_backend no, and set backbone.compile=true to compile."
+        )
+    return ""
 
 
 def is_elastic() -> bool:

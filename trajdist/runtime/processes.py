@@ -24,6 +24,8 @@ from trajdist.runtime.allocator import keep_freed_memory
 Batch = TypeVar("Batch")
 Answer = TypeVar("Answer")
 
+PRECISIONS = ("no", "bf16", "fp16")
+
 
 def start_accelerator(
     mixed_precision: str, timeout_s: float, deterministic: bool, init_method: str | None = None
@@ -31,9 +33,11 @@ def start_accelerator(
     """Set up Accelerate for this job: precision, process group with a timeout, no random state of its own.
 
     Raises:
-        ConfigError: a precision that this machine does not support.
+        ConfigError: a precision that this machine does not support, or a launcher's setting that trajdist does not.
         TrainingError: processes that cannot reach each other.
     """
+    if sentence := launcher.unsupported():
+        raise ConfigError(sentence)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -83,9 +87,14 @@ def supported_precision(setting: str, device: str | None = None) -> str:
     """As :func:`precision`, but refuses fp16 on CPUs, where Accelerate silently computes in float32.
 
     Raises:
-        ConfigError: it is fp16 on a CPU.
+        ConfigError: it is fp16 on a CPU, or one of the launcher's that trajdist does not have, such as fp8.
     """
     device, chosen = device or device_type(), precision(setting, device)
+    if chosen not in PRECISIONS:
+        raise ConfigError(
+            f"accelerate launch is set to mixed_precision={chosen!r}: set it, or runtime.mixed_precision, to "
+            f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}."
+        )
     if (chosen, device) == ("fp16", "cpu"):
         raise ConfigError("runtime.mixed_precision='fp16' is for GPUs, CPUs would compute in float32: use no.")
     return chosen
@@ -93,6 +102,8 @@ def supported_precision(setting: str, device: str | None = None) -> str:
 
 def device_type() -> str:
     """The device type that Accelerate will use: ``cpu``, ``cuda`` or ``mps``."""
+    if chosen := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        return chosen.partition(":")[0]
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
         return "cpu"
     if torch.cuda.is_available():
