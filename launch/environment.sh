@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck disable=SC2034  # For the scripts that source this file.
 venv=${TRAJDIST_VENV:-.venv}
 # Container images often set this. Every process would compile all of torch anew, for 10 to 20 s.
-unset PYTHONDONTWRITEBYTECODE
+[ -n "${TRAJDIST_VENV:-}" ] || unset PYTHONDONTWRITEBYTECODE
 
 make_environment() {
   local extras=$1 stamp

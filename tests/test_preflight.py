@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -9,12 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from images import write_images
 from jobs import REPOSITORY, Finished, environment, launch
 from outcome import assert_done, assert_same_bits
+from torch.distributed.distributed_c10d import PrefixStore
 
-from trajdist.errors import ConfigError
-from trajdist.runtime.preflight import check_all_reduce, slurm_problem
+from trajdist.errors import ConfigError, TrainingError
+from trajdist.runtime import preflight
+from trajdist.runtime.preflight import Meeting, check_all_reduce, slurm_problem
 
 TESTS = REPOSITORY / "tests"
 HOST = socket.gethostname()
@@ -137,6 +141,57 @@ ELASTIC = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8"}
 )
 def test_launchers_that_did_not_find_each_other(variables, world, alone):
     assert bool(slurm_problem(variables, world)) == alone
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "visible", "crowded"),
+    [(2, 2, None, False), (2, 4, None, True), (2, 4, "0,1", True), (1, 2, None, True), (1, 8, "5", False)],
+)
+def test_more_processes_than_gpus(gpus, processes, visible, crowded, monkeypatch):
+    """Where each process sees one GPU that was chosen for it, all is well."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(preflight, "device_type", lambda: "cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    sentence = difference({"host": HOST, "crowd": preflight._crowd()})
+    assert (f"{processes} processes were started on {HOST}, where they see {gpus} GPU" in sentence) == crowded
+
+
+def difference(*facts: dict[str, str]) -> str:
+    meeting = SimpleNamespace(ranks=range(len(facts)), see=lambda what, rank: facts[rank])
+    return next(preflight._differences(meeting), "")
+
+
+def test_an_older_version_is_named_though_it_says_less():
+    older, newer = {"host": HOST, "trajdist": "0.0.1"}, {"host": HOST, "crowd": "", "trajdist": "1"}
+    assert "trajdist is '0.0.1', process 0 has '1'" in difference(newer, older)
+    assert difference(newer, newer | {"host": "other"}) == ""
+
+
+@pytest.mark.parametrize(
+    ("last", "mend"),
+    [
+        ("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 4000", "start one process for each GPU"),
+        ("Cuda failure 'out of memory'", "end other programs"),
+        ("socketStartConnect: Connect to 10.0.0.1 failed", "check the network"),
+    ],
+)
+def test_the_first_sum_fails_for_a_reason(last, mend, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    error = torch.distributed.DistBackendError(f"NCCL error in: {'x' * 200}\nLast error:\n{last}")
+    with pytest.raises(TrainingError, match=rf"the first sum over nccl failed \({re.escape(last)}\): {mend}"):
+        preflight._check_sum(SimpleNamespace(world=2), error)
+
+
+def test_what_nccl_left_of_a_dead_attempt_is_cleared(monkeypatch):
+    """Its watchdogs read a key without any prefix, and would end the processes of the next attempt."""
+    store = torch.distributed.HashStore()
+    store.set("exception_dump", "1")
+    monkeypatch.setattr(Meeting, "_connect", lambda meeting: PrefixStore("b", PrefixStore("a", store)))
+    Meeting(rank=0, world=1, deadline_s=5)
+    assert not store.check(["exception_dump"])
 
 
 def test_the_machines_that_the_launcher_forgot(tmp_path):

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import Queue
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch
 from trajdist.errors import ConfigError, TrainingError
 from trajdist.runtime.processes import Processes, device_type, precision, start_accelerator, supported_precision
 from trajdist.runtime.stopping import StopFlag
+from trajdist.runtime.watchdog import Watchdog
 from trajdist.screen import ReaderGone
 
 
@@ -82,10 +85,10 @@ def test_fp16_is_not_for_cpus(monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "value", "mend"),
     [
-        ("ACCELERATE_USE_FSDP", "true", "FSDP .* set distributed_type: MULTI_GPU"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed .* pass it --multi_gpu"),
+        ("ACCELERATE_USE_FSDP", "true", "FSDP .* take FSDP out of its config"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed .* or pass it --multi_gpu"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "True", "a parallelism config"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "True", "take a parallelism config out"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "'INDUCTOR'.* --dynamo_backend no"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "mixed_precision='fp8': set it, or .*, to no, bf16 or fp16"),
     ],
@@ -99,6 +102,39 @@ def test_what_the_launcher_is_set_to_for_other_work_is_refused(variable, value, 
 def test_the_device_that_accelerate_is_told(monkeypatch):
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:1")
     assert device_type() == "cuda"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="ACCELERATE_TORCH_DEVICE='cuda:1' is for one process, here are 4"):
+        start_accelerator("auto", timeout_s=60, deterministic=False)
+
+
+def test_a_gpu_is_not_looked_for_by_its_number(monkeypatch, fresh_accelerate):
+    """DistributedDataParallel would look for GPU LOCAL_RANK, also where each process sees only one."""
+    monkeypatch.delenv("ACCELERATE_BYPASS_DEVICE_MAP", raising=False)
+    start_accelerator("no", timeout_s=60, deterministic=False)
+    assert os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] == "true"
+
+
+NCCL_SAYS = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, invalid usage (run with NCCL_DEBUG=WARN "
+    "for details), NCCL version 2.30.7\n"
+    "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("last", "sentence"),
+    [
+        ("Duplicate GPU detected\n", "process 1 made no progress (Duplicate GPU detected): run the same command again"),
+        ("", "process 1 made no progress (NCCL error in: /pytorch/"),
+        # Whoever watches memory has the sentence for this.
+        ("Cuda failure 'out of memory'", None),
+    ],
+)
+def test_nccl_also_fails_for_reasons_of_its_own(last, sentence, monkeypatch):
+    watchdog = Watchdog(SimpleNamespace(world=1), StopFlag(Path("STOP"), watches_file=False), timeout_s=60)
+    monkeypatch.setattr(watchdog, "_who_is_missing", lambda: ("process 1 made no progress", False))
+    said = watchdog._explain(torch.distributed.DistBackendError(NCCL_SAYS + last))
+    assert said == sentence or said.startswith(sentence)
 
 
 def ask(processes: Processes, failure: BaseException | None) -> int:

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Another process has reported the error, or nobody reads stdout any more.
         return _end(end.code if isinstance(end.code, int) else 1)
     except KeyboardInterrupt:
-        return 130
+        return _end(130)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

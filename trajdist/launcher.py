@@ -34,22 +34,28 @@ def mixed_precision() -> str | None:
 
 
 def unsupported() -> str:
-    """A sentence about what ``accelerate launch`` asks for that trajdist does not do; usually empty.
+    """A sentence about what Accelerate's environment asks for that trajdist does not do; usually empty.
 
-    Its config often belongs to other work, and Accelerate would follow it: models split over the processes cannot be
-    saved as one, and a model compiled in one run and not in the next differs in its last bits.
+    The config of ``accelerate launch`` often belongs to other work, and Accelerate would follow it: models split over
+    the processes cannot be saved as one, and a model compiled in one run and not in the next differs in its last bits.
     """
     for variable, way in _SPLIT_MODELS.items():
         if os.environ.get(variable, "").lower() == "true":
             return (
                 f"accelerate launch is set to use {way} ({variable}=true), which is for large models; here every "
-                "process has the whole model: set distributed_type: MULTI_GPU in its config, or pass it --multi_gpu."
+                f"process has the whole model: take {way} out of its config, or pass it --multi_gpu instead."
             )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         return (
             f"accelerate launch is set to compile the model (ACCELERATE_DYNAMO_BACKEND={backend!r}): pass it "
             "--dynamo_backend no, and set backbone.compile=true to compile."
+        )
+    device = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if device not in (None, "", "cpu") and world() > 1:
+        return (
+            f"ACCELERATE_TORCH_DEVICE={device!r} is for one process, here are {world()}: leave it out, and "
+            "Accelerate gives each a device of its own."
         )
     return ""
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from trajdist.errors import TrainingError, one_line
-from trajdist.runtime.processes import Processes
+from trajdist.errors import TrainingError
+from trajdist.runtime.processes import Processes, why_it_failed
 
 
 @functools.cache
@@ -66,19 +66,22 @@ def naming_memory(processes: Processes, fix: Callable[[str], str]) -> Iterator[N
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _lacks_memory(error):
+        if not lacks_memory(error):
             raise
         # A process that trains on a GPU decodes images in host memory.
         on_host = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
         device = torch.device("cpu") if on_host else processes.device
-        what = one_line(error) or type(error).__name__
+        what = why_it_failed(error) or type(error).__name__
         raise TrainingError(
             f"process {processes.rank} ran out of memory on {device} ({what}): {fix(device.type)}."
         ) from error
 
 
-def _lacks_memory(error: Exception) -> bool:
-    """CUDA has an exception type for it; MPS, CUDA's libraries and torch's CPU allocator only have messages."""
+def lacks_memory(error: Exception) -> bool:
+    """Whether memory ran out.
+
+    CUDA has an exception type for it; MPS, CUDA's libraries and torch's CPU allocator only have messages.
+    """
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 

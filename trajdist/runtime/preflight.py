@@ -22,12 +22,13 @@ import torch
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from trajdist import __version__
+from trajdist import __version__, launcher
 from trajdist.config import Config
 from trajdist.config_schema import flatten
 from trajdist.data.base import ImageSource
 from trajdist.errors import ConfigError, TrainingError, one_line
-from trajdist.runtime.processes import Processes, device_type, named, precision
+from trajdist.runtime.memory import lacks_memory
+from trajdist.runtime.processes import Processes, device_type, named, precision, why_it_failed
 from trajdist.runtime.watchdog import answer_within, end_at_once
 
 # Listing a large folder takes seconds if it is cached, and minutes if it is not.
@@ -51,6 +52,10 @@ FIXES = {
     "list of images": SAME_FILES,
 }
 CALL = "preflight/call"
+CHOOSING_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+ONE_EACH = "start one process for each GPU (--num_processes)"
+# Where NCCL asks all processes to end, outside any prefix: whoever finds it, although a dead attempt left it, ends.
+NCCL_END = "exception_dump"
 POLL_S = 0.1
 
 
@@ -66,7 +71,7 @@ def check_processes_agree(config: Config, sources: Mapping[str, ImageSource]) ->
         SystemExit: on the other processes, with the exit code of the main one.
     """
     rank, world = _rank_and_world(os.environ)
-    sentence, init_method = slurm_problem(os.environ, world), None
+    sentence, init_method = launcher.unsupported() or slurm_problem(os.environ, world), None
     if not sentence and world > 1:
         meeting = Meeting(rank, world, min(config.runtime.timeout_s, ARRIVAL_S))
         meeting.show("config", _flat(config))
@@ -136,6 +141,7 @@ class Meeting:
     def _call(self) -> str:
         self.name = uuid.uuid4().hex
         self.show("here", "")
+        _without_prefix(self._store).delete_key(NCCL_END)
         self._store.set(CALL, self.name)
         self.gather("here")
         self.show("tokens", [self.see("here", rank) for rank in self.ranks])
@@ -226,6 +232,27 @@ class Meeting:
         )
 
 
+def _without_prefix(store: Any) -> Any:
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
+
+
+def _crowd() -> str:
+    """What is wrong if the processes of this machine see fewer GPUs than they are; usually empty.
+
+    Where a process sees a single GPU that was chosen for it, the others may have another.
+    """
+    gpus, processes = torch.cuda.device_count(), launcher.local_world()
+    own = gpus == 1 and any(name in os.environ for name in CHOOSING_GPUS)
+    if device_type() != "cuda" or not 0 < gpus < processes or own:
+        return ""
+    return (
+        f"{processes} processes were started on {socket.gethostname()}, where they see {gpus} GPU{'s' * (gpus > 1)}: "
+        f"{ONE_EACH}."
+    )
+
+
 def _key(set_name: str) -> str:
     return "validation.path" if set_name == "validation" else f"data.{set_name}.path"
 
@@ -234,6 +261,7 @@ def _facts(config: Config, sources: Mapping[str, ImageSource], world: int) -> di
     """What must be the same everywhere, and the host. The first difference in this order is the one reported."""
     return {
         "host": socket.gethostname(),
+        "crowd": _crowd(),
         "trajdist": __version__,
         "torch": str(torch.__version__),
         "accelerate": metadata.version("accelerate"),
@@ -256,10 +284,12 @@ def _hash(tree: dict[str, Any]) -> str:
 
 
 def _differences(meeting: Meeting) -> Iterator[str]:
-    """A sentence for each process that differs from the main one, about its first difference."""
+    """A sentence for each process without a GPU of its own, or that differs from the main one: the first difference."""
     expected = meeting.see("facts", 0)
     for rank in meeting.ranks:
         facts = meeting.see("facts", rank)
+        if facts.get("crowd"):
+            yield facts["crowd"]
         found = next(_differing(facts, expected), None)
         if found == "config":
             configs = meeting.see("config", rank), meeting.see("config", 0)
@@ -273,9 +303,9 @@ def _differences(meeting: Meeting) -> Iterator[str]:
 
 
 def _differing(values: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    """The keys whose values differ, in the order of ``expected``; the host may differ."""
+    """The keys whose values differ, in the order of ``expected``; what is about a machine may differ."""
     for key in expected:
-        if key != "host" and values.get(key) != expected[key]:
+        if key not in ("host", "crowd") and values.get(key) != expected[key]:
             yield key
 
 
@@ -304,7 +334,9 @@ def check_all_reduce(processes: Processes) -> None:
 def _check_sum(processes: Processes, found: float | RuntimeError) -> None:
     backend, expected = torch.distributed.get_backend(), processes.world * (processes.world + 1) / 2
     if isinstance(found, RuntimeError):
-        raise TrainingError(f"the first sum over {backend} failed ({one_line(found)}): {NETWORK}.") from found
+        why = why_it_failed(found)
+        mend = ONE_EACH if "Duplicate GPU" in why else "end other programs" if lacks_memory(found) else NETWORK
+        raise TrainingError(f"the first sum over {backend} failed ({why}): {mend}.") from found
     if found != expected:
         raise TrainingError(f"the first sum over {backend} is {found:g} instead of {expected:g}: {NETWORK}.")
 

@@ -43,6 +43,8 @@ def start_accelerator(
         torch.use_deterministic_algorithms(True)
     if device_type() == "cpu":
         keep_freed_memory()
+    # Else DistributedDataParallel is told to use GPU LOCAL_RANK, which a process that sees only its own does not have.
+    os.environ.setdefault("ACCELERATE_BYPASS_DEVICE_MAP", "true")
     try:
         return Accelerator(
             mixed_precision=supported_precision(mixed_precision),
@@ -109,6 +111,11 @@ def device_type() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def why_it_failed(error: Exception) -> str:
+    """The reason in a library's error, on one line. NCCL gives it after some 200 characters about itself."""
+    return one_line(RuntimeError(str(error).rpartition("Last error:")[2])) or one_line(error)
 
 
 class Processes:

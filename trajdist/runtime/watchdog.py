@@ -13,7 +13,8 @@ import torch
 
 from trajdist import launcher
 from trajdist.errors import StopRequested, TrainingError
-from trajdist.runtime.processes import Answer, Processes, named, open_store
+from trajdist.runtime.memory import lacks_memory
+from trajdist.runtime.processes import Answer, Processes, named, open_store, why_it_failed
 from trajdist.runtime.stopping import StopFlag
 
 INTERVAL_S = 1.0
@@ -82,9 +83,13 @@ class Watchdog:
     def _explain(self, error: RuntimeError) -> str | None:
         if "DataLoader worker" in str(error):
             return f"a decoding process was killed: lower data.num_workers or free some memory, then {GO_ON}."
-        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-            return f"{self._who_is_missing()[0]}: {GO_ON}."
-        return None
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            return None
+        if lacks_memory(error):  # NCCL's buffers are on the device too.
+            return None
+        who, silent = self._who_is_missing()
+        # NCCL also fails for reasons of its own, while all processes are alive.
+        return f"{who if silent else f'{who} ({why_it_failed(error)})'}: {GO_ON}."
 
     def _live(self) -> None:
         while not self._done.wait(INTERVAL_S):
