@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from trajdist.data.loader import processors, resolve_workers
 from trajdist.errors import ConfigError, TrainingError
 from trajdist.runtime.processes import Processes, device_type, precision, start_accelerator, supported_precision
 from trajdist.runtime.stopping import StopFlag
@@ -112,6 +113,19 @@ def test_a_gpu_is_not_looked_for_by_its_number(monkeypatch, fresh_accelerate):
     monkeypatch.delenv("ACCELERATE_BYPASS_DEVICE_MAP", raising=False)
     start_accelerator("no", timeout_s=60, deterministic=False)
     assert os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] == "true"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+def test_readers_are_counted_before_accelerate_binds_processes_to_processors(monkeypatch, fresh_accelerate):
+    """Eight processes on 64 processors, each bound to the 32 near its GPU: the share would be one of a half."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    processors.cache_clear()
+    start_accelerator("no", timeout_s=60, deterministic=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
+    try:
+        assert resolve_workers("auto", 8, "cuda") == 7
+    finally:
+        processors.cache_clear()
 
 
 NCCL_SAYS = (

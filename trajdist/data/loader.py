@@ -7,6 +7,7 @@ Shape suffixes: B slots, K chosen places, P places, S pixels per side.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -197,8 +198,9 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@functools.cache
 def processors() -> int:
-    """CPUs available to this process."""
+    """CPUs available to this process when it started: later Accelerate may bind it to those near its GPU."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

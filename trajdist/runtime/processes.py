@@ -18,6 +18,7 @@ from accelerate.utils import (
 )
 
 from trajdist import launcher
+from trajdist.data.loader import processors
 from trajdist.errors import ConfigError, TrainingError, one_line
 from trajdist.runtime.allocator import keep_freed_memory
 
@@ -38,6 +39,7 @@ def start_accelerator(
     """
     if sentence := launcher.unsupported():
         raise ConfigError(sentence)
+    processors()  # Counted before Accelerate binds this process to a part of them (--enable_cpu_affinity).
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
