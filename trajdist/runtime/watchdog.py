@@ -89,7 +89,8 @@ class Watchdog:
             return None
         who, silent = self._who_is_missing()
         # NCCL also fails for reasons of its own, while all processes are alive.
-        return f"{who if silent else f'{who} ({why_it_failed(error)})'}: {GO_ON}."
+        reason = "" if silent else f" ({why_it_failed(error)})"
+        return f"{who}{reason}: {GO_ON}."
 
     def _live(self) -> None:
         while not self._done.wait(INTERVAL_S):
