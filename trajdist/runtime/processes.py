@@ -37,6 +37,7 @@ def start_accelerator(
         ConfigError: a precision that this machine does not support, or a launcher's setting that trajdist does not.
         TrainingError: processes that cannot reach each other.
     """
+    # Training has asked before, so that one process says it for all; scoring has not.
     if sentence := launcher.unsupported():
         raise ConfigError(sentence)
     processors()  # Counted before Accelerate binds this process to a part of them (--enable_cpu_affinity).
