@@ -35,7 +35,7 @@ def profiling(path: Path, say: Say) -> Iterator[Callable[[], None]]:
             _write(trace, path, say)
 
     plan = schedule(skip_first=SKIPPED, wait=0, warmup=WARM_UP, active=TRACED, repeat=1)
-    with profile(activities=activities, schedule=plan, on_trace_ready=finish) as trace:
+    with profile(activities=activities, schedule=plan, on_trace_ready=finish, acc_events=True) as trace:
         yield trace.step
     if trace.step_num < needed:
         say(f"no profile: it needs {needed} steps, but there were {trace.step_num}")
