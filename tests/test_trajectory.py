@@ -344,6 +344,17 @@ def test_pooling_of_some_places_is_that_of_all(side, subcells, memory_format):
     torch.testing.assert_close(some, every[torch.arange(3)[:, None], places], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_even_pooling_as_a_mean(kind, memory_format):
+    """What CUDA gets where its own pooling is slow."""
+    activation = torch.randn(2, 3, 28, 14, generator=torch.Generator().manual_seed(0)).to(kind)
+    pooled = trajectory._pool_even(activation.to(memory_format=memory_format), 7)
+    expected = F.adaptive_avg_pool2d(activation.float(), 7).flatten(2).transpose(1, 2)
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, expected)
+
+
 @pytest.mark.parametrize(("height", "width"), [(9, 14), (7, 8), (32, 20)])
 def test_uneven_pooling_as_products(height, width):
     """What MPS gets where its own pooling refuses."""

@@ -74,10 +74,12 @@ def trajectory_steps(blocks: Sequence[Block], resolution: int, subcells: int) ->
 def pool(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
     """Pool an activation to float32 ``[B, resolution**2, C]``: larger maps are averaged, smaller ones interpolated."""
     height, width = map_BCHW.shape[-2:]
+    even = height % resolution == width % resolution == 0
     if (height, width) == (resolution, resolution):
         pooled = map_BCHW
+    elif even and map_BCHW.is_cuda and not torch.compiler.is_compiling():
+        return _pool_even(map_BCHW, resolution)
     elif height >= resolution and width >= resolution:
-        even = height % resolution == width % resolution == 0
         pooled = (
             F.adaptive_avg_pool2d(map_BCHW, resolution)
             if even or map_BCHW.device.type != "mps"
@@ -86,6 +88,12 @@ def pool(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
     else:
         pooled = F.interpolate(map_BCHW, (resolution, resolution), mode="bilinear", align_corners=False)
     return pooled.flatten(2).transpose(1, 2).float()
+
+
+def _pool_even(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
+    """As :func:`pool`, where parts are whole pixels: on CUDA two to four times as fast as ``adaptive_avg_pool2d``."""
+    parts = map_BCHW.permute(0, 2, 3, 1).unflatten(1, (resolution, -1)).unflatten(3, (resolution, -1))
+    return parts.mean((2, 4), dtype=torch.float32).flatten(1, 2)
 
 
 def _pool_uneven(map_BCHW: torch.Tensor, resolution: int) -> torch.Tensor:
@@ -203,9 +211,11 @@ class TrajectoryExtractor:
             shape = (half, *images_BCSS.shape, *(() if places_BK is None else places_BK.shape))
             if shape not in proven and len(proven) >= MOST_GRAPHS:
                 return self._trajectories(images_BCSS, places_BK)
-            # Freezing: on CPUs, constant weights are prepacked and activations fused into convolutions. Dynamo's own
-            # limit counts the graphs of all extractors in the process, and with fullgraph, exceeding it is an error.
-            with inductor.patch(freezing=on_cpu), dynamo.patch(recompile_limit=UNLIMITED):
+            # Freezing makes the weights constants: CPUs prepack them and fuse activations into convolutions, CUDA casts
+            # them to half precision once. Dynamo's own limit counts the graphs of all extractors in the process, and
+            # with fullgraph, exceeding it is an error.
+            freezing = on_cpu or images_BCSS.is_cuda
+            with inductor.patch(freezing=freezing), dynamo.patch(recompile_limit=UNLIMITED):
                 result = compiled(_with_slack(images_BCSS) if on_cpu else images_BCSS, places_BK)
             # Compilers have bugs: every new graph is compared with eager execution once.
             if shape not in proven:
