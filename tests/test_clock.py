@@ -77,3 +77,60 @@ def test_figures_of_an_earlier_process_are_kept(clock, hours):
     with clock("data"):
         hours.now += 1
     assert spent(clock) == {"model": 2, "data": 2}
+
+
+class Event:
+    """Stands in for a CUDA event, done or not."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.done = False
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return self.done
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1000.0
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[Event]:
+    """All events that a clock on a CUDA device has recorded."""
+    made: list[Event] = []
+
+    def make(enable_timing: bool) -> Event:
+        made.append(Event(enable_timing))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", make)
+    return made
+
+
+@pytest.mark.parametrize(("done", "share"), [("all", 1.0), ("none", 0.0), ("all but the last", 0.0)])
+def test_a_device_that_waits_for_the_host_is_noticed(events, done, share):
+    clock = Clock(torch.device("cuda"))
+    for _ in range(5):
+        with clock("data"):
+            pass
+        with clock("backbone"):
+            pass
+        with clock("optimizer"):
+            pass
+        for event in events[: -1 if done == "all but the last" else None]:
+            event.done = done != "none"
+    assert clock.idle_share == share
+
+
+def test_a_log_line_waits_for_the_device_and_does_not_count(events, hours):
+    clock = Clock(torch.device("cuda"))
+    for _ in range(5):
+        with clock("data"):
+            pass
+        with clock("backbone"):
+            pass
+        for event in events:
+            event.done = True
+        clock.settle()
+    assert clock.idle_share == 0
+    assert spent(clock) == {"backbone": 5}

@@ -55,6 +55,11 @@ def facts(time: dict[str, float], **changes: object) -> Facts:
         ({"checkpoint": 12, "data": 40, "backbone": 40}, {}, "waiting for images"),
         ({"sync": 40, "backbone": 55}, {"waits": [1.0, 38.0, 2.0]}, "number 1 waits 37 s longer"),
         ({"backbone": 90}, {"steps": ENOUGH_STEPS - 1}, "too short"),
+        ({"backbone": 60, "optimizer": 30}, {"idle_share": 0.95}, "the host, which launches kernels more slowly"),
+        ({"backbone": 90}, {"idle_share": 0.95}, "raise batch_size, or set backbone.compile=true."),
+        ({"backbone": 90}, {"idle_share": 0.95, "compiled": True}, "raise batch_size."),
+        ({"backbone": 90}, {"idle_share": 0.5}, "at its limit"),
+        ({"data": 30, "backbone": 60}, {"idle_share": 0.95}, "waiting for images"),
         ({}, {}, "not measured: it was resumed after its last step"),
     ],
 )

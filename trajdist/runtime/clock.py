@@ -24,6 +24,8 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        self._last: dict[str, torch.cuda.Event] = {}
+        self._looks = self._found_idle = 0
         self._seconds: dict[str, float] = defaultdict(float)
         self._pending: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
         self._turn: tuple[str, Moment] | None = None
@@ -31,6 +33,8 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        if stage == "data":
+            self._look()
         begin = self._now(stage)
         self._open.append(stage)
         try:
@@ -38,6 +42,8 @@ class Clock:
         finally:
             self._open.pop()
         end = self._now(stage)
+        if not isinstance(end, float):
+            self._last[stage] = end
         turn, self._turn = self._turn, None
         if turn is None:
             self._add(stage, begin, end)
@@ -72,6 +78,20 @@ class Clock:
             for handle in handles:
                 handle.remove()
 
+    def _look(self) -> None:
+        """Before the next batch: note whether the device has done all its work."""
+        if self._last:  # Not after a log line, which waited for the device.
+            self._looks += 1
+            self._found_idle += all(event.query() for event in self._last.values())
+
+    @property
+    def idle_share(self) -> float:
+        """Fraction of the batches before which a CUDA device had nothing left to do; 0 on other devices.
+
+        Near 1, the device does its work faster than the host launches it, whatever the stages say.
+        """
+        return self._found_idle / max(1, self._looks)
+
     def _now(self, stage: str) -> Moment:
         if not self._cuda or stage in HOST_STAGES:
             return time.perf_counter()
@@ -96,6 +116,7 @@ class Clock:
             else:
                 waiting.append((stage, sign, begin, end))
         self._pending = waiting
+        self._last.clear()
 
     def seconds(self) -> dict[str, float]:
         """Seconds per stage so far. Waits for the device, so it is called only when a checkpoint is written."""

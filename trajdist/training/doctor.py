@@ -11,6 +11,8 @@ from trajdist.config import SETS, Config
 ENOUGH_STEPS = 20
 # A process is a straggler if it waits for data longer than the fastest one does by this fraction of the phase.
 STRAGGLES = 0.10
+# The device waits for the host if it had nothing left to do before this fraction of the batches.
+STARVES = 0.8
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Facts:
         cacheable: whether setting cache.dir would speed up later epochs.
         half_precision: whether mixed precision is on.
         all_places: every place is trained on, so that lowering train.cell_fraction would help.
+        idle_share: as in :class:`trajdist.runtime.clock.Clock`.
     """
 
     seconds: float
@@ -45,6 +48,7 @@ class Facts:
     cacheable: bool
     half_precision: bool
     all_places: bool
+    idle_share: float = 0.0
 
 
 def split(time: Mapping[str, float], seconds: float) -> dict[str, float]:
@@ -80,10 +84,18 @@ def diagnose(facts: Facts) -> str:
             "the others wait for it: look at its machine's disk and processors, or raise data.num_workers."
         )
     avoidable = [stage for stage, (limit, _, _) in AVOIDABLE.items() if share[stage] > limit]
+    starved = facts.idle_share > STARVES
+    if starved:
+        avoidable = [stage for stage in avoidable if stage in AWAY_FROM_THE_DEVICE]
     if avoidable:
         stage = max(avoidable, key=lambda name: share[name])
         _, what, advise = AVOIDABLE[stage]
         return f"bound by {what} ({share[stage]:.0%} of the time): {advise(facts)}."
+    if starved:
+        return (
+            "bound by the host, which launches kernels more slowly than the device runs them "
+            f"({facts.idle_share:.0%} of the batches found it idle): {_larger_launches(facts)}."
+        )
     frozen = share["backbone"] + share["projection"]
     if share["model"] > frozen:
         return f"bound by the trained model ({share['model']:.0%} of the time): {_lighter_model(facts)}."
@@ -114,6 +126,10 @@ def _lighter_backbone(facts: Facts) -> str:
     return f"{' and '.join(ways)} {'makes' if len(ways) == 1 else 'make'} it faster"
 
 
+def _larger_launches(facts: Facts) -> str:
+    return "raise batch_size" + ("" if facts.compiled else ", or set backbone.compile=true")
+
+
 def _lighter_model(facts: Facts) -> str:
     if facts.all_places:
         return "train.cell_fraction=0.25 trains on a quarter of the places of each image"
@@ -137,6 +153,9 @@ AVOIDABLE: dict[str, Rule] = {
     "checkpoint": (0.10, "writing checkpoints", lambda _: "raise checkpoint.every_steps and checkpoint.every_minutes"),
     "other": (0.30, "what comes between the steps", lambda _: "raise batch_size and logging.every_steps"),
 }
+
+# The stages whose time does not depend on how fast kernels are launched.
+AWAY_FROM_THE_DEVICE = ("data", "sync", "validation", "checkpoint")
 
 
 def smaller(config: Config, phase: int, device_type: str) -> str:

@@ -89,6 +89,7 @@ def _facts(job: Job, time: dict[str, float], taken: float) -> Facts:
         cacheable=config.cache.dir is None and job.plan.num_epochs > 1 and not contrast,
         half_precision=session.accelerator.mixed_precision != "no",
         all_places=config.train.cell_fraction == 1 and not contrast,
+        idle_share=job.clock.idle_share,
     )
 
 
