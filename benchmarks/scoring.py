@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trajdist.data.decode import to_square
 from trajdist.data.sources import open_source
 from trajdist.extraction.networks import build_network
+from trajdist.runtime.processes import device_type
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring.job import Options, Scoring, open_scoring
@@ -57,6 +58,8 @@ def forward_all(network: torch.nn.Module, images_BCSS: torch.Tensor) -> None:
     with torch.inference_mode():
         for batch in images_BCSS.split(BATCH):
             network(batch.float())
+    if images_BCSS.is_cuda:
+        torch.cuda.synchronize()
 
 
 def score_all(arguments: argparse.Namespace, overlays: str) -> float:
@@ -93,8 +96,9 @@ def main() -> None:
         job = opened(arguments, out, "none")
     count = len(job.source)
     squares = [to_square(job.source.load(i, job.scorer.size), job.scorer.size, job.scorer.fit) for i in range(count)]
-    images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
-    plain, folded = plain_network(arguments.run), folded_network(job)
+    device = torch.device(device_type())
+    images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).to(device)
+    plain, folded = plain_network(arguments.run).to(device), folded_network(job)
     backbone_flops, other_flops = flops_per_image(job, images[:1])
     works: dict[str, Callable[[], float]] = {
         "forward alone": lambda: seconds(lambda: forward_all(plain, images)),
@@ -110,6 +114,7 @@ def main() -> None:
     result = {
         "images": count,
         "threads": torch.get_num_threads(),
+        "device": str(device),
         "images_per_s": {name: statistics.median(values) for name, values in rates.items()},
         "ratios": {
             f"{one} / {other}": ratio(rates[one], rates[other]) for one in works for other in works if one > other

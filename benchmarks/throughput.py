@@ -52,8 +52,9 @@ from trajdist.data.loader import SlotDataset
 from trajdist.data.sources import open_source
 from trajdist.extraction.trajectory import TrajectoryExtractor, _with_slack
 from trajdist.models.losses import trajectory_losses
+from trajdist.planning.task import autocast
 from trajdist.runtime.allocator import keep_freed_memory
-from trajdist.runtime.processes import device_type
+from trajdist.runtime.processes import device_type, precision
 from trajdist.saved import bundle
 from trajdist.sharding import Slots
 from trajdist.training.feed import num_places
@@ -122,7 +123,7 @@ def open_case(backbone: str, model: str, arguments: argparse.Namespace, images: 
         extractor,
         decoded(config, images),
         reference(config, extractor, images),
-        forward_alone(extractor, config.backbone.compile),
+        forward_alone(extractor, config.backbone.compile, precision(config.runtime.mixed_precision)),
         folder,
     )
 
@@ -135,7 +136,9 @@ def decoded(config: Config, images: Path) -> list[torch.Tensor]:
     return [data[slot].images.to(device_type()) for slot in slots]
 
 
-def forward_alone(extractor: TrajectoryExtractor, compile: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def forward_alone(
+    extractor: TrajectoryExtractor, compile: bool, precision: str = "no"
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """The backbone up to its last block; returns that output, lest the compiler eliminate the computation."""
 
     @torch.no_grad()
@@ -145,7 +148,8 @@ def forward_alone(extractor: TrajectoryExtractor, compile: bool) -> Callable[[to
         def visit(block: int, activation: torch.Tensor) -> None:
             last[:] = [activation]
 
-        extractor.backbone(images_BCSS, visit)
+        with autocast(device_type(), precision):
+            extractor.backbone(images_BCSS, visit)
         return last[0]
 
     if not compile:
