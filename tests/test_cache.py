@@ -228,6 +228,19 @@ def test_whatever_ends_the_writer_nobody_waits_for_it(cache, monkeypatch):
     assert "cannot be written" in writer.close()
 
 
+def test_the_first_record_of_an_image_stays(cache):
+    """Whether it is committed or not, it takes room once."""
+    writer, (one, other) = CacheWriter(cache, 2), (some(1), some(1) + 1)
+    for trajectories in (one, other):
+        writer.add(torch.tensor([3]), torch.tensor([1]), trajectories)
+    assert writer.close() == ""
+    writer = CacheWriter(cache, 1)
+    for number in (3, 5):
+        writer.add(torch.tensor([number]), torch.tensor([1]), other)
+    assert writer.close() == ""
+    assert torch.equal(found_in(cache, np.array([3, 5])).trajectories, torch.cat([one, other]))
+
+
 def test_files_cut_short_are_misses(cache):
     fill(cache, [0, 1, 2])
     os.truncate(cache.folder / "records", cache.stride + 10)

@@ -207,6 +207,8 @@ def padded(count: int, slots: int) -> int:
 class CacheWriter:
     """Adds to a cache from a background thread. Stops when its quota is used up or a write fails.
 
+    An image may come more than once, if it was looked up before its record was committed: the first record stays.
+
     Args:
         room: the number of images that this process may add.
 
@@ -217,6 +219,8 @@ class CacheWriter:
     def __init__(self, cache: TrajectoryCache, room: int) -> None:
         self._cache, self._room = cache, room
         self.ended = ""
+        self._written: dict[int, int] = {}  # Versions by number, not yet committed.
+        self._scratch_PLD = np.empty(cache.shape, np.uint16)
         self._waiting: queue.Queue[tuple[list[tuple[int, int]], torch.Tensor, torch.cuda.Event | None] | None]
         self._waiting = queue.Queue(QUEUE)
         self._thread = threading.Thread(target=self._work, name="cache", daemon=True)
@@ -239,40 +243,41 @@ class CacheWriter:
         return self.ended
 
     def _work(self) -> None:
-        written: list[tuple[int, int]] = []
         while True:
             item = self._waiting.get()
             try:
                 # Once writing has ended, items are only taken out: a full queue would block training.
                 if item is not None and not self.ended:
-                    written += self._write(*item)
-                if item is None or self._waiting.empty() or len(written) * self._cache.stride > SYNC_BYTES:
-                    self._cache.commit(written)
-                    written = []
+                    self._write(*item)
+                if item is None or self._waiting.empty() or len(self._written) * self._cache.stride > SYNC_BYTES:
+                    self._cache.commit(self._written.items())
+                    self._written.clear()
             except Exception as error:  # Whatever went wrong, training must not block on this thread.
                 self.ended = f"the cache in {str(self._cache.folder)!r} cannot be written ({one_line(error)})"
-                written = []
+                self._written.clear()
             if item is None:
                 return
 
     def _write(
         self, images: list[tuple[int, int]], trajectories_BPLD: torch.Tensor, copied: torch.cuda.Event | None
-    ) -> list[tuple[int, int]]:
-        """Write as many records as there is room for; returns them as ``(number, version)``."""
+    ) -> None:
+        """Write as many records as there is room for."""
         if copied is not None:
             # A new thread starts on GPU 0: a plain wait would create a CUDA context there in every process.
             with torch.cuda.device(copied.device):
                 copied.synchronize()
-        written = []
         for (number, version), bits_PLD in zip(images, trajectories_BPLD.view(torch.uint16).numpy(), strict=True):
-            if number < 0:
+            if number < 0 or self._has(number, version):
                 continue
             if not self._make_room(number):
                 self.ended = f"the cache in {str(self._cache.folder)!r} is full (cache.max_gib)"
                 break
             self._cache.write(number, bits_PLD)
-            written.append((number, version))
-        return written
+            self._written[number] = version
+
+    def _has(self, number: int, version: int) -> bool:
+        """Whether the image has a readable record of this version, written by whomever."""
+        return self._written.get(number) == version or self._cache.read(number, version, self._scratch_PLD)
 
     def _make_room(self, number: int) -> bool:
         """Reserve room for a record, reusing that of the image's earlier version; False if there is none."""
