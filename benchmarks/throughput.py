@@ -160,7 +160,7 @@ def forward_alone(
     on_cpu = device_type() == "cpu"
 
     def run(images_BCSS: torch.Tensor) -> torch.Tensor:
-        with inductor.patch(freezing=on_cpu):
+        with inductor.patch(freezing=on_cpu or images_BCSS.is_cuda):
             return compiled(_with_slack(images_BCSS) if on_cpu else images_BCSS)
 
     return run

@@ -230,7 +230,7 @@ def test_whatever_ends_the_writer_nobody_waits_for_it(cache, monkeypatch):
 
 def test_the_first_record_of_an_image_stays(cache):
     """Whether it is committed or not, it takes room once."""
-    writer, (one, other) = CacheWriter(cache, 2), (some(1), some(1) + 1)
+    writer, (one, other) = CacheWriter(cache, 1), (some(1), some(1) + 1)
     for trajectories in (one, other):
         writer.add(torch.tensor([3]), torch.tensor([1]), trajectories)
     assert writer.close() == ""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trajdist.runtime import clock as clocks
-from trajdist.runtime.clock import STAGES, Clock
+from trajdist.runtime.clock import ENOUGH_LOOKS, STAGES, Clock
 
 
 class Hours:
@@ -107,30 +107,41 @@ def events(monkeypatch) -> list[Event]:
     return made
 
 
+def take_a_step(clock: Clock) -> None:
+    clock.look()
+    for stage in ("backbone", "optimizer"):
+        with clock(stage):
+            pass
+
+
 @pytest.mark.parametrize(("done", "share"), [("all", 1.0), ("none", 0.0), ("all but the last", 0.0)])
 def test_a_device_that_waits_for_the_host_is_noticed(events, done, share):
     clock = Clock(torch.device("cuda"))
-    for _ in range(5):
-        with clock("data"):
-            pass
-        with clock("backbone"):
-            pass
-        with clock("optimizer"):
-            pass
+    for _ in range(ENOUGH_LOOKS + 1):
+        take_a_step(clock)
         for event in events[: -1 if done == "all but the last" else None]:
             event.done = done != "none"
     assert clock.idle_share == share
 
 
-def test_a_log_line_waits_for_the_device_and_does_not_count(events, hours):
+def test_few_looks_say_nothing(events):
     clock = Clock(torch.device("cuda"))
-    for _ in range(5):
-        with clock("data"):
-            pass
-        with clock("backbone"):
-            pass
+    for _ in range(ENOUGH_LOOKS):
+        take_a_step(clock)
         for event in events:
             event.done = True
-        clock.settle()
     assert clock.idle_share == 0
-    assert spent(clock) == {"backbone": 5}
+    clock.look()
+    assert clock.idle_share == 1
+
+
+def test_a_look_after_a_wait_does_not_count(events):
+    clock = Clock(torch.device("cuda"))
+    for _ in range(2 * ENOUGH_LOOKS):
+        take_a_step(clock)
+        for event in events:
+            event.done = True
+        clock.waited()
+    assert clock.idle_share == 0
+    clock.settle()
+    assert spent(clock) == {"backbone": 2 * ENOUGH_LOOKS, "optimizer": 2 * ENOUGH_LOOKS}

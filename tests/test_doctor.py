@@ -59,6 +59,7 @@ def facts(time: dict[str, float], **changes: object) -> Facts:
         ({"backbone": 90}, {"idle_share": 0.95}, "raise batch_size, or set backbone.compile=true."),
         ({"backbone": 90}, {"idle_share": 0.95, "compiled": True}, "raise batch_size."),
         ({"backbone": 90}, {"idle_share": 0.5}, "at its limit"),
+        ({"backbone": 60}, {"idle_share": 0.95}, "what comes between the steps (40%"),
         ({"data": 30, "backbone": 60}, {"idle_share": 0.95}, "waiting for images"),
         ({}, {}, "not measured: it was resumed after its last step"),
     ],

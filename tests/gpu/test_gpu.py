@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from images import noise, write_images
@@ -110,7 +111,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(how, run, images,
     if how == "stop":
         stop_after_lines(job, tmp_path / "run", 3)
     else:
-        wait_for_lines(tmp_path / "run", 4)
+        wait_for_lines(job, tmp_path / "run", 4)
         job.kill()
         job.end()
     succeed(*command)
@@ -118,10 +119,13 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(how, run, images,
     assert_equal(weights(tmp_path / "run"), weights(run))
 
 
-def wait_for_lines(run_dir: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").exists() or len(lines(run_dir, "step")) < count:
-        assert time.monotonic() < deadline
+def wait_for_lines(job: Job, run_dir: Path, count: int) -> None:
+    """Wait until metrics.jsonl has as many lines; the job is ended if that does not happen."""
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
+        if job.process.poll() is not None or time.monotonic() > deadline:
+            job.kill()
+            raise AssertionError(job.end().stderr)
         time.sleep(0.02)
 
 
@@ -167,6 +171,7 @@ def test_a_second_run_reads_the_cache_of_the_first(images, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "again"), losses(tmp_path / "run"), rtol=1e-5)
 
 
+@pytest.mark.timeout(600)
 def test_compiled_and_eager_training_agree(run, images, tmp_path):
     compiled = ["backbone.compile=true", DETERMINISTIC]
     ended = succeed(*arguments(images, tmp_path / "run", *compiled), timeout_s=280)
@@ -272,12 +277,13 @@ def test_two_gpus_train_as_one(images, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
 def test_a_killed_peer_ends_the_others(images, tmp_path):
-    job = start(arguments(images, tmp_path / "run", "data.imagenet.num_epochs=1000"), 2, env=ON_GPU, from_nothing=True)
-    wait_for_lines(tmp_path / "run", 5)
-    worker = max(job.descendants(), key=lambda process: process.create_time())
-    worker.send_signal(signal.SIGKILL)
-    ended = job.end(120)
-    assert ended.returncode != 0
+    endless = ["data.imagenet.num_epochs=1000", "data.num_workers=0"]
+    job = start(arguments(images, tmp_path / "run", *endless), 2, env=ON_GPU, from_nothing=True)
+    wait_for_lines(job, tmp_path / "run", 5)
+    # Without workers, the launcher's newest child is a training process.
+    peer = max(psutil.Process(job.process.pid).children(), key=lambda process: process.create_time())
+    peer.send_signal(signal.SIGKILL)
+    assert job.end(120).returncode != 0
 
 
 def test_extraction_overlaps_training(images, tmp_path):

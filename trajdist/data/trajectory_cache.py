@@ -281,6 +281,8 @@ class CacheWriter:
 
     def _make_room(self, number: int) -> bool:
         """Reserve room for a record, reusing that of the image's earlier version; False if there is none."""
+        if number in self._written:
+            return True
         if self._cache.version(number):
             self._cache.discard(number)
         elif self._room:

@@ -14,6 +14,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 STAGES = ("data", "transfer", "backbone", "projection", "model", "sync", "optimizer", "validation", "checkpoint")
 # On CUDA these stages are timed on the host, the others on the device.
 HOST_STAGES = ("data", "validation", "checkpoint")
+# The first steps warm the device up and say nothing about the rest.
+ENOUGH_LOOKS = 20
 
 # No "from __future__ import annotations" here: DistributedDataParallel inspects the annotations of its hook.
 Moment: TypeAlias = float | torch.cuda.Event
@@ -31,10 +33,26 @@ class Clock:
         self._turn: tuple[str, Moment] | None = None
         self._open: list[str] = []
 
+    def look(self) -> None:
+        """To be called before a batch is fetched: notes whether a CUDA device has done all its work."""
+        if self._last:
+            self._looks += 1
+            self._found_idle += all(event.query() for event in self._last.values())
+
+    def waited(self) -> None:
+        """The host has just waited for the device, so the next :meth:`look` would say nothing: it is skipped."""
+        self._last.clear()
+
+    @property
+    def idle_share(self) -> float:
+        """Fraction of the looks that found a CUDA device idle; 0 after few looks, and on other devices.
+
+        Near 1, the device does its work faster than the host launches it, whatever the stages say.
+        """
+        return self._found_idle / self._looks if self._looks >= ENOUGH_LOOKS else 0.0
+
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        if stage == "data":
-            self._look()
         begin = self._now(stage)
         self._open.append(stage)
         try:
@@ -78,20 +96,6 @@ class Clock:
             for handle in handles:
                 handle.remove()
 
-    def _look(self) -> None:
-        """Before the next batch: note whether the device has done all its work."""
-        if self._last:  # Not after a log line, which waited for the device.
-            self._looks += 1
-            self._found_idle += all(event.query() for event in self._last.values())
-
-    @property
-    def idle_share(self) -> float:
-        """Fraction of the batches before which a CUDA device had nothing left to do; 0 on other devices.
-
-        Near 1, the device does its work faster than the host launches it, whatever the stages say.
-        """
-        return self._found_idle / max(1, self._looks)
-
     def _now(self, stage: str) -> Moment:
         if not self._cuda or stage in HOST_STAGES:
             return time.perf_counter()
@@ -116,7 +120,6 @@ class Clock:
             else:
                 waiting.append((stage, sign, begin, end))
         self._pending = waiting
-        self._last.clear()
 
     def seconds(self) -> dict[str, float]:
         """Seconds per stage so far. Waits for the device, so it is called only when a checkpoint is written."""

@@ -86,7 +86,7 @@ def diagnose(facts: Facts) -> str:
     avoidable = [stage for stage, (limit, _, _) in AVOIDABLE.items() if share[stage] > limit]
     starved = facts.idle_share > STARVES
     if starved:
-        avoidable = [stage for stage in avoidable if stage in AWAY_FROM_THE_DEVICE]
+        avoidable = [stage for stage in avoidable if stage in CLOSER_REASONS]
     if avoidable:
         stage = max(avoidable, key=lambda name: share[name])
         _, what, advise = AVOIDABLE[stage]
@@ -154,8 +154,8 @@ AVOIDABLE: dict[str, Rule] = {
     "other": (0.30, "what comes between the steps", lambda _: "raise batch_size and logging.every_steps"),
 }
 
-# The stages whose time does not depend on how fast kernels are launched.
-AWAY_FROM_THE_DEVICE = ("data", "sync", "validation", "checkpoint")
+# The stages that say more closely why a device is idle.
+CLOSER_REASONS = ("data", "sync", "validation", "checkpoint", "other")
 
 
 def smaller(config: Config, phase: int, device_type: str) -> str:

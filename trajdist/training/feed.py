@@ -125,6 +125,7 @@ class Feed:
         open_streams = {number: iter(stream.loader) for number, stream in enumerate(self.streams)}
         while open_streams:
             found: Round = {}
+            self._clock.look()
             for number in sorted(set(open_streams) - self._left):
                 with self._clock("data"):
                     batch = next(open_streams[number], None)

@@ -192,8 +192,10 @@ def finish_step(job: Job, step: Step) -> None:
     log = done == 1 or done % config.logging.every_steps == 0 or step.ends_epoch
     if config.memory.empty_cache_every and done % config.memory.empty_cache_every == 0:
         empty_cache(session.processes.device)
+        job.clock.waited()
     if log or save:
         job.journal.flush(step)
+        job.clock.waited()
         job.clock.settle()
     if log:
         write_line(job, step)
@@ -286,6 +288,7 @@ def agree(job: Job, step: Step) -> tuple[bool, bool]:
     gap = steps_to_next_agreement(job, done) if processes.is_main else 0
     votes = torch.tensor([stop, overdue, failed, gap], dtype=torch.int32, device=processes.device)
     asked, due, broken, gap = processes.sum(votes).tolist()
+    job.clock.waited()
     job.agreed, job.agree_at = (done, time.monotonic()), done + gap
     if broken:
         job.writer.finish()
