@@ -428,6 +428,25 @@ def test_inspect(debug_run, capsys, part, words):
     assert all(word in shown for word in words), shown
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [["phase1/model.safetensors"], ["status.json", "phase1/model.safetensors", "phase2/adapter/adapter_config.json"]],
+    ids=len,
+)
+def test_inspect_shows_what_is_whole_and_names_what_is_damaged(damaged, debug_run, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(debug_run, run_dir)
+    for name in damaged:
+        os.truncate(run_dir / name, 20)
+    assert main(["inspect", str(run_dir)]) == 4
+    shown = capsys.readouterr()
+    assert all(str(run_dir / name) in shown.err for name in damaged)
+    assert "cursor" in shown.out, "checkpoints come last"
+    assert "bad_images.jsonl" in shown.out, "the files are listed first"
+    assert ("3 problems: " in shown.err) == (len(damaged) == 3)
+    assert shown.err.count("trajdist: ") == 1
+
+
 def inspected(run_dir: Path, capsys) -> str:
     capsys.readouterr()
     assert main(["inspect", str(run_dir)]) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -26,10 +26,10 @@ MOST_FILES = 12
 
 
 def inspect(path: Path) -> Iterator[RenderableType]:
-    """Tables about ``path``; metadata are read, tensors are not.
+    """Tables about ``path``; metadata are read, tensors are not. What is damaged hides nothing else.
 
     Raises:
-        ArtifactError: it does not exist, is not trajdist's, or is damaged.
+        ArtifactError: it does not exist, is not trajdist's, or is damaged; after the tables of all that is whole.
     """
     if not exists(path):
         raise ArtifactError(f"{str(path)!r} does not exist.")
@@ -40,30 +40,59 @@ def inspect(path: Path) -> Iterator[RenderableType]:
     elif exists(path / "adapter_config.json"):
         yield from _inspect_adapter(path)
     elif exists(path / "config.yaml"):
-        yield from _inspect_run(path)
+        yield from _all_of(_parts_of_run(path))
     elif any(path.glob("*.safetensors")):
-        for file in sorted(path.glob("*.safetensors")):
-            yield from _inspect_safetensors(file)
+        yield from _all_of(_inspect_safetensors(file) for file in sorted(path.glob("*.safetensors")))
     else:
         raise ArtifactError(f"{str(path)!r} is not a run, adapter or checkpoint: it has no config.yaml or manifest.")
 
 
-def _inspect_run(path: Path) -> Iterator[RenderableType]:
+def _all_of(parts: Iterable[Iterator[RenderableType]]) -> Iterator[RenderableType]:
+    """The tables of every part.
+
+    Raises:
+        ArtifactError: at the end, names everything that is damaged.
+    """
+    problems = []
+    for part in parts:
+        try:
+            yield from part
+        except ArtifactError as error:
+            problems.append(str(error))
+    if len(problems) == 1:
+        raise ArtifactError(problems[0])
+    if problems:
+        raise ArtifactError(f"{len(problems)} problems: {'; '.join(one.rstrip('.') for one in problems)}.")
+
+
+def _parts_of_run(path: Path) -> Iterator[Iterator[RenderableType]]:
+    rundir = RunDir(path)
+    yield _inspect_status(rundir)
+    yield _inspect_summary(rundir)
+    yield from map(_inspect_safetensors, sorted(path.glob("phase*/*.safetensors")))
+    yield from map(_inspect_adapter, sorted(path.glob("phase2/adapter*")))
+    yield from map(_inspect_checkpoint, sorted(path.glob("checkpoints/step-*")))
+    for domain in rundir.domains():
+        yield from _parts_of_run(domain)
+
+
+def _inspect_status(rundir: RunDir) -> Iterator[RenderableType]:
+    path, problem = rundir.path, None
     status: dict[str, Any] = {"status": "never started"}
-    if exists(path / "status.json"):
-        status = read_object(path / "status.json")
-        status |= {"status": RunDir(path).told_status(), "time": _local_time(status.get("time"))}
+    try:
+        if exists(path / "status.json"):
+            status = read_object(path / "status.json")
+            status |= {"status": rundir.told_status(), "time": _local_time(status.get("time"))}
+    except ArtifactError as error:
+        status, problem = {"status": "damaged"}, error
     yield _facts(f"run {path}", {**status, "files": _listing(path)})
-    if exists(path / "summary.json"):
-        yield summary_table(RunDir(path).read_summary())
-    for file in sorted(path.glob("phase*/*.safetensors")):
-        yield from _inspect_safetensors(file)
-    for adapter in sorted(path.glob("phase2/adapter*")):
-        yield from _inspect_adapter(adapter)
-    for checkpoint in sorted(path.glob("checkpoints/step-*")):
-        yield from _inspect_checkpoint(checkpoint)
-    for domain in RunDir(path).domains():
-        yield from _inspect_run(domain)
+    if problem:
+        raise problem
+
+
+def _inspect_summary(rundir: RunDir) -> Iterator[RenderableType]:
+    if exists(rundir.path / "summary.json"):
+        yield summary_table(rundir.read_summary())
 
 
 def _local_time(seconds: Any) -> Any:
