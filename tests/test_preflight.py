@@ -17,7 +17,7 @@ from outcome import assert_done, assert_same_bits
 from torch.distributed.distributed_c10d import PrefixStore
 
 from trajdist.errors import ConfigError, TrainingError
-from trajdist.runtime import preflight
+from trajdist.runtime import preflight, processes
 from trajdist.runtime.preflight import Meeting, check_all_reduce, slurm_problem
 
 TESTS = REPOSITORY / "tests"
@@ -144,19 +144,23 @@ def test_launchers_that_did_not_find_each_other(variables, world, alone):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "processes", "visible", "crowded"),
+    ("gpus", "started", "visible", "crowded"),
     [(2, 2, None, False), (2, 4, None, True), (2, 4, "0,1", True), (1, 2, None, True), (1, 8, "5", False)],
 )
-def test_more_processes_than_gpus(gpus, processes, visible, crowded, monkeypatch):
+def test_more_processes_than_gpus(gpus, started, visible, crowded, monkeypatch):
     """Where each process sees one GPU that was chosen for it, all is well."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(preflight, "device_type", lambda: "cuda")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(processes, "device_type", lambda: "cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(started))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    sentence = difference({"host": HOST, "crowd": preflight._crowd()})
-    assert (f"{processes} processes were started on {HOST}, where they see {gpus} GPU" in sentence) == crowded
+    sentence = difference({"host": HOST, "crowd": processes.crowd()})
+    says = f"{started} processes were started on {HOST}, where they see {gpus} GPU"
+    assert (says in sentence) == crowded
+    if crowded:  # Scoring has no such meeting beforehand.
+        with pytest.raises(ConfigError, match=says):
+            processes.start_accelerator("no", 1.0, deterministic=False)
 
 
 def difference(*facts: dict[str, str]) -> str:

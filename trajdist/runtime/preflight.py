@@ -28,7 +28,7 @@ from trajdist.config_schema import flatten
 from trajdist.data.base import ImageSource
 from trajdist.errors import ConfigError, TrainingError, one_line
 from trajdist.runtime.memory import lacks_memory
-from trajdist.runtime.processes import Processes, device_type, named, precision, why_it_failed
+from trajdist.runtime.processes import ONE_EACH, Processes, crowd, device_type, named, precision, why_it_failed
 from trajdist.runtime.watchdog import answer_within, end_at_once
 
 # Listing a large folder takes seconds if it is cached, and minutes if it is not.
@@ -52,8 +52,6 @@ FIXES = {
     "list of images": SAME_FILES,
 }
 CALL = "preflight/call"
-CHOOSING_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-ONE_EACH = "start one process for each GPU (--num_processes)"
 # Where NCCL asks all processes to end, outside any prefix: whoever finds it, although a dead attempt left it, ends.
 NCCL_END = "exception_dump"
 POLL_S = 0.1
@@ -238,21 +236,6 @@ def _without_prefix(store: Any) -> Any:
     return store
 
 
-def _crowd() -> str:
-    """What is wrong if the processes of this machine see fewer GPUs than they are; usually empty.
-
-    Where a process sees a single GPU that was chosen for it, the others may have another.
-    """
-    gpus, processes = torch.cuda.device_count(), launcher.local_world()
-    own = gpus == 1 and any(name in os.environ for name in CHOOSING_GPUS)
-    if device_type() != "cuda" or not 0 < gpus < processes or own:
-        return ""
-    return (
-        f"{processes} processes were started on {socket.gethostname()}, where they see {gpus} GPU{'s' * (gpus > 1)}: "
-        f"{ONE_EACH}."
-    )
-
-
 def _key(set_name: str) -> str:
     return "validation.path" if set_name == "validation" else f"data.{set_name}.path"
 
@@ -261,7 +244,7 @@ def _facts(config: Config, sources: Mapping[str, ImageSource], world: int) -> di
     """What must be the same everywhere, and the host. The first difference in this order is the one reported."""
     return {
         "host": socket.gethostname(),
-        "crowd": _crowd(),
+        "crowd": crowd(),
         "trajdist": __version__,
         "torch": str(torch.__version__),
         "accelerate": metadata.version("accelerate"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ Batch = TypeVar("Batch")
 Answer = TypeVar("Answer")
 
 PRECISIONS = ("no", "bf16", "fp16")
+CHOOSING_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+ONE_EACH = "start one process for each GPU (--num_processes)"
 
 
 def start_accelerator(
@@ -34,11 +37,12 @@ def start_accelerator(
     """Set up Accelerate for this job: precision, process group with a timeout, no random state of its own.
 
     Raises:
-        ConfigError: a precision that this machine does not support, or a launcher's setting that trajdist does not.
+        ConfigError: a precision that this machine does not support, or a launcher's setting that trajdist does not, or
+            more processes than GPUs.
         TrainingError: processes that cannot reach each other.
     """
     # Training has asked before, so that one process says it for all; scoring has not.
-    if sentence := launcher.unsupported():
+    if sentence := launcher.unsupported() or crowd():
         raise ConfigError(sentence)
     processors()  # Counted before Accelerate binds this process to a part of them (--enable_cpu_affinity).
     if deterministic:
@@ -114,6 +118,21 @@ def device_type() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def crowd() -> str:
+    """What is wrong if the processes of this machine see fewer GPUs than they are; usually empty.
+
+    Where a process sees a single GPU that was chosen for it, the others may have another.
+    """
+    gpus, processes = torch.cuda.device_count(), launcher.local_world()
+    own = gpus == 1 and any(name in os.environ for name in CHOOSING_GPUS)
+    if device_type() != "cuda" or not 0 < gpus < processes or own:
+        return ""
+    return (
+        f"{processes} processes were started on {socket.gethostname()}, where they see {gpus} GPU{'s' * (gpus > 1)}: "
+        f"{ONE_EACH}."
+    )
 
 
 def why_it_failed(error: Exception) -> str:
