@@ -447,6 +447,25 @@ def test_inspect_shows_what_is_whole_and_names_what_is_damaged(damaged, debug_ru
     assert shown.err.count("trajdist: ") == 1
 
 
+def test_inspect_of_a_folder_goes_on_after_a_damaged_file(debug_run, tmp_path, capsys):
+    shutil.copytree(debug_run / "phase1", tmp_path / "phase1")
+    os.truncate(tmp_path / "phase1" / "calibration.safetensors", 20)
+    assert main(["inspect", str(tmp_path / "phase1")]) == 4
+    shown = capsys.readouterr()
+    assert "calibration.safetensors' is not a valid safetensors file" in shown.err
+    assert "encoder.0.weight" in shown.out
+
+
+def test_inspect_names_damaged_checkpoints(debug_run, tmp_path, capsys):
+    shutil.copytree(debug_run, tmp_path / "run")
+    damaged = tmp_path / "run" / "checkpoints" / "step-00000008"
+    os.truncate(damaged / "model.safetensors", 20)
+    assert main(["inspect", str(tmp_path / "run")]) == 4
+    shown = capsys.readouterr()
+    assert f"the checkpoint '{damaged}' is damaged" in shown.err
+    assert "step-00000012" in shown.out
+
+
 def inspected(run_dir: Path, capsys) -> str:
     capsys.readouterr()
     assert main(["inspect", str(run_dir)]) == 0

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from trajdist.cli import main
 from trajdist.extraction.backbones import build_backbone
 from trajdist.models.losses import trajectory_losses
+from trajdist.runtime.clock import Clock
 from trajdist.saved import bundle
 from trajdist.saved.checkpoint import newest_checkpoint
 from trajdist.saved.rundir import RunDir
@@ -219,6 +220,20 @@ def test_memory_does_not_grow_with_the_images(images, tmp_path, monkeypatch, fre
     # After 8, 24, ... 88 images; by the second reading all that is made once has been made.
     assert len(readings) == 6
     assert set(readings[1:]) == {readings[1]}
+
+
+def test_the_clock_looks_once_a_round_and_is_told_of_waits(images, tmp_path, monkeypatch, fresh_accelerate):
+    """From them it knows whether a GPU waits for the host; on a CPU the calls are the same."""
+    seen: list[str] = []
+    for name in ("look", "waited"):
+        monkeypatch.setattr(Clock, name, lambda self, name=name: seen.append(name))
+    own = [*batches(4, 1), "logging.every_steps=4", "checkpoint.every_steps=100", "memory.empty_cache_every=6"]
+    assert main(arguments("train", images, tmp_path / "run", *own)) == 0
+    # Two epochs of six steps.
+    assert seen.count("look") == 12
+    # On a CPU all steps agree. Lines are due after steps 1, 4, 6, 8 and 12, memory is freed after 6 and 12.
+    assert seen.count("waited") == 12 + 5 + 2
+    assert seen[:5] == ["look", "waited", "waited", "look", "waited"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -151,7 +151,8 @@ def test_more_processes_than_gpus(gpus, started, visible, crowded, monkeypatch):
     """Where each process sees one GPU that was chosen for it, all is well."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(processes, "device_type", lambda: "cuda")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(started))
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.setenv(name, str(started))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

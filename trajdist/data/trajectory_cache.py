@@ -226,15 +226,20 @@ class CacheWriter:
         self._thread = threading.Thread(target=self._work, name="cache", daemon=True)
         self._thread.start()
 
-    def add(self, numbers: torch.Tensor, versions: torch.Tensor, trajectories_BPLD: torch.Tensor) -> None:
-        """Queue the trajectories of these images, bfloat16 on any device; images with negative numbers are skipped."""
+    def add(self, numbers: torch.Tensor, versions: torch.Tensor, trajectories_BPLD: torch.Tensor) -> bool:
+        """Queue the trajectories of these images, bfloat16 on any device; images with negative numbers are skipped.
+
+        Returns whether that had to wait for the disk.
+        """
         if self.ended:
-            return
+            return False
         cuda = trajectories_BPLD.is_cuda
         on_host = torch.empty(trajectories_BPLD.shape, dtype=torch.bfloat16, pin_memory=cuda)
         on_host.copy_(trajectories_BPLD, non_blocking=cuda)
         images = list(zip(numbers.tolist(), versions.tolist(), strict=True))
+        full = self._waiting.full()
         self._waiting.put((images, on_host, torch.cuda.current_stream().record_event() if cuda else None))
+        return full
 
     def close(self) -> str:
         """Flush the queue; returns why the cache stopped growing, or an empty string."""

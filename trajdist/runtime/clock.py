@@ -14,7 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 STAGES = ("data", "transfer", "backbone", "projection", "model", "sync", "optimizer", "validation", "checkpoint")
 # On CUDA these stages are timed on the host, the others on the device.
 HOST_STAGES = ("data", "validation", "checkpoint")
-# The first steps warm the device up and say nothing about the rest.
+# Fewer looks are mostly of the first steps, which warm the device up.
 ENOUGH_LOOKS = 20
 
 # No "from __future__ import annotations" here: DistributedDataParallel inspects the annotations of its hook.
@@ -28,20 +28,22 @@ class Clock:
         self._cuda = device.type == "cuda"
         self._last: dict[str, torch.cuda.Event] = {}
         self._looks = self._found_idle = 0
+        self._has_waited = False
         self._seconds: dict[str, float] = defaultdict(float)
         self._pending: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
         self._turn: tuple[str, Moment] | None = None
         self._open: list[str] = []
 
     def look(self) -> None:
-        """To be called before a batch is fetched: notes whether a CUDA device has done all its work."""
-        if self._last:
+        """To be called before batches are fetched: notes whether a CUDA device has done all its work."""
+        if self._last and not self._has_waited:
             self._looks += 1
             self._found_idle += all(event.query() for event in self._last.values())
+        self._has_waited = False
 
     def waited(self) -> None:
-        """The host has just waited for the device, so the next :meth:`look` would say nothing: it is skipped."""
-        self._last.clear()
+        """The host has waited for the device, or for a disk, so the next :meth:`look` says nothing: it is skipped."""
+        self._has_waited = True
 
     @property
     def idle_share(self) -> float:
@@ -125,6 +127,7 @@ class Clock:
         """Seconds per stage so far. Waits for the device, so it is called only when a checkpoint is written."""
         if self._pending:
             torch.cuda.synchronize()
+            self.waited()
         self.settle()
         return {stage: self._seconds[stage] for stage in STAGES}
 

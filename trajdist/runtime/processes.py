@@ -127,7 +127,7 @@ def crowd() -> str:
     """
     gpus, processes = torch.cuda.device_count(), launcher.local_world()
     own = gpus == 1 and any(name in os.environ for name in CHOOSING_GPUS)
-    if device_type() != "cuda" or not 0 < gpus < processes or own:
+    if device_type() != "cuda" or launcher.world() == 1 or not 0 < gpus < processes or own:
         return ""
     return (
         f"{processes} processes were started on {socket.gethostname()}, where they see {gpus} GPU{'s' * (gpus > 1)}: "

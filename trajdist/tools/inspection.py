@@ -38,7 +38,7 @@ def inspect(path: Path) -> Iterator[RenderableType]:
     elif exists(path / "manifest.json"):
         yield from _inspect_checkpoint(path)
     elif exists(path / "adapter_config.json"):
-        yield from _inspect_adapter(path)
+        yield from _all_of(_parts_of_adapter(path))
     elif exists(path / "config.yaml"):
         yield from _all_of(_parts_of_run(path))
     elif any(path.glob("*.safetensors")):
@@ -58,11 +58,12 @@ def _all_of(parts: Iterable[Iterator[RenderableType]]) -> Iterator[RenderableTyp
         try:
             yield from part
         except ArtifactError as error:
-            problems.append(str(error))
+            problems.append(error)
     if len(problems) == 1:
-        raise ArtifactError(problems[0])
+        raise problems[0]
     if problems:
-        raise ArtifactError(f"{len(problems)} problems: {'; '.join(one.rstrip('.') for one in problems)}.")
+        listed = "; ".join(str(problem).rstrip(".") for problem in problems)
+        raise ArtifactError(f"{len(problems)} problems: {listed}.") from problems[0]
 
 
 def _parts_of_run(path: Path) -> Iterator[Iterator[RenderableType]]:
@@ -70,7 +71,8 @@ def _parts_of_run(path: Path) -> Iterator[Iterator[RenderableType]]:
     yield _inspect_status(rundir)
     yield _inspect_summary(rundir)
     yield from map(_inspect_safetensors, sorted(path.glob("phase*/*.safetensors")))
-    yield from map(_inspect_adapter, sorted(path.glob("phase2/adapter*")))
+    for adapter in sorted(path.glob("phase2/adapter*")):
+        yield from _parts_of_adapter(adapter)
     yield from map(_inspect_checkpoint, sorted(path.glob("checkpoints/step-*")))
     for domain in rundir.domains():
         yield from _parts_of_run(domain)
@@ -129,12 +131,16 @@ def _rows(folder: Path, sizes: dict[str, int]) -> Iterator[str]:
         yield from (f"{folder / name}  {size:,} bytes" for name, size in sizes.items())
 
 
-def _inspect_adapter(path: Path) -> Iterator[RenderableType]:
+def _parts_of_adapter(path: Path) -> Iterator[Iterator[RenderableType]]:
+    yield _inspect_adapter_config(path)
+    yield _inspect_safetensors(path / ADAPTER_WEIGHTS)
+
+
+def _inspect_adapter_config(path: Path) -> Iterator[RenderableType]:
     document = read_object(path / "adapter_config.json")
     shown = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
     facts = {key: document.get(key) for key in (*shown, "base_model_name_or_path")}
     yield _facts(f"adapter {path}", facts)
-    yield from _inspect_safetensors(path / ADAPTER_WEIGHTS)
 
 
 def _inspect_checkpoint(path: Path) -> Iterator[RenderableType]:
@@ -149,12 +155,21 @@ def _inspect_checkpoint(path: Path) -> Iterator[RenderableType]:
         if isinstance(facts["seconds"], float):
             facts["seconds"] = f"{facts['seconds']:.1f}"
     yield _facts(f"checkpoint {path}", facts)
+    if problem is not None:
+        raise ArtifactError(f"the checkpoint {str(path)!r} is damaged: {problem}.")
 
 
 def _inspect_safetensors(path: Path) -> Iterator[RenderableType]:
     metadata, tensors = read_header(path)
+    yield from _all_of([_inspect_metadata(path, metadata), _inspect_tensors(path, tensors)])
+
+
+def _inspect_metadata(path: Path, metadata: Mapping[str, str]) -> Iterator[RenderableType]:
     if METADATA_KEY in metadata:
         yield _facts(str(path), _document(path, metadata[METADATA_KEY]))
+
+
+def _inspect_tensors(path: Path, tensors: Mapping[str, tuple[str, list[int]]]) -> Iterator[RenderableType]:
     table = Table(title=_plain(f"tensors of {path}", "table.title"), title_justify="left")
     table.add_column("name", overflow="fold")
     for column in ("type", "shape"):

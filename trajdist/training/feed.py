@@ -186,9 +186,9 @@ class Feed:
         if missing == 0:
             return out_BKLD
         new_mPLD = seen[:missing].flatten(1, 2).bfloat16()
-        if stream.writer is not None:
-            # The host's copy of the numbers: reading the device's would synchronise with it.
-            stream.writer.add(batch.cached.numbers, batch.cached.versions, new_mPLD)
+        # The host's copy of the numbers: reading the device's would synchronise with it.
+        if stream.writer and stream.writer.add(batch.cached.numbers, batch.cached.versions, new_mPLD):
+            self._clock.waited()
         chosen = new_mPLD if places is None else new_mPLD.take_along_dim(places[known.misses][..., None, None], 1)
         out_BKLD[known.misses] = chosen.float()
         return out_BKLD
