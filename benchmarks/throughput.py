@@ -35,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ from trajdist.config import Config
 from trajdist.config_files import load_config
 from trajdist.data.loader import SlotDataset
 from trajdist.data.sources import open_source
-from trajdist.extraction.trajectory import TrajectoryExtractor, _with_slack
+from trajdist.extraction.trajectory import TrajectoryExtractor, call_frozen
 from trajdist.models.losses import trajectory_losses
 from trajdist.planning.task import autocast
 from trajdist.runtime.allocator import keep_freed_memory
@@ -88,7 +89,7 @@ class Case:
 
     def limit(self) -> float:
         """Seconds of the forward pass alone over all images."""
-        return seconds(lambda: [self.forward(batch) for batch in self.batches] and synchronize())
+        return seconds(lambda: [self.forward(batch) for batch in self.batches])
 
     def train(self, name: str, *overrides: str) -> tuple[float, float]:
         """Run ``trajdist train`` for one epoch; returns the seconds of its loop and of the whole command."""
@@ -154,21 +155,7 @@ def forward_alone(
 
     if not compile:
         return forward
-    from torch._inductor import config as inductor
-
-    compiled = torch.compile(forward, fullgraph=True, dynamic=False)
-    on_cpu = device_type() == "cpu"
-
-    def run(images_BCSS: torch.Tensor) -> torch.Tensor:
-        with inductor.patch(freezing=on_cpu or images_BCSS.is_cuda):
-            return compiled(_with_slack(images_BCSS) if on_cpu else images_BCSS)
-
-    return run
-
-
-def synchronize() -> None:
-    if device_type() == "cuda":
-        torch.cuda.synchronize()
+    return partial(call_frozen, torch.compile(forward, fullgraph=True, dynamic=False))
 
 
 def gflop_per_image(case: Case) -> dict[str, float]:

@@ -27,6 +27,7 @@ def facts(time: dict[str, float], **changes: object) -> Facts:
         cacheable=True,
         half_precision=False,
         all_places=True,
+        idle_share=0.0,
     )
     return dataclasses.replace(plain, **changes)
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from images import noise, write_images
 from jobs import Finished, Job, environment, launch, spawn, start, stop_after_lines
-from safetensors.torch import load_file
+from test_loop import final_weights, losses, records
 
 import trajdist
 from trajdist.cli import main
@@ -47,40 +47,14 @@ def arguments(images: Path, run_dir: Path, *overrides: str, command: str = "run"
     return [command, "debug", f"run_dir={run_dir}", *sets, "data.num_workers=2", *overrides]
 
 
-def on_gpu(
-    args: list[str], num_processes: int = 1, timeout_s: float = 200, env: dict[str, str] | None = None
-) -> Finished:
-    return launch(args, num_processes, timeout_s, env={**ON_GPU, **(env or {})}, from_nothing=True)
-
-
-def begin(args: list[str]) -> Job:
-    return start(args, env=ON_GPU, from_nothing=True)
+def on_gpu(args: list[str], num_processes: int = 1, timeout_s: float = 200) -> Finished:
+    return launch(args, num_processes, timeout_s, env=ON_GPU, from_nothing=True)
 
 
 def succeed(*args: object, **rest) -> Finished:
     ended = on_gpu([str(arg) for arg in args], **rest)
     assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
     return ended
-
-
-def lines(run_dir: Path, event: str) -> list[dict]:
-    found = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [line for line in found if line["event"] == event]
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [line["loss"] for line in lines(run_dir, "step")]
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    adapter = run_dir / "phase2" / "adapter" / "adapter_model.safetensors"
-    return load_file(run_dir / "phase1" / "model.safetensors") | (load_file(adapter) if adapter.exists() else {})
-
-
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, weight in one.items():
-        torch.testing.assert_close(weight, other[name], rtol=0, atol=0, msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +81,7 @@ def test_both_phases_train_and_account_for_their_time(run):
 @pytest.mark.parametrize("how", ["stop", "kill"])
 def test_a_run_that_was_interrupted_ends_with_the_same_weights(how, run, images, tmp_path):
     command = arguments(images, tmp_path / "run", DETERMINISTIC, "checkpoint.every_steps=1")
-    job = begin(command)
+    job = start(command, env=ON_GPU, from_nothing=True)
     if how == "stop":
         stop_after_lines(job, tmp_path / "run", 3)
     else:
@@ -116,7 +90,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(how, run, images,
         job.end()
     succeed(*command)
     assert losses(tmp_path / "run") == losses(run)
-    assert_equal(weights(tmp_path / "run"), weights(run))
+    torch.testing.assert_close(final_weights(tmp_path / "run"), final_weights(run), rtol=0, atol=0)
 
 
 def wait_for_lines(job: Job, run_dir: Path, count: int) -> None:
@@ -204,8 +178,8 @@ def test_no_step_waits_for_the_device(images, tmp_path, monkeypatch, fresh_accel
 
 def test_memory_on_the_device_is_constant(images, tmp_path):
     succeed(*arguments(images, tmp_path / "run", "data.imagenet.num_epochs=20", command="train"))
-    held = [line["memory_bytes"] for line in lines(tmp_path / "run", "step")]
-    peaks = [line["peak_memory_bytes"] for line in lines(tmp_path / "run", "step")]
+    held = [line["memory_bytes"] for line in records(tmp_path / "run", "step")]
+    peaks = [line["peak_memory_bytes"] for line in records(tmp_path / "run", "step")]
     # The first epoch warms the libraries' workspaces up.
     assert max(held[6:]) - min(held[6:]) <= 0.01 * max(held)
     assert peaks[-1] == peaks[6]

@@ -201,22 +201,19 @@ class TrajectoryExtractor:
             raise ConfigError("backbone.compile=true needs a C++ compiler: install g++, or set it to false.")
         # Imported here: it takes as long as importing torch.
         from torch._dynamo import config as dynamo
-        from torch._inductor import config as inductor
 
         compiled = torch.compile(self._trajectories, fullgraph=True, dynamic=False)
         proven: set[tuple[int | bool, ...]] = set()
 
         def run(images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
-            on_cpu, half = images_BCSS.device.type == "cpu", torch.is_autocast_enabled(images_BCSS.device.type)
+            half = torch.is_autocast_enabled(images_BCSS.device.type)
             shape = (half, *images_BCSS.shape, *(() if places_BK is None else places_BK.shape))
             if shape not in proven and len(proven) >= MOST_GRAPHS:
                 return self._trajectories(images_BCSS, places_BK)
-            # Freezing makes the weights constants: CPUs prepack them and fuse activations into convolutions, CUDA casts
-            # them to half precision once. Dynamo's own limit counts the graphs of all extractors in the process, and
-            # with fullgraph, exceeding it is an error.
-            freezing = on_cpu or images_BCSS.is_cuda
-            with inductor.patch(freezing=freezing), dynamo.patch(recompile_limit=UNLIMITED):
-                result = compiled(_with_slack(images_BCSS) if on_cpu else images_BCSS, places_BK)
+            # Dynamo's own limit counts the graphs of all extractors in the process, and with fullgraph, exceeding it is
+            # an error.
+            with dynamo.patch(recompile_limit=UNLIMITED):
+                result = call_frozen(compiled, images_BCSS, places_BK)
             # Compilers have bugs: every new graph is compared with eager execution once.
             if shape not in proven:
                 _check_agreement(result, self._trajectories(images_BCSS, places_BK), half)
@@ -336,6 +333,20 @@ def _largest(trajectories_BPLD: torch.Tensor) -> torch.Tensor:
 def _sizes_of_steps(trajectories_BPLD: torch.Tensor) -> torch.Tensor:
     """Root mean square of each step, ``[L]``."""
     return trajectories_BPLD.square().mean((0, 1, 3)).sqrt()
+
+
+def call_frozen(
+    compiled: Callable[..., torch.Tensor], images_BCSS: torch.Tensor, *rest: torch.Tensor | None
+) -> torch.Tensor:
+    """Call a compiled function of images and a frozen network, whose weights are constants on CPUs and CUDA.
+
+    CPUs prepack them and fuse activations into convolutions, CUDA casts them to half precision once.
+    """
+    from torch._inductor import config as inductor
+
+    on_cpu = images_BCSS.device.type == "cpu"
+    with inductor.patch(freezing=on_cpu or images_BCSS.is_cuda):
+        return compiled(_with_slack(images_BCSS) if on_cpu else images_BCSS, *rest)
 
 
 def _with_slack(images_BCSS: torch.Tensor) -> torch.Tensor:

@@ -125,9 +125,11 @@ def crowd() -> str:
 
     Where a process sees a single GPU that was chosen for it, the others may have another.
     """
+    if launcher.world() == 1 or device_type() != "cuda":
+        return ""
     gpus, processes = torch.cuda.device_count(), launcher.local_world()
     own = gpus == 1 and any(name in os.environ for name in CHOOSING_GPUS)
-    if device_type() != "cuda" or launcher.world() == 1 or not 0 < gpus < processes or own:
+    if own or not 0 < gpus < processes:
         return ""
     return (
         f"{processes} processes were started on {socket.gethostname()}, where they see {gpus} GPU{'s' * (gpus > 1)}: "

@@ -48,7 +48,7 @@ class Facts:
     cacheable: bool
     half_precision: bool
     all_places: bool
-    idle_share: float = 0.0
+    idle_share: float
 
 
 def split(time: Mapping[str, float], seconds: float) -> dict[str, float]:
