@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import ratio
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -140,17 +141,11 @@ def interleaved(ways: dict[str, Work], rounds: int) -> dict[str, list[float]]:
 
 
 def summary(rates: dict[str, list[float]], base: str) -> dict[str, Any]:
-    """Median images/s, and the ratio to ``base`` within each round: median, minimum and maximum."""
-    found = {}
-    for name, values in rates.items():
-        ratios = [one / other for one, other in zip(values, rates[base], strict=True)]
-        found[name] = {
-            "images_per_s": statistics.median(values),
-            "ratio": statistics.median(ratios),
-            "least": min(ratios),
-            "most": max(ratios),
-        }
-    return found
+    """Median images/s, and the ratio to ``base`` within each round."""
+    return {
+        name: {"images_per_s": statistics.median(values), "ratio": ratio(values, rates[base])}
+        for name, values in rates.items()
+    }
 
 
 def table(title: str, results: dict[str, Any], base: str) -> Table:
@@ -158,8 +153,9 @@ def table(title: str, results: dict[str, Any], base: str) -> Table:
     for column in ("", "images/s", f"times {base}", "spread"):
         drawn.add_column(column, justify="left" if not column else "right")
     for name, one in results.items():
-        spread = f"{one['least']:.2f}-{one['most']:.2f}"
-        drawn.add_row(name, f"{one['images_per_s']:.0f}", f"{one['ratio']:.2f}", spread)
+        times = one["ratio"]
+        spread = f"{times['least']:.2f}-{times['greatest']:.2f}"
+        drawn.add_row(name, f"{one['images_per_s']:.0f}", f"{times['median']:.2f}", spread)
     return drawn
 
 

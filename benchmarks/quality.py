@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,6 @@ from trajdist.scoring.metrics import PixelScores, curve
 
 SIZE, BATCH = 224, 32
 BANK_CELLS, BANK_BLOCKS = 20_000, (5, 11)  # Two middle blocks, zero-based.
-CROPPED: set[str] = set()  # Fingerprints of the sets to be cropped.
 Cells = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -45,12 +44,8 @@ def trajdist(*arguments: str) -> float:
     return time.monotonic() - started
 
 
-def batches(source: ImageSource) -> Iterator[torch.Tensor]:
-    """All images in batches, uint8 ``[B, 3, S, S]``.
-
-    As in trajdist, photographs are cropped, and labelled and domain images squashed.
-    """
-    fit: Fit = "crop" if source.fingerprint in CROPPED else "squash"
+def batches(source: ImageSource, fit: Fit) -> Iterator[torch.Tensor]:
+    """All images in batches, uint8 ``[B, 3, S, S]``."""
     for start in range(0, len(source), BATCH):
         numbers = range(start, min(start + BATCH, len(source)))
         squares = [to_square(source.load(number, SIZE), SIZE, fit) for number in numbers]
@@ -64,10 +59,10 @@ def pooled(extractor: TrajectoryExtractor, images: torch.Tensor) -> list[torch.T
     return found
 
 
-def gaussians(extractor: TrajectoryExtractor, clean: ImageSource) -> Cells:
+def gaussians(extractor: TrajectoryExtractor, clean: Iterable[torch.Tensor]) -> Cells:
     """One Gaussian per block for all places (cf. PaDiM, Defard et al. 2021); sums squared Mahalanobis distances."""
     moments = [BlockMoments(block.channels, torch.device("cpu")) for block in extractor.backbone.blocks]
-    for images in batches(clean):
+    for images in clean:
         for moment, rows in zip(moments, pooled(extractor, images), strict=True):
             moment.update(rows.flatten(0, 1), torch.ones(rows.shape[0] * rows.shape[1]))
     maps = []
@@ -83,7 +78,7 @@ def gaussians(extractor: TrajectoryExtractor, clean: ImageSource) -> Cells:
     return cells
 
 
-def nearest_neighbour(extractor: TrajectoryExtractor, clean: ImageSource) -> Cells:
+def nearest_neighbour(extractor: TrajectoryExtractor, clean: Iterable[torch.Tensor]) -> Cells:
     """Distance to the nearest neighbour in a memory bank of clean cells (cf. PatchCore, Roth et al. 2022)."""
 
     def features(images: torch.Tensor) -> torch.Tensor:
@@ -92,7 +87,7 @@ def nearest_neighbour(extractor: TrajectoryExtractor, clean: ImageSource) -> Cel
         maps = torch.cat([blocks[block] for block in BANK_BLOCKS], -1).transpose(1, 2).unflatten(2, (side, side))
         return F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False).flatten(2).transpose(1, 2)
 
-    rows = torch.cat([features(images).flatten(0, 1) for images in batches(clean)])
+    rows = torch.cat([features(images).flatten(0, 1) for images in clean])
     bank = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:BANK_CELLS]]
     return lambda images: torch.stack([torch.cdist(each, bank).amin(1) for each in features(images)])
 
@@ -101,7 +96,7 @@ def auroc_of(cells: Cells, dataset: LabelledFolder, side: int) -> dict[str, floa
     """Image AUROC of the maximum cell score, and pixel AUROC of the interpolated map."""
     images = {True: ScoreHistogram(), False: ScoreHistogram()}
     pixels, position = PixelScores(), 0
-    for batch in batches(dataset):
+    for batch in batches(dataset, "squash"):
         maps = cells(batch).unflatten(1, (side, side))
         full = F.interpolate(maps[:, None], (SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0]
         masks = np.stack([dataset.mask(position + slot, SIZE, "squash") for slot in range(len(batch))])
@@ -145,22 +140,24 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, object] = {f"seed {seed}": measure_seed(arguments, seed, out) for seed in arguments.seeds}
     extractor = load_extractor(out / f"seed{arguments.seeds[0]}" / "phase1" / "trajectory.safetensors")
-    sets = {
+    # As in trajdist, photographs are cropped, and labelled and domain images squashed.
+    sets: dict[str, tuple[ImageSource, Fit, LabelledFolder]] = {
         "patch": (
             ImageFolder(Path(arguments.imagenet), "--imagenet"),
+            "crop",
             LabelledFolder(Path(arguments.patch), "--patch"),
         ),
         "road": (
             ImageFolder(Path(arguments.road) / "train" / GOOD, "--road"),
+            "squash",
             LabelledFolder(Path(arguments.road), "--road"),
         ),
     }
-    CROPPED.add(sets["patch"][0].fingerprint)
     for method in (gaussians, nearest_neighbour):
         with torch.no_grad():
             results[method.__name__] = {
-                name: auroc_of(method(extractor, clean), test, extractor.resolution)
-                for name, (clean, test) in sets.items()
+                name: auroc_of(method(extractor, batches(clean, fit)), test, extractor.resolution)
+                for name, (clean, fit, test) in sets.items()
             }
     (out / "quality.json").write_text(json.dumps(results, indent=2))
     print(f"{'':24s}{'set':>16s}{'image AUROC':>14s}{'pixel AUROC':>14s}")

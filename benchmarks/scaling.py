@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from measuring import ratio
+
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
@@ -90,13 +92,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
     alone = [summary["images_per_s"] for summary in summaries[arguments.processes[0]]]
     for count, found in summaries.items():
-        share = count / arguments.processes[0]
-        ratios = [summary["images_per_s"] / (share * one) for summary, one in zip(found, alone, strict=True)]
+        linear = [count / arguments.processes[0] * one for one in alone]
+        rates = [summary["images_per_s"] for summary in found]
         step = [summary["seconds"] / summary["steps"] for summary in found]
         gradient_bytes = 4 * found[0]["trained_parameters"]
         result[str(count)] = {
-            "images_per_s": statistics.median(summary["images_per_s"] for summary in found),
-            "efficiency": {"median": statistics.median(ratios), "least": min(ratios), "greatest": max(ratios)},
+            "images_per_s": statistics.median(rates),
+            "efficiency": ratio(rates, linear),
             "step_s": statistics.median(step),
             "data_s": statistics.median(summary["time"]["data"] / summary["steps"] for summary in found),
             "all_reduce_s": all_reduce_s(count, gradient_bytes),

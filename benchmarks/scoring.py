@@ -16,17 +16,18 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import ratio, seconds
+from reference import plain_network
 from torch.utils.flop_counter import FlopCounterMode
 
 from trajdist.data.decode import to_square
 from trajdist.data.sources import open_source
-from trajdist.extraction.networks import build_network
 from trajdist.runtime.processes import device_type
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
@@ -36,25 +37,16 @@ from trajdist.scoring.score import score
 BATCH = 32
 
 
-def plain_network(run_dir: str) -> torch.nn.Module:
+def plain_network_of(run_dir: str) -> torch.nn.Module:
     """The run's network as its library builds it, without trajdist's modifications."""
     document = bundle.read(RunDir(run_dir).trajectory, bundle.TrajectoryDocument)
-    network = build_network(document.backbone, document.weights, document.seed, document.image_size).network
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    network = plain_network(document.backbone, document.weights, document.seed, document.image_size)
+    return network.to(memory_format=torch.channels_last)
 
 
 def folded_network(job: Scoring) -> torch.nn.Module:
     """The same network as trajdist runs it, including its head."""
     return job.scorer.extractor.backbone.network
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Seconds until it is done, on the device too."""
-    started = time.perf_counter()
-    work()
-    if device_type() == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def forward_all(network: torch.nn.Module, images_BCSS: torch.Tensor) -> None:
@@ -65,8 +57,7 @@ def forward_all(network: torch.nn.Module, images_BCSS: torch.Tensor) -> None:
 
 def score_all(arguments: argparse.Namespace, overlays: str) -> float:
     """Seconds of a scoring job from its first batch to its last, without loading the run."""
-    with tempfile.TemporaryDirectory() as out:
-        job = opened(arguments, out, overlays)
+    with tempfile.TemporaryDirectory() as out, closing(opened(arguments, out, overlays)) as job:
         return seconds(lambda: score(job))
 
 
@@ -95,11 +86,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as out:
         job = opened(arguments, out, "none")
+        job.close()  # Its run and its images are used below.
     count = len(job.source)
     squares = [to_square(job.source.load(i, job.scorer.size), job.scorer.size, job.scorer.fit) for i in range(count)]
     device = torch.device(device_type())
     images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).to(device)
-    plain, folded = plain_network(arguments.run).to(device), folded_network(job)
+    plain, folded = plain_network_of(arguments.run).to(device), folded_network(job)
     backbone_flops, other_flops = flops_per_image(job, images[:1])
     works: dict[str, Callable[[], float]] = {
         "forward alone": lambda: seconds(lambda: forward_all(plain, images)),
@@ -126,12 +118,6 @@ def main() -> None:
     print(json.dumps(result, indent=2))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def ratio(ones: list[float], others: list[float]) -> dict[str, float]:
-    """Median, minimum and maximum of the ratios within each round."""
-    ratios = [one / other for one, other in zip(ones, others, strict=True)]
-    return {"median": statistics.median(ratios), "least": min(ratios), "greatest": max(ratios)}
 
 
 if __name__ == "__main__":

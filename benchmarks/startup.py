@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from measuring import over_rounds
 from rich.console import Console
 from rich.table import Table
 
@@ -86,7 +86,7 @@ def main() -> None:
     for name in ("", "median", "least", "greatest"):
         made.add_column(name, justify="right" if name else "left")
     for name, times in found.items():
-        made.add_row(name, *(f"{value:.2f}" for value in (statistics.median(times), min(times), max(times))))
+        made.add_row(name, *(f"{value:.2f}" for value in over_rounds(times).values()))
     Console().print(made)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -40,10 +40,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import ratio, seconds
 from reference import Reference, reference, repeated, usual_allocator
 from rich.console import Console
 from rich.table import Table
-from scoring import ratio, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from trajdist.cli import main as trajdist
@@ -58,7 +58,7 @@ from trajdist.runtime.allocator import keep_freed_memory
 from trajdist.runtime.processes import device_type, precision
 from trajdist.saved import bundle
 from trajdist.sharding import Slots
-from trajdist.training.feed import num_places
+from trajdist.training.train import place_draw
 
 BACKBONES = {
     "resnet50": ["backbone.name=resnet50", "model.spatial_resolution=7"],
@@ -167,7 +167,8 @@ def gflop_per_image(case: Case) -> dict[str, float]:
     image = case.batches[0][:1]
     with FlopCounterMode(display=False) as backbone:
         forward_alone(extractor, compile=False)(image)
-    places_1K = torch.arange(num_places(config, extractor), device=image.device)[None]
+    draw = place_draw(config, 1, extractor)
+    places_1K = torch.arange(draw.count if draw else extractor.resolution**2, device=image.device)[None]
     with FlopCounterMode(display=False) as extraction:
         trajectories_1KLD = extractor.at(image, places_1K)
     target_NLD = trajectories_1KLD.flatten(0, 1)

@@ -11,4 +11,5 @@ make_environment quickstart
 settings=(data.num_workers=0 runtime.deterministic=true runtime.detect_anomaly=true)
 command=("$venv"/bin/python -X faulthandler -m trajdist run "$config" "${settings[@]}" "$@")
 echo "+ ${command[*]}"
+cd "$caller"
 CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} CUDA_LAUNCH_BLOCKING=1 exec "${command[@]}"

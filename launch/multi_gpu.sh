@@ -9,7 +9,8 @@ make_environment quickstart
 if [ -z "${NUM_PROCESSES:-}" ]; then
   NUM_PROCESSES=$("$venv"/bin/python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
-options=(--config_file accelerate_config.yaml --num_processes "$NUM_PROCESSES")
+options=(--config_file "$PWD/accelerate_config.yaml" --num_processes "$NUM_PROCESSES")
+if [ -n "${ACCELERATE_MIXED_PRECISION:-}" ]; then options+=(--mixed_precision "$ACCELERATE_MIXED_PRECISION"); fi
 # CPUs without bf16 units are faster in float32.
 if [ "${ACCELERATE_USE_CPU:-}" = true ]; then options+=(--mixed_precision no); fi
 command=("$venv"/bin/accelerate launch "${options[@]}" -m trajdist run "$@")
@@ -19,4 +20,5 @@ echo "+ ${command[*]}"
 # Slurm's early warning (--signal=USR1@120) reaches the launcher, which forwards only the signals named here.
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+cd "$caller"
 exec "${command[@]}"

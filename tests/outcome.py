@@ -1,4 +1,4 @@
-"""What a run leaves behind, compared with a run that nothing interrupted."""
+"""What a run or a scoring leaves behind, compared with one that nothing interrupted."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ from trajdist.tools.audit import audit
 
 
 def read(run_dir: Path, name: str) -> dict[str, Any]:
-    """One of the JSON files of a run; empty before there is one."""
+    """One of the JSON files of a run or a scoring; empty before there is one."""
     path = run_dir / name
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read_lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of one of the files that have a JSON document in each line."""
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of a scoring."""
+    return read_lines(out, "scores.jsonl")
 
 
 def assert_done(run_dir: Path) -> None:

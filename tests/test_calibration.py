@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import write_images
+from scipy.stats import betabinom
 
 from trajdist.cli import main
 from trajdist.scoring.calibration import QuantileSketch
@@ -76,19 +77,39 @@ def test_a_clean_score_that_is_not_finite_leaves_the_largest_scores_undeclared()
     assert ours.p_values(torch.tensor([1e30, np.nan])).tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
-def test_realised_false_alarms_are_what_was_asked_for(rate):
-    generator = np.random.default_rng(1)
-    num_clean, num_new, alarms = 400, 400, 0
-    repeats = 40
+@pytest.mark.parametrize(("num_clean", "rate"), [(19, 0.05), (30, 0.1), (99, 0.05), (400, 0.01)])
+def test_alarms_of_exchangeable_scores(num_clean, rate):
+    """Many calibrations, a few new scores of each: on average as often as asked, and not more often."""
+    generator = np.random.default_rng(num_clean)
+    repeats, num_new = 300, 50
+    alarms = p_alarms = 0
     for _ in range(repeats):
-        threshold = sketch(generator.lognormal(size=num_clean)).threshold(rate)
-        alarms += (generator.lognormal(size=num_new) >= threshold).sum()
-    # Given one calibration set the rate is itself random: both draws add to the variance of the total.
-    spread = math.sqrt(rate * (1 - rate) * (1 / num_new + 1 / num_clean) / repeats)
-    realised = alarms / (repeats * num_new)
-    assert realised <= rate + 3 * spread
-    assert realised >= rate - 1 / num_clean - 3 * spread - 0.002 * rate
+        # One draw for both: nothing but exchangeability is used.
+        scores = torch.from_numpy(generator.gamma(2.0, size=num_clean + num_new).astype(np.float32))
+        ours = sketch(scores[:num_clean])
+        alarms += int((scores[num_clean:] >= ours.threshold(rate)).sum())
+        p_alarms += int((ours.p_values(scores[num_clean:]) <= rate).sum())
+    assert alarms == p_alarms
+    called = math.floor(rate * (num_clean + 1) + 1e-9)
+    law = betabinom(num_new, called, num_clean + 1 - called)
+    expected, spread = repeats * law.mean(), math.sqrt(repeats * law.var())
+    assert expected <= repeats * num_new * rate * (1 + 1e-9)
+    assert alarms <= expected + 3.3 * spread
+    # All of a bin counts as at least the score: at most 0.1 % of the score's worth of alarms is lost.
+    assert alarms >= 0.97 * expected - 3.3 * spread
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3])
+def test_ties_never_raise_more_alarms(rate):
+    """Scores of five values only, as of a blank product."""
+    generator = np.random.default_rng(7)
+    alarms, repeats, num_new = 0, 200, 50
+    for _ in range(repeats):
+        scores = torch.from_numpy(generator.integers(1, 6, 60 + num_new).astype(np.float32))
+        alarms += int((sketch(scores[:60]).p_values(scores[60:]) <= rate).sum())
+    called = math.floor(rate * 61)
+    law = betabinom(num_new, called, 61 - called)
+    assert alarms <= repeats * law.mean() + 3.3 * math.sqrt(repeats * law.var())
 
 
 def test_p_values_of_clean_scores_are_spread_evenly():

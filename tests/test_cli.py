@@ -18,6 +18,7 @@ import torch
 import yaml
 from images import write_images
 from jobs import REPOSITORY, Finished, launch
+from outcome import read_lines, read_rows
 
 from trajdist.artifacts import read_document, read_tensors
 from trajdist.cli import main
@@ -234,8 +235,9 @@ def test_run_directory(debug_run):
         "checkpoints/step-00000012/manifest.json",
     }
     keys = {"phase", "epoch", "step", "images", "loss", "recon", "kl", "lr", "images_per_s", "peak_memory_bytes"}
-    for line in (debug_run / "metrics.jsonl").read_text().splitlines():
-        assert {*keys, "memory_bytes"} <= json.loads(line).keys()
+    lines = read_lines(debug_run, "metrics.jsonl")
+    assert {line["phase"] for line in lines} == {1, 2}
+    assert all({*keys, "memory_bytes"} <= line.keys() for line in lines)
     summary = json.loads((debug_run / "summary.json").read_text())
     assert (summary["phase1"]["images"], summary["phase2"]["images"]) == (64, 32)
     assert (summary["phase1"]["steps"], summary["phase2"]["steps"]) == (8, 4)
@@ -578,8 +580,7 @@ def test_a_run_with_subcells(debug_run, tmp_path, capsys, fresh_accelerate):
         main(["run", "debug", f"run_dir={run_dir}", "trajectory.subcells=2", "memory.images_per_pass=3", *fixed]) == 0
     )
     assert main(["score", str(run_dir), str(images), "--out", str(tmp_path / "out"), "--explain"]) == 0
-    row = json.loads((tmp_path / "out" / "scores.jsonl").read_text().splitlines()[0])
-    names = list(row["blocks"])
+    names = list(read_rows(tmp_path / "out")[0]["blocks"])
     assert names[:3] == ["layer1.0 2 x 2", "layer1.0", "layer1.1 2 x 2"]
     assert names[-2:] == ["layer4.0", "layer4.1"]
     assert len(names) == 12

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from images import noise, write_images
 from jobs import launch, start
+from outcome import read, read_rows
 from PIL import Image
+from references import aupro, best_f1
 from safetensors.numpy import load_file
-from scipy import ndimage
-from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import trajdist.scoring.score
 from trajdist.cli import main
@@ -41,11 +42,7 @@ def evaluate(run_dir: Path, dataset: Path, out: Path, *options: str) -> int:
 
 
 def read_metrics(out: Path) -> dict[str, Any]:
-    return json.loads((out / "metrics.json").read_text())
-
-
-def read_rows(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    return read(out, "metrics.json")
 
 
 @pytest.fixture(scope="module")
@@ -99,25 +96,6 @@ def masks_of(out: Path, dataset: Path) -> np.ndarray:
             mask = Image.open(file).resize((SIZE, SIZE), Image.Resampling.NEAREST)
         masks.append(np.asarray(mask) > 0)
     return np.stack(masks)
-
-
-def best_f1(labels: np.ndarray, scores: np.ndarray) -> float:
-    precision, recall, _ = precision_recall_curve(labels, scores)
-    return float((2 * precision * recall / np.maximum(precision + recall, 1e-12)).max())
-
-
-def aupro(masks: np.ndarray, maps: np.ndarray, limit: float = 0.3) -> float:
-    """Recall of pixels that weigh 1 / size of their region, over the false positive rate."""
-    weights = np.ones(masks.shape)
-    for mask, weight in zip(masks, weights, strict=True):
-        regions, count = ndimage.label(mask, np.ones((3, 3)))
-        for region in range(1, count + 1):
-            weight[regions == region] = 1 / (regions == region).sum()
-    rates, overlaps, _ = roc_curve(masks.ravel(), maps.ravel(), sample_weight=weights.ravel(), drop_intermediate=False)
-    kept = rates <= limit
-    rates_in = np.append(rates[kept], limit)
-    overlaps_in = np.append(overlaps[kept], np.interp(limit, rates, overlaps))
-    return float(auc(rates_in, overlaps_in) / limit)
 
 
 def chosen(out: Path, kind: str | None) -> np.ndarray:

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from PIL import ExifTags, Image
 import trajdist
 from trajdist.cli import main
 from trajdist.data.decode import decode, to_square
+from trajdist.errors import TrainingError
+from trajdist.scoring.residuals import upsample
 from trajdist.tools import export
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -146,18 +148,44 @@ def test_other_models(tmp_path, fresh_accelerate, overrides):
 
 
 def test_a_file_that_computes_something_else_is_not_kept(small_run, tmp_path, monkeypatch, capsys):
-    table = export._program
-
-    def spoilt(module, images):
-        module.residual.centre += 1.0
-        return table(module, images)
-
-    monkeypatch.setattr(export, "_program", spoilt)
-    monkeypatch.setattr(export, "_compare", lambda *_: (1.0, 1.0))
+    """Here the program sees darker images than the run."""
+    forward = export.Exported.forward
+    monkeypatch.setattr(export.Exported, "forward", lambda self, images: forward(self, images // 2))
     (tmp_path / "a.pt2").write_bytes(b"the last good one")
     assert main(["export", str(small_run), "--format", "torch", "--out", str(tmp_path / "a.pt2")]) == 1
     assert "gives other scores" in capsys.readouterr().err
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.pt2", b"the last good one")]
+
+
+@pytest.mark.parametrize(
+    ("shifts", "words"),
+    [
+        ((0.0, 0.009, 1.0), None),
+        ((0.009, 0.0, 1.0), None),
+        ((0.0, 0.011, 1.0), "gives other scores"),
+        ((0.011, 0.0, 1.0), "gives other scores"),
+        ((np.nan, 0.0, 1.0), "gives other scores"),
+        ((0.0, np.nan, 1.0), "gives other scores"),
+        ((0.0, 0.0, 1.0 + 1e-6), "gives other p-values"),
+    ],
+)
+@pytest.mark.parametrize("images", export.TRIALS)
+def test_how_much_a_file_may_differ(small_run, shifts, words, images):
+    """Maps and scores by 0.01, p-values of the same scores not at all; in any of the trials."""
+    scorer = trajdist.load(small_run, device="cpu")
+
+    def run(batch):
+        result = scorer.score_batch(batch)[0]
+        unit = export.unit(result)
+        of_maps, of_scores, of_p_values = shifts if len(batch) == images else (0.0, 0.0, 1.0)
+        maps = upsample(result.cells_BHW, scorer.size).numpy() + of_maps * unit
+        scores = result.images_B.numpy() + np.float32(of_scores * unit)
+        p_values = scorer.detectors[0].images.p_values(torch.from_numpy(scores)).numpy()
+        return maps, scores, p_values * of_p_values
+
+    with pytest.raises(TrainingError, match=words) if words else nullcontext():
+        found = export._verify(scorer, run, Path("a.onnx"))
+        assert max(found[1:]) == pytest.approx(0.009, rel=0.01)
 
 
 @pytest.mark.parametrize(

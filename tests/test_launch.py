@@ -92,6 +92,12 @@ def test_it_says_what_it_runs_and_passes_unknown_options_on(script, stand_ins):
     assert not lines[-1].startswith("+ ")
 
 
+def test_a_precision_that_was_asked_for_is_not_that_of_the_config(stand_ins):
+    settings = {"NUM_PROCESSES": "2", "ACCELERATE_USE_CPU": "", "ACCELERATE_MIXED_PRECISION": "fp16"}
+    done = bash("multi_gpu.sh", "debug", env={**stand_ins, **settings})
+    assert "--num_processes 2 --mixed_precision fp16 -m trajdist run debug" in done.stdout
+
+
 def test_an_interrupt_ends_the_tests_in_the_background_too(tmp_path, stand_ins):
     python = tmp_path / "venv" / "bin" / "python"
     python.write_text(f"#!/usr/bin/env bash\necho $$ >> {tmp_path}/started\nexec sleep 60\n")
@@ -199,14 +205,27 @@ def test_outside_of_slurm_it_says_how_to_submit(script, stand_ins):
     assert "sbatch " in done.stderr
 
 
+def test_the_quickstart_runs_to_the_end(tmp_path):
+    """The README's first command, small; its run directory as a shell passes it on that leaves ``~`` alone."""
+    small = ("data.image_size=64", "model.spatial_resolution=4")
+    done = bash("quickstart.sh", "run_dir=~/first", *TINY, *small, env={"HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert_done(tmp_path / "first")
+    assert read(tmp_path / "first" / "evaluation", "metrics.json")["num_good"] == 36
+    assert (tmp_path / "first" / "evaluation" / "report.html").is_file()
+    assert not (REPOSITORY / "~").exists()
+
+
 def test_debug_runs_to_the_end(tmp_path):
-    done = bash("debug.sh", f"run_dir={tmp_path / 'run'}", *TINY)
+    """Called from another folder, whose files its arguments name."""
+    shutil.copy(REPOSITORY / "configs" / "debug.yaml", tmp_path / "mine.yaml")
+    done = bash("debug.sh", "mine.yaml", "run_dir=run", *TINY, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert_done(tmp_path / "run")
 
 
 def test_multi_gpu_runs_to_the_end_on_the_cpu(tmp_path):
-    done = bash("multi_gpu.sh", "debug", f"run_dir={tmp_path / 'run'}", *TINY, env={"NUM_PROCESSES": "2"})
+    done = bash("multi_gpu.sh", "debug", "run_dir=run", *TINY, env={"NUM_PROCESSES": "2"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_done(tmp_path / "run")
     assert read(tmp_path / "run", "summary.json")["phase2"]["num_processes"] == 2

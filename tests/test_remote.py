@@ -350,8 +350,8 @@ def test_a_cache_that_cannot_hold_the_window_is_refused(store, tmp_path, capsys)
 
 
 def test_a_full_disk_makes_the_cache_slow_not_wrong(store, tmp_path, monkeypatch):
-    write_tar(tmp_path / "tars" / "a.tar", {"0.png": encoded(0)})
     """And the room is asked for before anything is fetched."""
+    write_tar(tmp_path / "tars" / "a.tar", {"0.png": encoded(0)})
     url = upload(tmp_path / "tars", "full")
     source = open_source(url, "key", Access(cache_dir=str(tmp_path / "cache")))
     fetched = []
