@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Order, Selection, Step
 from trajdist.tools.audit import audit
-from trajdist.training import adaptation, loop, passes, phases, session
+from trajdist.training import adaptation, adoption, loop, passes, phases, session
 from trajdist.training.job import Job
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -131,6 +132,34 @@ def test_a_refused_command_leaves_the_config_that_the_run_has(command, changed, 
     assert (first / "config.yaml").read_bytes() == before
     assert main([command, "debug", PLAIN, f"run_dir={first}", "data.domain.num_epochs=3"]) == 0
     assert load_config(str(first / "config.yaml"), []).data.domain.num_epochs == 3
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "model.dropout=0.1",
+        "trajectory.projection=random",
+        "backbone.blocks=[layer1.0]",
+        "backbone.blocks=[layer*,stem]",
+    ],
+)
+def test_a_config_that_describes_another_model_than_phase1_is_refused(changed, first, tmp_path, capsys):
+    """It would have no effect, and stand in the new run's config all the same."""
+    run_dir = tmp_path / "run"
+    assert main(["adapt", "debug", PLAIN, f"phase1={first}", f"run_dir={run_dir}", changed]) == 2
+    assert re.search(rf"{changed.split('=')[0]}=.*, but the Phase 1 in .* has .*: use that", capsys.readouterr().err)
+    assert not (run_dir / "phase1" / "model.safetensors").exists()
+
+
+def test_heads_count_where_a_model_has_them(first, tmp_path, monkeypatch, capsys):
+    """And blocks may be named by other patterns, if these stand for the same ones."""
+    same = ["backbone.blocks=['layer?.*']", "data.domain.num_epochs=1"]
+    command = ["adapt", "debug", PLAIN, f"phase1={first}", f"run_dir={tmp_path / 'run'}", "model.num_heads=8", *same]
+    monkeypatch.setattr(adoption, "WITHOUT_HEADS", ())
+    assert main(command) == 2
+    assert "model.num_heads=8, but the Phase 1 in" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(command) == 0
 
 
 def test_a_domain_beside_several_is_trained(first, tmp_path):

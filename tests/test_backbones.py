@@ -86,6 +86,15 @@ def test_position_embeddings_suit_the_images(name: str, patch: int, embeddings: 
         build_backbone(name, str(weights), [], 225, seed=0)
 
 
+def test_weights_that_timm_does_not_know_are_not_a_matter_of_the_network() -> None:
+    """Timm looks for them by the name's end, even if they are not asked for."""
+    for weights in ("none", "DEFAULT"):
+        with pytest.raises(
+            ConfigError, match=r"backbone\.name='timm:resnet18\.bogus' cannot be built by timm \(Invalid"
+        ):
+            build_network("timm:resnet18.bogus", weights, 0, 64)
+
+
 def test_class_token_is_dropped() -> None:
     maps = observed(build("vit_b_16", 224, ("encoder.layers.encoder_layer_0",)), 224)
     assert maps[0].shape == (2, 768, 14, 14)

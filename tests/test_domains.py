@@ -377,6 +377,23 @@ def test_what_needs_less_memory_is_a_key_of_the_largest_domain(folders, base, tm
     assert "a smaller data.domains.bark.batch_size" in capsys.readouterr().err
 
 
+def test_a_domain_that_is_done_stays_so_when_another_is_refused(folders, base, together, tmp_path, capsys):
+    run_dir = shutil.copytree(together, tmp_path / "run")
+    states = [run_dir / "status.json", run_dir / "domains" / "road" / "status.json"]
+    steps = [json.loads(path.read_text())["step"] for path in states]
+    assert main(several(folders, run_dir, base)) == 0
+    for path, step in zip(states, steps, strict=True):
+        status = json.loads(path.read_text())
+        assert (status["status"], status["step"]) == ("done", step)
+        assert step > 0
+    fewer = {**folders, "bark": shutil.copytree(folders["bark"], tmp_path / "bark")}
+    next(fewer["bark"].iterdir()).unlink()
+    assert main(several(fewer, run_dir, base)) == 3
+    assert "data.domains.bark.path" in capsys.readouterr().err
+    found = {path.name: json.loads((path / "status.json").read_text()) for path in run_dir.glob("domains/*")}
+    assert {name: state["status"] for name, state in found.items()} == {"bark": "failed", "road": "done"}
+
+
 def test_images_that_cannot_be_read_are_listed_where_they_belong(folders, base, tmp_path, capsys):
     bad = {**folders, "bark": shutil.copytree(folders["bark"], tmp_path / "bark")}
     for path in sorted(bad["bark"].iterdir())[:9]:

@@ -134,12 +134,21 @@ def test_many_bad_images_are_listed_in_one_write(tmp_path, monkeypatch):
     monkeypatch.setattr(RunDir, "append", lambda self, file, *lines: (writes.append(lines), append(self, file, *lines)))
     processes = SimpleNamespace(is_main=True, gather=list)
     (tmp_path / "bad_images.jsonl").write_text('{"set": "imagenet", "image": "7.png"}\n{"torn')
-    bad_images = BadImages(RunDir(tmp_path), processes)
+    rundir = RunDir(tmp_path)
+    rundir.sweep()
+    bad_images, other = BadImages(rundir, processes), BadImages(rundir, processes)
     bad_images.note([(number, "spoilt") for number in range(99, -1, -1)])
     assert bad_images.write("imagenet", lambda number: f"{number}.png") == list(range(100))
     named = [json.loads(line)["image"] for line in (tmp_path / "bad_images.jsonl").read_text().splitlines()]
     assert named == ["7.png", *(f"{number}.png" for number in range(100) if number != 7)]
     assert [len(lines) for lines in writes] == [99]
+    other.note([(7, "spoilt"), (100, "spoilt"), (3, "spoilt")])
+    assert other.write("imagenet", lambda number: f"{number}.png") == [3, 7, 100]
+    bad_images.note([(100, "spoilt")])
+    bad_images.write("imagenet", lambda number: f"{number}.png")
+    last = (tmp_path / "bad_images.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["image"] == "100.png"
+    assert [len(lines) for lines in writes] == [99, 1, 0]
 
 
 def test_a_gradient_that_is_not_finite_is_in_no_checkpoint(images, tmp_path, monkeypatch, capsys, fresh_accelerate):

@@ -16,6 +16,7 @@ from jobs import REPOSITORY, Finished, environment, launch
 from outcome import assert_done, assert_same_bits
 from torch.distributed.distributed_c10d import PrefixStore
 
+from trajdist.config_files import load_config
 from trajdist.errors import ConfigError, TrainingError
 from trajdist.runtime import preflight, processes
 from trajdist.runtime.preflight import Meeting, check_all_reduce, slurm_problem
@@ -173,6 +174,29 @@ def test_an_older_version_is_named_though_it_says_less():
     older, newer = {"host": HOST, "trajdist": "0.0.1"}, {"host": HOST, "crowd": "", "trajdist": "1"}
     assert "trajdist is '0.0.1', process 0 has '1'" in difference(newer, older)
     assert difference(newer, newer | {"host": "other"}) == ""
+
+
+def difference_of_domains(mine: list[str], theirs: list[str]) -> str:
+    """Between two processes whose commands name these domains."""
+    shown = []
+    for names in (theirs, mine):
+        domains = [f"data.domains.{name}.path=skimage:{name}" for name in names]
+        config = load_config("debug", ["data.domain.path=null", *domains])
+        shown.append({"config": preflight._flat(config), "facts": preflight._facts(config, {}, 2)})
+    meeting = SimpleNamespace(ranks=range(2), see=lambda what, rank: shown[rank][what])
+    return next(preflight._differences(meeting), "")
+
+
+def test_a_domain_too_many_and_domains_in_another_order():
+    """Either way their sums would be those of different domains."""
+    more = difference_of_domains(["brick", "grass"], ["brick"])
+    assert more.startswith(f"process 1 on {HOST}: config data.domains.grass.")
+    assert "process 0 has None: start all processes with the same command." in more
+    fewer = difference_of_domains(["brick"], ["brick", "grass"])
+    assert fewer.startswith(f"process 1 on {HOST}: config data.domains.grass.")
+    order = difference_of_domains(["grass", "brick"], ["brick", "grass"])
+    assert "order of data.domains is ['grass', 'brick'], process 0 has ['brick', 'grass']" in order
+    assert difference_of_domains(["grass", "brick"], ["grass", "brick"]) == ""
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,11 @@ from trajdist.screen import ReaderGone
 
 
 class OneOfTwo(Processes):
-    """A process whose broadcasts go through a queue."""
+    """A process that hears from the other through a queue: what the main process said, or what the other answered."""
 
-    def __init__(self, is_main: bool, said: Queue) -> None:
-        self.is_main, self.world, self.device, self._said = is_main, 2, torch.device("cpu"), said
+    def __init__(self, is_main: bool, said: Queue, answered: Queue | None = None) -> None:
+        self.is_main, self.world, self.device = is_main, 2, torch.device("cpu")
+        self._said, self._answered = said, answered
 
     def broadcast(self, item):
         if self.is_main:
@@ -34,15 +35,32 @@ class OneOfTwo(Processes):
             return item
         return self._said.get(timeout=30)
 
+    def gather(self, items):
+        own, others = (self._said, self._answered) if self.is_main else (self._answered, self._said)
+        own.put(items)
+        return [*items, *others.get(timeout=30)]
 
-def come_after(processes: Processes, order: list[str], failure: BaseException | None) -> None:
+
+def come_after(processes: Processes, order: list[str], failing: str, failure: BaseException | None) -> None:
+    name = "main" if processes.is_main else "other"
+
     def make() -> str:
-        if failure and processes.is_main:
+        if failure and failing == name:
             raise failure
-        order.append("main" if processes.is_main else "other")
-        return order[-1]
+        order.append(name)
+        return name
 
-    assert processes.main_first(make) == ("main" if processes.is_main else "other")
+    assert processes.main_first(make) == name
+
+
+def come_in_order(order: list[str], failing: str, failure: BaseException | None) -> list[BaseException | None]:
+    """How the main process ended, and the other."""
+    queues = Queue(), Queue()
+    with ThreadPoolExecutor(2) as threads:
+        other, main = (
+            threads.submit(come_after, OneOfTwo(is_main, *queues), order, failing, failure) for is_main in (False, True)
+        )
+    return [main.exception(), other.exception()]
 
 
 FAILURES = [(None, 0), (ConfigError("no weights"), 2), (OSError("gone"), 1), (ReaderGone(), 1)]
@@ -50,12 +68,20 @@ FAILURES = [(None, 0), (ConfigError("no weights"), 2), (OSError("gone"), 1), (Re
 
 @pytest.mark.parametrize(("failure", "code"), FAILURES)
 def test_the_others_follow_the_main_process_or_end_with_it(failure, code):
-    said, order = Queue(), []
-    with ThreadPoolExecutor(2) as threads:
-        other, main = (threads.submit(come_after, OneOfTwo(is_main, said), order, failure) for is_main in (False, True))
-    assert main.exception() is failure
+    order: list[str] = []
+    main, other = come_in_order(order, "main", failure)
+    assert main is failure
     assert order == ([] if failure else ["main", "other"])
-    assert (other.exception().code if failure else 0) == code
+    assert (other.code if failure else other) == (code or None)
+
+
+@pytest.mark.parametrize(("failure", "code"), FAILURES[1:])
+def test_the_main_process_ends_with_one_that_cannot_follow(failure, code):
+    order: list[str] = []
+    main, other = come_in_order(order, "other", failure)
+    assert other is failure
+    assert order == ["main"]
+    assert main.code == code
 
 
 def test_a_sum_of_one_process_stays_on_the_host():

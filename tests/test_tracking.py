@@ -9,6 +9,7 @@ import pytest
 from jobs import launch, start, stop_after_lines
 
 from trajdist.cli import main
+from trajdist.training.validation import Examiner
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 DEBUG = ("runtime.mixed_precision=no", "data.image_size=32")
@@ -79,6 +80,15 @@ def test_a_tracker_that_fails_is_named_once_and_dropped(tmp_path, fresh_accelera
     told = " ".join(capsys.readouterr().out.split())
     assert told.count("the tracker tensorboard failed (ConnectionError: the server is gone)") == 1
     assert len(lines_of(tmp_path, "epoch", 1)) == 2
+
+
+def test_a_tracker_is_kept_where_no_picture_could_be_read(tmp_path, fresh_accelerate, monkeypatch, capsys):
+    """Held-out images out of reach for a moment, at the end of an epoch."""
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(Examiner, "draw", lambda self, weights: [])
+    assert main(["train", "debug", f"run_dir={tmp_path}", *DEBUG, "logging.trackers=[tensorboard]"]) == 0
+    assert "failed" not in capsys.readouterr().out
+    assert len(events(tmp_path).Scalars("phase1/epoch/loss")) == 2
 
 
 def test_a_tracker_that_is_not_there_is_named_before_training(tmp_path, monkeypatch, capsys):

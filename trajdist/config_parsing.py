@@ -113,7 +113,7 @@ def _explain(error: ValidationError, known: list[str]) -> str:
     same = [each for each in (problem, *others) if _key(each["loc"], sections) == key and each["input"] is value]
     message = " or ".join(dict.fromkeys(_said(each["msg"]) for each in same))
     if problem["type"] == "list_type" and isinstance(value, (str, int, float)):
-        message += f", as in {key}=[{value}]"
+        message += f", as in {key}={_as_list(str(value))}"
     if problem["type"] == "string_type" and isinstance(value, (int, float, date)):
         message += ", so write it in quotes"
     if (key, value) == ("backbone.weights", None):
@@ -134,6 +134,11 @@ def _key(location: tuple[int | str, ...], sections: set[str]) -> str:
 def _said(message: str) -> str:
     message = message.removeprefix("Value error, ")
     return message[0].lower() + message[1:]
+
+
+def _as_list(text: str) -> str:
+    """The list that was meant. If it has brackets but was read as text, an item such as ``layer?.*`` lacks quotes."""
+    return str([item.strip(" '\"") for item in text.strip("[]").split(",")]) if text.startswith("[") else f"[{text}]"
 
 
 def _shown(value: object) -> str:

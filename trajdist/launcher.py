@@ -18,9 +18,9 @@ def rank() -> int:
     return _number("RANK", 0)
 
 
-def world(default: int = 1) -> int:
-    """Number of processes in the job; ``default`` without a launcher."""
-    return _number("WORLD_SIZE", default)
+def world() -> int:
+    """Number of processes in the job; 1 without a launcher."""
+    return _number("WORLD_SIZE", 1)
 
 
 def local_world(default: int = 1) -> int:

@@ -134,6 +134,12 @@ def _timm(name: str, weights: str) -> Built:
     try:
         network: Any = timm.create_model(model_name, pretrained=weights == "DEFAULT")
     except (OSError, RuntimeError) as error:
+        # The part of the name behind the dot is checked first, whatever the weights.
+        if weights != "DEFAULT" or "pretrained tag" in str(error):
+            raise ConfigError(
+                f"backbone.name={name!r} cannot be built by timm ({_cause(error)}): name one of timm.list_models(), "
+                "or with the weights behind a dot one of timm.list_pretrained()."
+            ) from None
         raise ConfigError(
             f"backbone.weights=DEFAULT of {name!r} could not be downloaded ({_cause(error)}): name a "
             ".safetensors or .pt file in backbone.weights, or set it to none."

@@ -30,6 +30,7 @@ class Projection(nn.Module):
         feature_dim: D.
 
     Attributes:
+        widths: number of valid entries of each step.
         valid_LD: bool, False where a trajectory is padding.
     """
 
@@ -38,12 +39,12 @@ class Projection(nn.Module):
     def __init__(self, channels: list[int], feature_dim: int) -> None:
         super().__init__()
         self.channels, self.feature_dim = list(channels), feature_dim
-        widths = [min(count, feature_dim) for count in channels]
-        for step, (count, width) in enumerate(zip(channels, widths, strict=True)):
+        self.widths = [min(count, feature_dim) for count in channels]
+        for step, (count, width) in enumerate(zip(channels, self.widths, strict=True)):
             self.register_buffer(f"mean_{step}", torch.zeros(count))
             self.register_buffer(f"matrix_{step}", torch.zeros(count, width))
         # On the CPU even under torch.device("meta"): it is not in the state dict, so loading would not fill it in.
-        valid_LD = torch.arange(feature_dim, device="cpu")[None, :] < torch.tensor(widths, device="cpu")[:, None]
+        valid_LD = torch.arange(feature_dim, device="cpu")[None, :] < torch.tensor(self.widths, device="cpu")[:, None]
         self.register_buffer("valid_LD", valid_LD, persistent=False)
 
     def forward(self, step: int, pooled_BPC: torch.Tensor) -> torch.Tensor:
@@ -163,9 +164,8 @@ def fit_projection(projection: Projection, moments: list[BlockMoments], kind: st
 
     Empties the list: each step's moments are let go before the next, mostly larger ones are used.
     """
-    for step, channels in enumerate(projection.channels):
+    for step, width in enumerate(projection.widths):
         moment = moments.pop(0)
-        width = min(channels, projection.feature_dim)
         covariance = moment.covariance_CC
         if kind == "pca":
             matrix = pca_whitening(covariance, width)

@@ -239,12 +239,12 @@ class TrajectoryExtractor:
         passes = self.passes(images_BCSS.shape[0])
         # All passes are alike: for counting bytes the last one is enough, as it runs beside the results of all others.
         skipped = passes[:-1] if self.rehearses else []
-        parts = [self._empty(images_BCSS[part], places_BK) for part in skipped]
+        parts = [self._blank(images_BCSS[part], places_BK) for part in skipped]
         for part in passes[len(skipped) :]:
             parts.append(self._run(images_BCSS[part], None if places_BK is None else places_BK[part]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _empty(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
+    def _blank(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
         length, width = self.projection.valid_LD.shape
         places = self.resolution**2 if places_BK is None else places_BK.shape[1]
         shape = images_BCSS.shape[0], places, length, width
@@ -252,7 +252,7 @@ class TrajectoryExtractor:
 
     def _trajectories(self, images_BCSS: torch.Tensor, places_BK: torch.Tensor | None) -> torch.Tensor:
         """Trajectories of one pass, ``[B, P, L, D]``, or of some places ``[B, K, L, D]``."""
-        out_BPLD = self._empty(images_BCSS, places_BK)
+        out_BPLD = self._blank(images_BCSS, places_BK)
 
         def project(step: int, pooled_BPC: torch.Tensor) -> None:
             projected = self.projection(step, pooled_BPC)

@@ -3,7 +3,7 @@
 The real code of a training step runs on fake tensors, which have shapes but no data, while every storage that is
 created or freed is counted: that gives the peak for any batch size, device and precision on any machine.
 
-Shape suffixes: B images, P places, N = B x P rows, L steps, D channels of a trajectory, F its valid entries, S image
+Shape suffixes: B images, P places, N = B x P rows, L steps, D channels of a trajectory, W = L x D, S image
 side.
 """
 
@@ -27,11 +27,12 @@ from trajdist.data.loader import ImageBatch
 from trajdist.data.trajectory_cache import Cached
 from trajdist.extraction.projection import BlockMoments, pca_whitening
 from trajdist.extraction.trajectory import TrajectoryExtractor, update_moments
-from trajdist.planning.task import autocast, plan_task, widths_of
+from trajdist.planning.task import autocast, plan_task
 from trajdist.runtime.clock import Clock
 from trajdist.saved import bundle
 from trajdist.scoring.residuals import PlaceMoments, ResidualModel
-from trajdist.training.feed import Feed, Stream, num_places
+from trajdist.training.feed import Feed, Stream
+from trajdist.training.train import place_draw
 
 
 class LiveBytes(TorchDispatchMode):
@@ -141,7 +142,7 @@ class Rehearsal:
         self.extractor.rehearses = True
         for module in (self.extractor.backbone, self.extractor.projection, self.model):
             self._become_fake(module)
-        self.widths, self._contrasts = widths_of(self.extractor.projection), config.contrasts(phase)
+        self.widths, self._contrasts = self.extractor.projection.widths, config.contrasts(phase)
         with self._mode:
             self.task = plan_task(config, phase, self.extractor, self.model)
         self.sizes = self._measure_sizes()
@@ -235,8 +236,9 @@ class Rehearsal:
             coverage = torch.zeros(count, self.extractor.resolution**2)
             return ImageBatch(images, weights, digest, [], coverage=coverage)
         length, width = self.extractor.projection.valid_LD.shape
-        chosen = num_places(self.config, self.extractor)
-        places = torch.zeros(count, chosen, dtype=torch.int64) if chosen < self.extractor.resolution**2 else None
+        draw = place_draw(self.config, self.phase, self.extractor)
+        chosen = draw.count if draw else self.extractor.resolution**2
+        places = torch.zeros(count, chosen, dtype=torch.int64) if draw else None
         cached = None
         if self.config.cache.dir:
             found = torch.zeros(0, chosen, length, width, dtype=torch.bfloat16)
@@ -261,9 +263,9 @@ class Rehearsal:
         entries, moments, residual = sum(self.widths), self._place_moments(), self._residual_model()
         for use in (lambda rows: moments.update(rows, torch.ones(len(images))), residual.energies):
             target_NLD = self.extractor(images).flatten(0, 2)
-            error_NE = (target_NLD - self.model(target_NLD).output_NLD.float()).flatten(1)
-            use(error_NE[:, :entries].clone())
-            del target_NLD, error_NE
+            error_NW = (target_NLD - self.model(target_NLD).output_NLD.float()).flatten(1)
+            use(error_NW[:, :entries].clone())
+            del target_NLD, error_NW
         return live.take()
 
     def fit_peak(self) -> int:

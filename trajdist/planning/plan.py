@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.table import Table
 
 from trajdist import launcher
@@ -109,7 +108,7 @@ def _plan_phase(
     number = max(range(len(walks)), key=lambda each: walks[each].slots)
     lead, walk = trainings[number], walks[number]
     local_world = launcher.local_world(world)
-    workers = resolve_workers(config.data.num_workers, local_world, torch.device(device).type)
+    workers = resolve_workers(config.data.num_workers, local_world, device)
     mixed_precision = supported_precision(config.runtime.mixed_precision, device)
 
     modules = build_modules(config, phase)

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map
 
 from trajdist.config import Config
 from trajdist.data.loader import ImageBatch
-from trajdist.extraction.projection import Projection
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.training.objectives import ContrastModel, DefectContrast, Objective
@@ -48,17 +47,12 @@ def plan_task(config: Config, phase: int, extractor: TrajectoryExtractor, model:
     """The task of a phase, on the extractor's device."""
     if not config.contrasts(phase):
         return PlannedTask(model, reconstruction(config, extractor))
-    valid_LD, widths = extractor.projection.valid_LD, widths_of(extractor.projection)
+    valid_LD, widths = extractor.projection.valid_LD, extractor.projection.widths
     with valid_LD.device:
         # Fake tensors cannot tell which entries are valid, and only their number matters for the cost.
         valid_F = torch.arange(sum(widths))
         contrast = ContrastModel(model, ResidualModel(widths, extractor.resolution), valid_F)
     return PlannedTask(contrast, DefectContrast(valid_LD))
-
-
-def widths_of(projection: Projection) -> list[int]:
-    """Number of valid entries of each step of a trajectory."""
-    return [min(count, projection.feature_dim) for count in projection.channels]
 
 
 def autocast(device_type: str, precision: str) -> torch.autocast:

@@ -124,7 +124,7 @@ class Clock:
         self._pending = waiting
 
     def seconds(self) -> dict[str, float]:
-        """Seconds per stage so far. Waits for the device, so it is called only when a checkpoint is written."""
+        """Seconds per stage so far. Waits for the device, so it is called only for a checkpoint or at the end."""
         if self._pending:
             torch.cuda.synchronize()
             self.waited()

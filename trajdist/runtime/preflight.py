@@ -252,6 +252,8 @@ def _facts(config: Config, sources: Mapping[str, ImageSource], world: int) -> di
         "WORLD_SIZE": world,
         "device": device_type(),
         "config": _hash(_flat(config)),
+        # Processes that adapt to domains in another order would sum other things.
+        "order of data.domains": list(config.data.domains),
         "mixed precision": precision(config.runtime.mixed_precision),
         **{f"number of images in {_key(name)}": len(source) for name, source in sources.items()},
         **{f"list of images in {_key(name)}": source.fingerprint[:12] for name, source in sources.items()},
@@ -263,7 +265,7 @@ def _flat(config: Config) -> dict[str, Any]:
 
 
 def _hash(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(meeting: Meeting) -> Iterator[str]:
@@ -282,13 +284,13 @@ def _differences(meeting: Meeting) -> Iterator[str]:
             )
         elif found:
             fix = FIXES.get(found.partition(" in ")[0], SAME_COMMAND)
-            yield _sentence(rank, facts["host"], found, facts.get(found), expected[found], fix)
+            yield _sentence(rank, facts["host"], found, facts.get(found), expected.get(found), fix)
 
 
-def _differing(values: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    """The keys whose values differ, in the order of ``expected``; what is about a machine may differ."""
-    for key in expected:
-        if key not in ("host", "crowd") and values.get(key) != expected[key]:
+def _differing(values: dict[str, Any], expected: dict[str, Any]) -> Iterator[str]:
+    """The keys whose values differ, those of ``expected`` first; what is about a machine may differ."""
+    for key in expected | values:
+        if key not in ("host", "crowd") and values.get(key) != expected.get(key):
             yield key
 
 

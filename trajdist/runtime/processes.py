@@ -139,7 +139,7 @@ def crowd() -> str:
 
 def why_it_failed(error: Exception) -> str:
     """The reason in a library's error, on one line. NCCL gives it after some 200 characters about itself."""
-    return one_line(RuntimeError(str(error).rpartition("Last error:")[2])) or one_line(error)
+    return one_line(str(error).rpartition("Last error:")[2]) or one_line(error)
 
 
 class Processes:
@@ -215,11 +215,17 @@ class Processes:
         """What each process makes for itself, the main process before the others: they find what it downloaded.
 
         Raises:
-            Exception, SystemExit: as :meth:`main_does`, if it fails on the main process.
+            Exception, SystemExit: as :meth:`all_do`, if it fails on any process.
         """
         made: list[Answer] = []
-        self.main_does(lambda: made.append(make()))
-        return made[0] if self.is_main else make()
+
+        def make_it() -> None:
+            if not made:
+                made.append(make())
+
+        self.main_does(make_it)
+        self.all_do(make_it)
+        return made[0]
 
     def all_do(self, work: Callable[[], None]) -> None:
         """Every process does ``work``; an error on any of them ends all.

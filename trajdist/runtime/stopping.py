@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from trajdist.errors import StopRequested
+
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 
 
@@ -32,6 +34,10 @@ class StopFlag:
     def ask(self, why: str) -> None:
         """Request a stop; the first reason is kept."""
         self.why = self.why or why
+
+    def requested(self) -> StopRequested:
+        """What ends a run that was asked to stop, on this process or on another one."""
+        return StopRequested(self.why or "another process was asked to stop")
 
     def heard(self) -> bool:
         """Whether a signal has arrived, even if the main thread is in code that keeps it from running handlers."""

@@ -18,7 +18,7 @@ from trajdist.sharding import seed_of
 from trajdist.training.adoption import adopt_phase1
 from trajdist.training.doctor import smaller
 from trajdist.training.job import Job
-from trajdist.training.objectives import ContrastModel, DefectContrast, Task
+from trajdist.training.objectives import ContrastModel, DefectContrast, Task, reconstructing
 from trajdist.training.passes import CleanImages, calibrate, contrast_residuals, shared_extractor
 from trajdist.training.session import Session, with_keys_of
 from trajdist.training.summary import combine, finish, is_done, summarise
@@ -50,16 +50,10 @@ def _adapt_to_all(session: Session) -> None:
     extractor = shared_extractor(session)
     session.write_status()
     domains = {name: session.of_domain(name) for name in session.config.data.domains}
-    under_way = dict(domains)
+    under_way: dict[str, Session] = {}
     try:
         with naming_memory(processes, lambda device: _smaller_of(domains, device)):
-            under_way = {name: domain for name, domain in domains.items() if not is_done(domain, 2)}
-            trainings = [_prepare(domain) for domain in under_way.values()]
-            jobs = train(extractor, trainings) if trainings else []
-            summaries = [summarise(job) for job in jobs]
-            for job, summary in zip(jobs, summaries, strict=True):
-                _conclude(job, summary)
-                under_way.pop(job.session.domain).write_status(ended=True)
+            _adapt_to_each(domains, under_way, extractor)
             for domain in domains.values():
                 domain.accept()
             together = processes.main_knows(
@@ -74,6 +68,21 @@ def _adapt_to_all(session: Session) -> None:
         session.at.step = max(domain.at.step for domain in domains.values())
         for domain in domains.values():
             domain.rundir.unlock()
+
+
+def _adapt_to_each(domains: dict[str, Session], under_way: dict[str, Session], extractor: TrajectoryExtractor) -> None:
+    """Adapt to the domains that are not done; ``under_way`` has, at any time, those that an error would concern."""
+    for name, domain in domains.items():
+        under_way[name] = domain
+        with domain.naming():
+            if is_done(domain, 2):
+                del under_way[name]
+    trainings = [_prepare(domain) for domain in under_way.values()]
+    jobs = train(extractor, trainings) if trainings else []
+    summaries = [summarise(job) for job in jobs]
+    for job, summary in zip(jobs, summaries, strict=True):
+        _conclude(job, summary)
+        under_way.pop(job.session.domain).write_status(ended=True)
 
 
 def _smaller_of(domains: dict[str, Session], device_type: str) -> str:
@@ -112,7 +121,7 @@ def _conclude(job: Job, summary: dict[str, Any]) -> None:
     from trajdist.saved import lora
 
     session, base_id, whitened = job.session, job.task.base, job.task.whitened
-    trained = job.trained_model() if whitened is None else job.trained_model().model
+    trained: Any = reconstructing(job.trained_model())
 
     def save() -> None:
         lora.save_proven(session.rundir, trained, base_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from trajdist.config import SETS, Config
@@ -10,6 +11,9 @@ from trajdist.files import exists, is_file, is_folder, user_path, write_bytes
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.training.session import Session
+
+# Models that model.num_heads says nothing about.
+WITHOUT_HEADS = ("autoencoder", "vae")
 
 
 def adopt_phase1(session: Session) -> None:
@@ -84,12 +88,25 @@ def _check_same_model(config: Config, trajectory: Path, model: Path) -> None:
         "data.domain.fit": (config.data.domain.fit, made.fit),
         "model.spatial_resolution": (config.model.spatial_resolution, made.spatial_resolution),
         "model.feature_dim": (config.model.feature_dim, made.feature_dim),
+        "trajectory.projection": (config.trajectory.projection, made.projection),
         "trajectory.subcells": (config.trajectory.subcells, made.subcells),
         "model.type": (config.model.type, learned.type),
         "model.hidden_dim": (config.model.hidden_dim, learned.hidden_dim),
         "model.latent_dim": (config.model.latent_dim, learned.latent_dim),
         "model.num_layers": (config.model.num_layers, learned.num_layers),
+        "model.dropout": (config.model.dropout, learned.dropout),
     }
+    if learned.type not in WITHOUT_HEADS:
+        pairs["model.num_heads"] = (config.model.num_heads, learned.num_heads)
+    if not _could_choose(config.backbone.blocks, made.blocks):
+        pairs["backbone.blocks"] = (config.backbone.blocks, made.blocks)
     for key, (mine, theirs) in pairs.items():
         if mine != theirs:
             raise ConfigError(f"{key}={mine!r}, but the Phase 1 in {str(model.parent)!r} has {theirs!r}: use that.")
+
+
+def _could_choose(patterns: list[str], blocks: list[str]) -> bool:
+    """Whether globs of module names may stand for these blocks; none at all stand for those of Phase 1."""
+    used = {pattern for pattern in patterns for block in blocks if fnmatchcase(block, pattern)}
+    chosen = {block for block in blocks for pattern in patterns if fnmatchcase(block, pattern)}
+    return not patterns or (used == set(patterns) and chosen == set(blocks))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 
 from trajdist.data.decode import TRANSFORM
-from trajdist.data.trajectory_cache import GIB, CacheWriter, TrajectoryCache
+from trajdist.data.trajectory_cache import CacheWriter, TrajectoryCache
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.files import user_path
 from trajdist.saved.bundle import trajectory_fingerprint
+from trajdist.tables import GIB
 from trajdist.training.session import Session
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from trajdist.config import Config
 from trajdist.data.loader import ImageBatch
 from trajdist.data.trajectory_cache import CacheWriter
 from trajdist.extraction.trajectory import TrajectoryExtractor
@@ -22,17 +21,6 @@ from trajdist.runtime.processes import to_device
 Pair = tuple[ImageBatch, torch.Tensor]
 # One batch of each stream, keyed by stream number.
 Round = dict[int, ImageBatch]
-
-
-def num_places(config: Config, extractor: TrajectoryExtractor) -> int:
-    """Number of places per image that a step trains on."""
-    return max(1, round(config.train.cell_fraction * extractor.resolution**2))
-
-
-def move(batch: ImageBatch, device: torch.device, clock: Clock) -> ImageBatch:
-    """Copy a batch to the device. Images are copied as uint8, a quarter of the bytes, and become float there."""
-    with clock("transfer"):
-        return to_device(batch, device)
 
 
 @dataclass(frozen=True)
@@ -151,7 +139,11 @@ class Feed:
             yield _hand_over(*waiting)
 
     def _run(self, batches: Round) -> dict[int, Pair]:
-        moved = {number: move(batch, self._device, self._clock) for number, batch in batches.items()}
+        moved = {}
+        for number, batch in batches.items():
+            with self._clock("transfer"):
+                # Images are copied as uint8, a quarter of the bytes, and become float there.
+                moved[number] = to_device(batch, self._device)
         with self._clock("backbone"), self._autocast():
             seen = dict(zip(moved, self._extract(list(moved.values())), strict=True))
             return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -65,13 +65,15 @@ def check_bad(session: Session, set_name: str, num_images: int, failures: int) -
 
 
 class BadImages:
-    """``bad_images.jsonl``: every image that could not be used, listed once, with the reason."""
+    """``bad_images.jsonl``: every image that could not be used, listed once, with the reason.
+
+    Every pass over images has its own; in the midst of a phase, validation lists images as well.
+    """
 
     def __init__(self, rundir: RunDir, processes: Processes) -> None:
         self._rundir, self._processes = rundir, processes
-        if processes.is_main:
-            rundir.drop_torn_line(rundir.bad_images)
-        self._known = _names_in(rundir.bad_images) if processes.is_main else set()
+        self._listed: set[tuple[str, str]] = set()
+        self._bytes_read = 0
         self._new: list[tuple[int, str]] = []
 
     def note(self, failures: list[tuple[int, str]]) -> None:
@@ -90,23 +92,25 @@ class BadImages:
         return [index for index, _ in found]
 
     def _unlisted(self, found: list[tuple[int, str]], set_name: str, name_of: NameOf) -> Iterator[dict[str, Any]]:
+        self._read_on()
         for index, reason in found:
             image = name_of(index)
-            if (set_name, image) not in self._known:
-                self._known.add((set_name, image))
+            if (set_name, image) not in self._listed:
+                self._listed.add((set_name, image))
                 yield {"set": set_name, "index": index, "image": image, "reason": reason}
 
-
-def _names_in(path: Path) -> set[tuple[str, str]]:
-    names = set()
-    if exists(path):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
+    def _read_on(self) -> None:
+        """Read what has been listed since the last call."""
+        if not exists(self._rundir.bad_images):
+            return
+        with open(self._rundir.bad_images, "rb") as file:
+            file.seek(self._bytes_read)
+            lines = file.read()
+        self._bytes_read += len(lines)
+        for line in lines.splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # Not a line of ours.
                 record = json.loads(line)
-                names.add((record["set"], record["image"]))
-            except (ValueError, KeyError, TypeError):
-                continue  # A line truncated by a crash.
-    return names
+                self._listed.add((record["set"], record["image"]))
 
 
 class Journal:

@@ -105,6 +105,7 @@ def resume(job: Job) -> None:
     epochs, position = divmod(job.cursor, job.plan.num_images)
     if epochs > job.keeper.epoch and position == 0:
         validate_epoch(job, job.plan.step(session.at.step - 1))
+        job.progress.go_on()
 
 
 def begin_step(job: Job, step: Step) -> None:
@@ -209,7 +210,7 @@ def finish_step(job: Job, step: Step) -> None:
         job.progress.go_on()
     if stop:
         session.processes.main_does(job.writer.finish)
-        raise StopRequested(session.stop.why or "another process was asked to stop")
+        raise session.stop.requested()
 
 
 def save_checkpoint(job: Job, step: Step) -> None:
@@ -244,8 +245,9 @@ def save_checkpoint(job: Job, step: Step) -> None:
 def close_epoch(job: Job, step: Step) -> bool:
     """Log heat maps and validate. False if a stop was requested meanwhile: the next start validates instead."""
     if job.session.trackers:
-        title = f"phase{job.phase}/heat maps"
-        job.session.trackers.show(title, job.examiner.draw(job.judged_weights()), job.number_of(step))
+        pictures = job.examiner.draw(job.judged_weights())
+        if pictures:  # Unless none of the images could be read.
+            job.session.trackers.show(f"phase{job.phase}/heat maps", pictures, job.number_of(step))
     try:
         validate_epoch(job, step)
     except StopRequested:

@@ -105,6 +105,11 @@ class ContrastModel(nn.Module):
             return reconstruction, slope * scores_BP + offset
 
 
+def reconstructing(model: nn.Module) -> nn.Module:
+    """The model of trajectories itself, whatever it is trained in."""
+    return model.model if isinstance(model, ContrastModel) else model
+
+
 @dataclass(frozen=True)
 class DefectContrast:
     """Logistic loss over the places of clean images and of copies with a defect drawn in.

@@ -14,19 +14,17 @@ from trajdist.config import SETS
 from trajdist.data.decode import Fit
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, IndexAt
-from trajdist.errors import StopRequested
 from trajdist.extraction.backbones import Backbone
 from trajdist.extraction.projection import BlockMoments, fit_projection
 from trajdist.extraction.trajectory import TrajectoryExtractor, update_moments
 from trajdist.files import exists
 from trajdist.runtime.allocator import trim
-from trajdist.runtime.clock import Clock
+from trajdist.runtime.processes import to_device
 from trajdist.runtime.progress import Progress
 from trajdist.saved import bundle
 from trajdist.scoring.detector import Detector
 from trajdist.scoring.residuals import PlaceMoments, ResidualModel, roots
 from trajdist.sharding import Plan, Selection
-from trajdist.training.feed import move
 from trajdist.training.journal import BadImages, check_bad
 from trajdist.training.selection import Phase1Images
 from trajdist.training.session import Session
@@ -67,8 +65,9 @@ class CleanImages:
         index_at = self.selection.held_out(count)
         return clean_batches(self.session, self.set_name, index_at, count, title, defects, fit)
 
-    def detector(self, name: str, model: nn.Module) -> Detector:
+    def detector(self, model: nn.Module) -> Detector:
         """A detector on the device, not yet fitted."""
+        name = f"phase{self.selection.phase}"
         detector = Detector(name, model, self.extractor.projection.valid_LD, self.extractor.resolution)
         return detector.to(self.session.processes.device)
 
@@ -81,7 +80,7 @@ def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtra
         ArtifactError, ConfigError: see :func:`shared_extractor`.
     """
     path, weights = session.rundir.trajectory, session.config.backbone.weights
-    if not session.processes.main_knows(path.exists):
+    if not session.processes.main_knows(lambda: exists(path)):
         backbone = _make_projection(session, selection)
         # The last bits of eigenvectors differ between machines, so all processes read those of the main process.
         session.extractor = _ready(session, bundle.with_projection(path, backbone, weights))
@@ -169,7 +168,7 @@ def clean_batches(
         DataError: too many images could not be read.
     """
     processes, plan = session.processes, pass_plan(session, set_name, num_images)
-    bad_images, clock = BadImages(session.rundir, processes), Clock(processes.device)
+    bad_images = BadImages(session.rundir, processes)
     session.say(f"{title}: {num_images:,} images")
     trim()
     loader = session.loader(set_name, index_at, plan, defects=defects, fit=fit, scattered=scattered)
@@ -177,10 +176,10 @@ def clean_batches(
         for step, batch in zip(plan.steps(), loader, strict=True):
             bad_images.note(batch.failures)
             session.watchdog.beat()
-            yield move(batch, processes.device, clock)
+            yield to_device(batch, processes.device)
             progress.advance(step.stop)
             if processes.any(bool(session.stop)):
-                raise StopRequested(session.stop.why or "another process was asked to stop")
+                raise session.stop.requested()
     trim()
     bad = bad_images.write(set_name, session.sources[set_name].name)
     check_bad(session, set_name, num_images, len(bad))
@@ -201,7 +200,7 @@ def contrast_residuals(clean: CleanImages, model: nn.Module, base: str) -> Resid
     """
     session = clean.session
     path, checkpoint = session.rundir.contrast, session.newest_checkpoint()
-    detector = clean.detector(path.parent.name, model)
+    detector = clean.detector(model)
     begun = checkpoint is not None and checkpoint.state["phase"] == clean.selection.phase
     # Before the first checkpoint, Phase 1 may have been trained further since these were measured.
     if not session.processes.main_knows(lambda: exists(path) and (begun or _is_of(path, base))):
@@ -240,7 +239,7 @@ def calibrate(
         ArtifactError: ``path`` cannot be written.
     """
     session = clean.session
-    detector = clean.detector(path.parent.name, model)
+    detector = clean.detector(model)
     fit_detector(clean, detector, whitened)
     detector.held_out = clean.selection.num_holdout > 0
     if not detector.held_out:

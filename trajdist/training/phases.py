@@ -138,8 +138,7 @@ def phase1(session: Session) -> None:
         model = bundle.new_model(document)
     settings = session.config.train
     objective = reconstruction(session.config, extractor)
-    base = document.trajectory_fingerprint
-    task = Task(model, objective, settings.learning_rate, settings.weight_decay, base)
+    task = Task(model, objective, settings.learning_rate, settings.weight_decay, base=document.trajectory_fingerprint)
     (job,) = train(extractor, [Training(session, selection, task)])
     summary = summarise(job)
     trained = job.trained_model()

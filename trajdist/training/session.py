@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -143,7 +144,7 @@ class Session:
             # A terminal has room for only one progress bar.
             console=make_console(self.processes.is_main, bars=False),
             reference_world=self.processes.main_knows(lambda: reference_world_of(rundir)),
-            trackers=self.trackers.under(name, int(self.rundir.read_summary().get("phase1", {}).get("steps", 0))),
+            trackers=self.trackers.under(name, self.rundir.phase1_steps()),
             domain=name,
             at=Position(phase=2),
         )
@@ -227,9 +228,10 @@ class Session:
 
     def _has_begun(self, phase: int) -> bool:
         """Whether a phase has produced anything from its images."""
+        if self.processes.main_knows(lambda: any(self.rundir.path.glob(f"phase{phase}/**/*.safetensors"))):
+            return True
         checkpoint = self.newest_checkpoint()
-        made = self.processes.main_knows(lambda: any(self.rundir.path.glob(f"phase{phase}/**/*.safetensors")))
-        return made or (checkpoint is not None and checkpoint.state["phase"] == phase)
+        return checkpoint is not None and checkpoint.state["phase"] == phase
 
     def loader(
         self,
@@ -270,7 +272,8 @@ class Session:
         )
         pin_memory = self.processes.device.type == "cuda"
         loader = build_loader(dataset, plan, cursor=cursor, num_workers=-(-workers // sharing), pin_memory=pin_memory)
-        prepared: DataLoader[ImageBatch] = self.accelerator.prepare_data_loader(loader, device_placement=False)
+        # The accelerator's own method would keep every loader until the end of the phase.
+        prepared: DataLoader[ImageBatch] = prepare_data_loader(loader)
         return prepared
 
     def newest_checkpoint(self) -> Checkpoint | None:
@@ -331,8 +334,8 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
     rundir, console = RunDir(config.run_dir), make_console(processes.is_main)
 
     def prepare() -> None:
-        has_begun = restarted and rundir.recall("fresh_for") == launcher.job()
-        if fresh and not has_begun and (aside := rundir.move_away()):
+        has_made_way = restarted and rundir.recall("fresh_for") == launcher.job()
+        if fresh and not has_made_way and (aside := rundir.move_away()):
             console.print(f"starting over: the old run is now {str(aside)!r}")
         claim(rundir, config, processes.world)
         if fresh:

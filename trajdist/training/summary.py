@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from trajdist.config import SETS
 from trajdist.data.loader import processors, resolve_threads, resolve_workers
@@ -24,25 +24,34 @@ def is_done(session: Session, phase: int) -> bool:
     done, adapted, lost = session.processes.main_knows(
         lambda: (rundir.read_summary().get(f"phase{phase}"), rundir.has_adapted(), rundir.lost(phase))
     )
-    if done and lost and phase == 1 and adapted:
+    if not done or ("domains" in done and not session.config.data.domains):
+        return False
+    is_base = phase == 1 and adapted
+    if lost and is_base:
         raise ArtifactError(
             f"{str(lost)!r} is gone, and Phase 2 is built on it: restore it, or start over with --fresh."
         )
-    if not done or lost or ("domains" in done and not session.config.data.domains):
+    if lost:
         return False
     session.check_images(SETS[phase])
     if done.get("validation", {}).get("stopped_early"):
-        session.say(f"phase {phase} stopped early, after {done['epochs']} epochs: nothing to repeat")
-        return True
+        return _repeat_nothing(session, done, f"phase {phase} stopped early, after {done['epochs']} epochs")
     epochs, wanted = done["epochs"], session.config.data.of_phase(phase).num_epochs
-    checkpoint = session.newest_checkpoint() if wanted > epochs and not (phase == 1 and adapted) else None
+    is_so = f"phase {phase} is done ({epochs} epochs)"
+    if wanted <= epochs:
+        return _repeat_nothing(session, done, is_so)
+    checkpoint = None if is_base else session.newest_checkpoint()
     if checkpoint and checkpoint.state["phase"] == phase:
         session.say(f"phase {phase} has {epochs} epochs and continues to {wanted}")
         return False
     built_on = phase == 1 and (adapted or checkpoint)
     reason = "Phase 2 is built on these" if built_on else "there is no checkpoint to resume from"
-    why = "" if wanted <= epochs else f"; for {wanted} epochs start over with --fresh: {reason}"
-    session.say(f"phase {phase} is done ({epochs} epochs): nothing to repeat{why}")
+    return _repeat_nothing(session, done, is_so, f"; for {wanted} epochs start over with --fresh: {reason}")
+
+
+def _repeat_nothing(session: Session, done: dict[str, Any], why: str, but: str = "") -> Literal[True]:
+    session.at.step = done["steps"]
+    session.say(f"{why}: nothing to repeat{but}")
     return True
 
 

@@ -24,7 +24,7 @@ from trajdist.saved.checkpoint import Checkpoint, CheckpointWriter, check_fits, 
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.tables import counted
 from trajdist.training.caching import open_cache, open_writer
-from trajdist.training.feed import Feed, Stream, num_places
+from trajdist.training.feed import Feed, Stream
 from trajdist.training.job import Job, trainable_weights
 from trajdist.training.journal import Journal
 from trajdist.training.keeper import Keeper
@@ -136,7 +136,7 @@ def _make_job(training: Training, extractor: TrajectoryExtractor, feed: Feed, cl
         writer=CheckpointWriter(session.rundir.checkpoints, config.checkpoint.keep),
         progress=Progress(session.console, session.titled(f"phase {phase}"), plan.total_images, cursor),
         clock=clock,
-        steps_before=_steps_before(session, phase),
+        steps_before=session.rundir.phase1_steps() if phase == 2 else 0,
     )
     if checkpoint:
         _restore(job, checkpoint)
@@ -202,7 +202,8 @@ def _projection_timed(session: Session, extractor: TrajectoryExtractor, clock: C
 
 def place_draw(config: Config, phase: int, extractor: TrajectoryExtractor) -> PlaceDraw | None:
     """Chooses the places to train on; None if that is all of them."""
-    total, count = extractor.resolution**2, num_places(config, extractor)
+    total = extractor.resolution**2
+    count = max(1, round(config.train.cell_fraction * total))
     return PlaceDraw(total, count, config.seed, phase) if count < total else None
 
 
@@ -218,9 +219,9 @@ def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None
             f"{str(session.rundir.path)!r} has a Phase 2, but its Phase 1 is not finished and would start over: "
             "name another run_dir, or start over with --fresh."
         )
-    if checkpoint and checkpoint.state["phase"] != phase:
+    if checkpoint and checkpoint.state["phase"] < phase:
         checkpoint = None
-    if checkpoint and checkpoint.state["base"] != base:
+    elif checkpoint and checkpoint.state["base"] != base:
         raise ArtifactError(
             f"the checkpoints in {str(session.rundir.checkpoints)!r} belong to other weights than this run's: "
             "restore the phase1 folder, or start over with --fresh."
@@ -236,7 +237,7 @@ def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None
 
 def _set_aside_unfinished(session: Session) -> None:
     """Set aside the checkpoints of further, unfinished epochs of Phase 1: Phase 2 builds on its finished ones."""
-    if left := set_aside_above(session.rundir.checkpoints, _steps_before(session, 2)):
+    if left := set_aside_above(session.rundir.checkpoints, session.rundir.phase1_steps()):
         session.say(f"checkpoints of unfinished further epochs of phase 1 are set aside: {', '.join(left)}")
 
 
@@ -288,8 +289,3 @@ def _announcement(phase: int, plan: Plan, cursor: int, model: nn.Module, world: 
         f"{counted(plan.micro_batches, 'micro-batch', 'micro-batches')})"
     )
     return text + (f"; resuming after {cursor:,} images" if cursor else "")
-
-
-def _steps_before(session: Session, phase: int) -> int:
-    """Checkpoints of Phase 2 are numbered after those of Phase 1."""
-    return int(session.rundir.read_summary().get("phase1", {}).get("steps", 0)) if phase == 2 else 0

@@ -27,7 +27,7 @@ from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.metrics import PixelScores, curve
 from trajdist.sharding import in_order
 from trajdist.training.journal import FIXED_POINT, fixed_point
-from trajdist.training.objectives import ContrastModel, Task
+from trajdist.training.objectives import Task, reconstructing
 from trajdist.training.passes import CleanImages, clean_batches, fit_detector, pass_plan
 from trajdist.training.session import Session
 
@@ -77,7 +77,7 @@ class Examiner:
         images = torch.from_numpy(pixels_BSS3).permute(0, 3, 1, 2).to(self.clean.session.processes.device)
         trajectories = extractor(images)
         target_NLD = trajectories.flatten(0, 2)
-        error_NLD = target_NLD - self._reconstructing()(target_NLD).output_NLD.float()
+        error_NLD = target_NLD - reconstructing(self.model)(target_NLD).output_NLD.float()
         cells_BHW = error_NLD[:, extractor.projection.valid_LD].square().mean(-1).view(trajectories.shape[:3])
         maps_BSS = residuals.upsample(cells_BHW, pixels_BSS3.shape[1]).cpu().numpy()
         low, high = float(maps_BSS.min()), float(maps_BSS.max())
@@ -91,9 +91,6 @@ class Examiner:
 
     def _silently(self) -> CleanImages:
         return replace(self.clean, session=self.clean.session.silent())
-
-    def _reconstructing(self) -> nn.Module:
-        return self.model.model if isinstance(self.model, ContrastModel) else self.model
 
     def _held_out(self) -> dict[str, Any]:
         clean, processes = self._silently(), self.clean.session.processes
@@ -119,7 +116,7 @@ class Examiner:
         """AUROCs after a calibration like that at the end of the phase: the figures that ``evaluate`` would report."""
         clean = self._silently()
         session = clean.session
-        detector = clean.detector("validation", self._reconstructing())
+        detector = clean.detector(reconstructing(self.model))
         fit_detector(clean, detector, self.task.whitened)
         counts = _Counts(labelled, session)
         plan = pass_plan(session, "validation", len(labelled))
