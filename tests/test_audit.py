@@ -20,6 +20,8 @@ from trajdist.cli import main
 from trajdist.config import Config
 from trajdist.config_files import load_config
 from trajdist.data.sources import open_source
+from trajdist.data.storage import Access
+from trajdist.errors import DataError
 from trajdist.saved.rundir import FIGURES, RunDir
 from trajdist.sharding import Plan, Selection, digest
 from trajdist.tools.audit import audit
@@ -153,6 +155,22 @@ def test_the_images_are_named_as_far_as_the_set_is_there(tmp_path, lines):
     (run_dir / "run.json").write_text(json.dumps(facts))
     by_name = "are missing: " + ", ".join(f"{number:04d}.png" for number in numbers) + ", ..."
     assert audit(run_dir).problems[0].endswith(by_name)
+
+
+def test_the_set_is_opened_as_training_opened_it(tmp_path, lines, monkeypatch):
+    """With the indexes of remote shards in data.cache_dir, and as many retries."""
+    opened = []
+
+    def refuse(path: str, key: str, access: Access) -> None:
+        opened.append((path, key, access))
+        raise DataError("it is gone")
+
+    drop(lines)
+    run_dir = write_run(tmp_path, lines)
+    (run_dir / "config.yaml").write_text(CONFIG.replace("data: {", "data: {cache_dir: near, read_retries: 5, "))
+    monkeypatch.setattr("trajdist.tools.audit.open_source", refuse)
+    assert audit(run_dir).problems
+    assert opened == [("x", "data.imagenet.path", Access(5, "near"))]
 
 
 def test_one_image_is_named_alone(tmp_path, lines):

@@ -210,7 +210,7 @@ def test_a_killed_command_goes_on(tmp_path):
         ("into itself", 2, "is SOURCE, and would hold images as well as shards"),
         ("no files", 3, "has no image files to pack"),
         ("a file", 4, "cannot be written"),
-        ("gone", 3, "cannot be read"),
+        ("gone", 3, "cannot be read (gone): restore it"),
     ],
 )
 def test_refusals(images, tmp_path, capsys, monkeypatch, what, code, words):
@@ -236,13 +236,28 @@ def test_refusals(images, tmp_path, capsys, monkeypatch, what, code, words):
     elif what == "a file":
         out.write_text("")
     else:
-        monkeypatch.setattr("trajdist.data.sources.read_bytes", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        monkeypatch.setattr("trajdist.data.sources.read_bytes", lambda *_: (_ for _ in ()).throw(OSError(5, "gone")))
     assert packed(source, out, *options) == code
     told = capsys.readouterr().err
     assert words in told
     assert told.count("\n") == 1
     if what.startswith("foreign shard"):
         assert foreign.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("noted", [None, "x", [{}], [{"name": 3}], {"name": "../images/cat/0000.png"}, {"images": 1.5}])
+def test_a_damaged_record(images, tmp_path, capsys, noted):
+    out = tmp_path / "out"
+    assert packed(images, out, "--shard-size", "20KiB") == 0
+    record = json.loads((out / "pack.json").read_text())
+    shards = [record["shards"][0] | noted] if isinstance(noted, dict) else noted
+    (out / "pack.json").write_text(json.dumps({**record, "shards": shards}))
+    capsys.readouterr()
+    assert packed(images, out, "--shard-size", "20KiB") == 4
+    told = capsys.readouterr().err
+    assert "pack.json' is damaged (shards" in told
+    assert told.count("\n") == 1
+    assert (images / "cat" / "0000.png").exists()
 
 
 def test_a_disk_that_took_something_else(images, tmp_path, monkeypatch, capsys):
@@ -256,6 +271,13 @@ def test_a_disk_that_took_something_else(images, tmp_path, monkeypatch, capsys):
 def test_names_that_are_no_text(tmp_path):
     write_images(tmp_path / "images", 2)
     (tmp_path / "images" / "0000.png").rename(tmp_path / "images" / os.fsdecode(b"caf\xe9.png"))
+    assert packed(tmp_path / "images", tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "images")
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    """Without a .cls it is the class."""
+    write_images(tmp_path / "images" / os.fsdecode(b"caf\xe9"), 2)
     assert packed(tmp_path / "images", tmp_path / "out") == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "images")
 

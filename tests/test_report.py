@@ -84,7 +84,7 @@ def evaluated(num_rows: int) -> ReportData:
         histogram([row.score for row in rows if (row.kind == "good") is good]) for good in (True, False)
     )
     ours = curve(anomalous, clean)
-    low, high = bootstrap_interval(ours, Curve.area, seed=0, num_samples=50)
+    low, high = bootstrap_interval(ours, Curve.area, num_samples=50)
     return dataclasses.replace(
         plain,
         title=HOSTILE,
@@ -541,16 +541,24 @@ def test_hardly_any_data(tmp_path, data):
     assert "NaN" not in seen["text"]
 
 
-def test_the_bars_of_many_images_are_counted_at_once(tmp_path, monkeypatch):
+def test_the_title_names_the_run_also_from_inside_it(tmp_path, monkeypatch):
+    (tmp_path / "road").mkdir()
+    monkeypatch.chdir(tmp_path / "road")
+    assert report._title(SimpleNamespace(run_dir=".", images_title="IMAGES")) == "road: IMAGES"
+
+
+def test_the_bars_of_many_images_are_counted_many_at_once(tmp_path, monkeypatch):
     scores = [0.5, None, *np.random.default_rng(0).gamma(4, 1.5, 50).tolist()]
-    (tmp_path / "scores.jsonl").write_text("".join(json.dumps({"score": score}) + "\n" for score in scores))
+    rows = [{"image": "a", "score": score} for score in scores]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     detector = SimpleNamespace(images=SimpleNamespace(histogram=histogram([1.0, 2.0])))
     expected = ScoreBars(
         *plot_bins({"calibration": histogram([1.0, 2.0]), "images": histogram([s for s in scores if s])})
     )
     calls, update = [], ScoreHistogram.update
+    monkeypatch.setattr("trajdist.scoring.histogram.CHUNK", 20)
     monkeypatch.setattr(ScoreHistogram, "update", lambda self, found: (calls.append(len(found)), update(self, found)))
     bars = report._bars(SimpleNamespace(scorer=SimpleNamespace(detectors=[detector]), out=tmp_path), None)
-    assert calls == [51]
+    assert calls == [20, 20, 11]
     assert bars.counts["images"].tolist() == expected.counts["images"].tolist()
     assert bars.counts["images"].sum() == 51

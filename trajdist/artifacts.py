@@ -33,13 +33,13 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | 
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], document: Any = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], document: Any) -> None:
     """Write tensors, and a JSON document in their metadata, atomically.
 
     Raises:
         ArtifactError: the file cannot be written.
     """
-    metadata = None if document is None else {METADATA_KEY: json.dumps(document, sort_keys=True)}
+    metadata = {METADATA_KEY: json.dumps(document, sort_keys=True)}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, save(on_cpu, metadata=metadata))
 

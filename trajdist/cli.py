@@ -202,7 +202,7 @@ def _open(arguments: argparse.Namespace) -> tuple[Config, dict[str, ImageSource]
     data = config.data
     several = {f"domains.{name}": domain.path for name, domain in data.domains.items()}
     wanted = {1: {"imagenet": data.imagenet.path}, 2: several or {"domain": data.domain.path}}
-    access = Access(data.read_retries, data.cache_dir, data.cache_gib, data.shuffle_window)
+    access = Access.of(data)
     sources = open_sets({name: path for phase in phases for name, path in wanted[phase].items()}, access)
     return config, sources | _labelled(config), phases
 

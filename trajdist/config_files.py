@@ -16,7 +16,7 @@ import yaml
 from trajdist.config import Config
 from trajdist.config_parsing import parse_config
 from trajdist.config_schema import is_text
-from trajdist.errors import ConfigError
+from trajdist.errors import ConfigError, one_line
 from trajdist.files import user_path
 
 DIGITS = re.compile(r"\d+")
@@ -145,7 +145,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = _parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split()).rstrip("^ :.")
+        reason = one_line(error, 400).rstrip("^ :.")  # YAML's quotes the line and points at a place in it.
         raise ConfigError(f"the config {str(path)!r} cannot be read as YAML ({reason}): fix the file.") from None
     if tree is None:
         return {}

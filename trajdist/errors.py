@@ -3,14 +3,26 @@
 Every message is one sentence that names the field or the file, its value, and how to fix it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
-def one_line(error: BaseException, most: int = 200) -> str:
+def one_line(error: BaseException | str, most: int = 200) -> str:
     """The message of a third-party error, for the middle of a sentence: at most ``most`` characters on one line."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(said.split())[:most].rstrip(". ")
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """The dotted field of the first problem that pydantic found, empty for the whole document, and what it says."""
+    problem = error.errors(include_url=False)[0]
+    return ".".join(map(str, problem["loc"])), problem["msg"]
 
 
 class UserError(ValueError):

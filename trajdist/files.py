@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import stat
 import uuid
 from pathlib import Path
@@ -189,6 +190,12 @@ def sync_folder(folder: Path) -> None:
         pass  # Some network file systems cannot sync folders; the files themselves are synced.
     finally:
         os.close(handle)
+
+
+def copy_mode(source: Path, target: Path) -> None:
+    """Give a file the permissions of another: safetensors makes its files readable only by the owner."""
+    with contextlib.suppress(OSError):  # Not every file system has modes.
+        shutil.copymode(source, target)
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
 
-from trajdist.errors import ConfigError
+from trajdist.errors import ConfigError, one_line
 
 GROUP = "trajdist.models"
 BUILT_IN = ("autoencoder", "vae", "transformer")
@@ -47,5 +47,5 @@ def load_model_class(name: str) -> object:
     try:
         return entry.load()
     except Exception as error:  # A third-party module may raise anything.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise ConfigError(f"model.type={name!r} is {entry.value!r}, which cannot be imported ({reason}).") from None

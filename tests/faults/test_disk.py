@@ -169,7 +169,7 @@ def test_a_hostile_state(change, stopped, tmp_path, capsys):
 def test_hostile_tensors(file, tensors, stopped, tmp_path, capsys):
     run_dir = shutil.copytree(stopped, tmp_path / "run")
     folder = run_dir / "checkpoints" / "step-00000005"
-    write_tensors(folder / file, tensors)
+    write_tensors(folder / file, tensors, None)
     reseal(folder)
     assert main(arguments(run_dir)) == 4
     assert "does not match the model: it belongs to another run" in capsys.readouterr().err

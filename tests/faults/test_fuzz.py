@@ -28,6 +28,7 @@ from trajdist.runtime.memory import peak_memory_bytes, reset_peak_memory
 from trajdist.saved import bundle
 from trajdist.saved.checkpoint import FILES, load_checkpoint, verify
 from trajdist.saved.lora import load_adapter
+from trajdist.scoring.output import read_rows
 from trajdist.sharding import Slots
 from trajdist.tools.audit import audit
 from trajdist.tools.inspection import inspect
@@ -204,6 +205,19 @@ def test_ledgers(ledger, folder):
     (folder / "config.yaml").write_text("")
     (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger))
     assert bool(audit(folder).problems) == bool(ledger)
+
+
+@bounded
+@given(line=st.binary(max_size=60) | TREES.map(lambda tree: json.dumps(tree).encode()))
+@example(line=b"caf\xe9")
+@example(line=NESTED)
+@example(line=b'{"image": "b.png"}')
+@example(line=b'{"image": "b.png", "score": "high"}')
+def test_rows_of_a_scoring(line, folder):
+    (folder / "scores.jsonl").write_bytes(b'{"image": "a.png", "score": 1.5}\n' + line)
+    said = complaint(ArtifactError, lambda: list(read_rows(folder)))
+    assert bool(said) == bool(line)
+    assert said.endswith("scores.jsonl' is damaged in line 2: restore it, or name another --out." if line else "")
 
 
 class Trap:

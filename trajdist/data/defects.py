@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from trajdist.data.base import ImageSource
 from trajdist.data.sources import open_source
+from trajdist.errors import UserError
+from trajdist.files import user_path
+from trajdist.screen import lines_on_screen
 from trajdist.sharding import key64
 
 SIDE = 224
@@ -83,13 +87,19 @@ def _write(image: Image.Image, path: Path) -> None:
         path.write_bytes(content.getvalue())
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the set; returns the exit code."""
     parser = argparse.ArgumentParser(description="Write a labelled set: clean crops, and the same with defects.")
     parser.add_argument("source", help="such as skimage:gravel/heldout, or a folder of clean images")
-    parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
-    write_labelled(open_source(arguments.source, "source"), arguments.folder)
+    parser.add_argument("folder", type=user_path)
+    arguments = parser.parse_args(argv)
+    try:
+        write_labelled(open_source(arguments.source, "source"), arguments.folder)
+    except UserError as error:
+        print(f"trajdist: {lines_on_screen(str(error))}", file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from trajdist.data.storage import PIECE, Version, read_exactly
 from trajdist.errors import os_errors
+from trajdist.tables import GIB
 
-GIB = 2**30
 # Files with other names in the folder are not ours.
 NAME = "[0-9a-f]" * 24
 SHARD, PART = ".tar", ".part"

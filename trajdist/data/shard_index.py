@@ -240,7 +240,7 @@ class _Walk:
             offsets=[image.offset for image in self._images.values()],
             sizes=[image.size for image in self._images.values()],
             headers=[image.header for image in self._images.values()],
-            classes=[self._classes.get(key) or os.path.dirname(key) for key in self._images],
+            classes=[self._classes.get(key) or printable(os.path.dirname(key)) for key in self._images],
             left_out={printable(name): reason for name, reason in self._left_out.items()},
         )
 

@@ -24,12 +24,13 @@ from rich.progress import track
 from trajdist import launcher
 from trajdist.data import storage
 from trajdist.data.base import EXTENSIONS, EncodedSource, Names, numbered, version_of
-from trajdist.data.shard_cache import GIB, ShardCache
+from trajdist.data.shard_cache import ShardCache
 from trajdist.data.shard_index import BLOCK, ShardIndex, load_index
 from trajdist.data.storage import THREADS, Access, Version
 from trajdist.errors import DataError, UserError
 from trajdist.files import user_path
 from trajdist.screen import LINE_EVERY_S, on_screen
+from trajdist.tables import GIB
 
 SHOWN = 5
 T = TypeVar("T")

@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
+from trajdist.config import Data
 from trajdist.errors import DataError, UserError, one_line
 from trajdist.files import open_regular
 
@@ -46,6 +47,11 @@ class Access:
     cache_gib: float = 100.0
     window: int = 16
     """Shards that are read at the same time; 0 for all."""
+
+    @classmethod
+    def of(cls, data: Data) -> Access:
+        """As the config says."""
+        return cls(data.read_retries, data.cache_dir, data.cache_gib, data.shuffle_window)
 
 
 class Version(NamedTuple):
@@ -226,7 +232,7 @@ def _may_pass(error: Exception) -> bool:
 
 def refusal(key: str, name: str, error: Exception) -> DataError:
     """The user-facing error for a file that cannot be read; ``key`` is the config key or argument that named it."""
-    shown, reason = f"{key}: {name!r}", one_line(error, 200) or type(error).__name__
+    shown, reason = f"{key}: {name!r}", one_line(error) or type(error).__name__
     # fsspec reports any HTTP error status as FileNotFoundError; the cause has the actual status.
     status = getattr(error.__cause__, "status", None)
     if isinstance(error, FileNotFoundError) and status in (None, 404, 410):

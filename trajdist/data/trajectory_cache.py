@@ -30,9 +30,9 @@ from trajdist.artifacts import fingerprint
 from trajdist.errors import ArtifactError, ConfigError, one_line
 from trajdist.files import sync_contents, write_at, write_json
 from trajdist.sharding import Int64s
+from trajdist.tables import GIB
 
 PAGE, VERSION_BYTES = 4096, 8
-GIB = 2**30
 # While batches are queued, sync only after this many bytes of records.
 SYNC_BYTES = 64 * 2**20
 # Batches queued for writing; when the queue is full, training blocks.
@@ -94,7 +94,7 @@ class TrajectoryCache:
                 file.write(uuid.uuid4().hex)
         except (OSError, ArtifactError) as error:
             raise ConfigError(
-                f"cache.dir={str(self.folder.parent)!r} cannot be written ({error}): name another folder."
+                f"cache.dir={str(self.folder.parent)!r} cannot be written ({one_line(error)}): name another folder."
             ) from None
 
     def identity(self) -> str:

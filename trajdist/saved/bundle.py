@@ -17,7 +17,7 @@ from torch import nn
 
 from trajdist.artifacts import fingerprint, load_state, read_document, read_tensors, write_tensors
 from trajdist.config import Config, Model
-from trajdist.errors import ArtifactError, ConfigError
+from trajdist.errors import ArtifactError, ConfigError, first_problem
 from trajdist.extraction.backbones import Backbone, build_backbone
 from trajdist.extraction.projection import Projection
 from trajdist.extraction.trajectory import TrajectoryExtractor, trajectory_steps
@@ -85,12 +85,9 @@ def read(path: Path, schema: type[D]) -> D:
     try:
         return schema.model_validate(document)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        field = ".".join(map(str, problem["loc"])) or "metadata"
-        raise ArtifactError(
-            f"{str(path)!r} is not a trajdist {schema.__name__.removesuffix('Document').lower()} "
-            f"({field}: {problem['msg']})."
-        ) from None
+        field, why = first_problem(error)
+        kind = schema.__name__.removesuffix("Document").lower()
+        raise ArtifactError(f"{str(path)!r} is not a trajdist {kind} ({field or 'metadata'}: {why}).") from None
 
 
 def trajectory_document(config: Config, extractor: TrajectoryExtractor, num_images: int) -> TrajectoryDocument:

@@ -1,7 +1,7 @@
 """Checkpoints: written to a temporary folder, hashed and renamed; resume from the newest one whose hashes match.
 
 ``checkpoints/step-NNNNNNNN/`` holds ``model.safetensors`` (the trained weights), ``optimizer.safetensors``,
-``state.json`` (cursor, counters, config) and ``manifest.json`` with the size and SHA-256 of the others.
+``state.json`` (cursor, counters) and ``manifest.json`` with the size and SHA-256 of the others.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trajdist.artifacts import holds, read_tensors
-from trajdist.errors import ArtifactError, one_line, os_errors
-from trajdist.files import exists, is_folder, read_json, sha256, sync_file, sync_folder, write_bytes
+from trajdist.errors import ArtifactError, first_problem, one_line, os_errors
+from trajdist.files import copy_mode, exists, is_folder, read_json, sha256, sync_file, sync_folder, write_bytes
 
 Tensors = dict[str, torch.Tensor]
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -92,8 +92,7 @@ class CheckpointWriter:
                 save_file(tensors, temporary / name)
             (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=2), encoding="utf-8")
             for name in _files(temporary):
-                # safetensors creates files readable only by the owner, whatever the umask.
-                shutil.copymode(temporary / "state.json", temporary / name)
+                copy_mode(temporary / "state.json", temporary / name)
                 sync_file(temporary / name)
             write_bytes(temporary / "manifest.json", json.dumps(_manifest(temporary), indent=2).encode())
             _check_contents(temporary, checkpoint)
@@ -286,9 +285,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         state = State.model_validate(read_json(path / "state.json")).model_dump()
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        field = ".".join(map(str, problem["loc"])) or "state"
-        raise ArtifactError(f"{str(path / 'state.json')!r} is damaged ({field}: {problem['msg']}).") from None
+        field, why = first_problem(error)
+        raise ArtifactError(f"{str(path / 'state.json')!r} is damaged ({field or 'state'}: {why}).") from None
     kept = read_tensors(path / KEPT) if KEPT in read_json(path / "manifest.json")["files"] else {}
     model, optimizer = (read_tensors(path / name) for name in ("model.safetensors", "optimizer.safetensors"))
     return Checkpoint(model, optimizer, state, kept)

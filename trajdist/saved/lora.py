@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,14 @@ from torch import nn
 
 from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.config import Config, Lora
-from trajdist.errors import ArtifactError, ConfigError, TrainingError, one_line
-from trajdist.files import is_file, read_json, sync_file, sync_folder, write_json
+from trajdist.errors import ArtifactError, ConfigError, TrainingError, first_problem, one_line
+from trajdist.files import copy_mode, is_file, read_json, sync_file, sync_folder, write_json
 from trajdist.models.registry import MODELS
 from trajdist.saved.bundle import load_model, untrained_model
-from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
+from trajdist.saved.rundir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunDir
 
 # The adapter's config names its base by this prefix and the base's fingerprint.
 BASE_PREFIX = "trajdist:"
-ADAPTER_CONFIG = "adapter_config.json"
 MEND = "restore it as the run wrote it."
 # The keys of domain_adaptation.lora that an adapter's config holds, and PEFT's names of them.
 PEFT_NAMES = {
@@ -122,9 +120,7 @@ def save_adapter(adapted: PeftModel, folder: Path) -> None:
         document["target_modules"].sort()
     write_json(folder / ADAPTER_CONFIG, document)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; the run writes its own card at the end.
-    # safetensors creates files readable only by the owner, whatever the umask.
-    with suppress(OSError):  # Not every file system has modes.
-        shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
+    copy_mode(folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
 
 
 def load_adapter(model: nn.Module, folder: Path, base_fingerprint: str) -> PeftModel:
@@ -167,9 +163,9 @@ def _settings_of(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
     try:
         settings = Lora.model_validate({key: document.get(name) for key, name in PEFT_NAMES.items()})
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        name = PEFT_NAMES[str(problem["loc"][0])]
-        raise ArtifactError(f"{path!r} is not a LoRA adapter's config ({name}: {problem['msg']}): {MEND}") from None
+        field, why = first_problem(error)
+        name = PEFT_NAMES[field.partition(".")[0]]
+        raise ArtifactError(f"{path!r} is not a LoRA adapter's config ({name}: {why}): {MEND}") from None
     # Before PEFT allocates matrices of that rank.
     ranks = {size for name, tensor in tensors.items() if "lora_A" in name for size in tensor.shape[:1]}
     if ranks != {settings.rank}:

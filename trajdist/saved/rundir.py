@@ -16,8 +16,8 @@ from trajdist.files import exists, hold, is_file, is_held, read_object, user_pat
 # Required in every summary of a phase: its readers rely on them.
 FIGURES: tuple[str, ...] = ("images", "failures", "epochs", "steps", "seconds", "images_per_s", "first_loss")
 FIGURES += ("final_loss", "peak_memory_bytes", "memory_growth_bytes", "num_processes", "trained_parameters")
-# PEFT's name of the file with an adapter's weights.
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# PEFT's names of the files of an adapter.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class RunDir:
@@ -103,13 +103,20 @@ class RunDir:
         return os_errors(f"run_dir={str(self.path)!r} cannot be {what}", fix="name a folder that can be written")
 
     def sweep(self) -> None:
-        """Remove partial files left by a killed process. Call only while holding the lock."""
+        """Remove partial files, and a partial line, left by a killed process. Call only while holding the lock.
+
+        Metrics and ledger are cut to a checkpoint instead: :meth:`rewind_records`.
+
+        Raises:
+            ArtifactError: the line cannot be removed.
+        """
         for folder in (self.path, self.path / "phase1", self.path / "phase2", self.checkpoints):
             for leftover in folder.glob(".*.tmp"):
                 if leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
                     leftover.unlink(missing_ok=True)
+        self._drop_torn_line(self.bad_images)
 
     def write_config(self, text: str) -> None:
         write_bytes(self.config, text.encode())
@@ -141,7 +148,7 @@ class RunDir:
                 if exists(file) and file.stat().st_size > sizes.get(file.name, 0):
                     os.truncate(file, sizes.get(file.name, 0))
 
-    def drop_torn_line(self, file: Path) -> None:
+    def _drop_torn_line(self, file: Path) -> None:
         """Remove an incomplete last line left by a crash, so that the next record starts on a new line."""
         with _recording(file):
             whole = file.read_bytes() if exists(file) else b""
@@ -273,6 +280,14 @@ class RunDir:
                     "another run_dir."
                 )
         return summary
+
+    def phase1_steps(self) -> int:
+        """Number of steps of a finished Phase 1, which the numbers of Phase 2's checkpoints continue; else 0.
+
+        Raises:
+            ArtifactError: summary.json is damaged.
+        """
+        return int(self.read_summary().get("phase1", {}).get("steps", 0))
 
     def write_summary(self, phase: str, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", {**self.read_summary(), phase: summary})

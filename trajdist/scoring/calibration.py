@@ -39,8 +39,13 @@ class QuantileSketch:
         return int(self._at_least_K[0])
 
     @property
+    def least_p_value(self) -> float:
+        """1 / (n + 1): the smallest p-value, so the smallest false-alarm rate that n scores support."""
+        return 1 / (self.count + 1)
+
+    @property
     def least_rate(self) -> Decimal:
-        """The smallest false-alarm rate that n scores support, 1 / (n + 1), rounded up to two significant digits."""
+        """:attr:`least_p_value` to tell to users, rounded up to two significant digits."""
         return Context(prec=2, rounding=ROUND_CEILING).divide(Decimal(1), Decimal(self.count + 1))
 
     @cached_property
@@ -55,7 +60,7 @@ class QuantileSketch:
     def p_values(self, scores: torch.Tensor) -> torch.Tensor:
         """Conformal p-values ``(1 + #{clean >= score}) / (n + 1)``, float64 on the CPU, same shape as ``scores``.
 
-        Non-increasing in the score, and at least ``1 / (n + 1)``. NaN counts as the largest score.
+        Non-increasing in the score, and at least :attr:`least_p_value`. NaN counts as the largest score.
         """
         return self._p_values_K[bins_of(scores).cpu()]
 
@@ -63,7 +68,7 @@ class QuantileSketch:
         """The smallest threshold whose p-value is at most ``false_alarm_rate`` (0 to 1).
 
         ``score >= threshold`` and ``p_value <= false_alarm_rate`` are the same decision for every finite score.
-        Infinite if ``false_alarm_rate < 1 / (n + 1)``: n clean scores are too few to flag anything at this rate; it
+        Infinite for a rate below :attr:`least_p_value`: n clean scores are too few to flag anything at this rate; it
         takes at least ``1 / false_alarm_rate - 1``. Minus infinity for a rate of 1: everything is flagged.
         """
         passing = (self._p_values_K <= false_alarm_rate).nonzero()

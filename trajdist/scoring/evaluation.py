@@ -7,7 +7,9 @@ histograms, so memory does not grow with the images.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial, reduce
+from itertools import product
 from operator import add
 from typing import Any
 
@@ -21,9 +23,9 @@ from trajdist.data.loader import in_threads
 from trajdist.errors import DataError
 from trajdist.files import write_json
 from trajdist.runtime.progress import Progress
-from trajdist.scoring.histogram import ScoreHistogram
+from trajdist.scoring.histogram import ScoreHistogram, histograms_of
 from trajdist.scoring.job import Scoring
-from trajdist.scoring.metrics import Curve, Mask, PixelScores, bootstrap_interval, curve
+from trajdist.scoring.metrics import TITLES, Curve, Mask, PixelScores, bootstrap_interval, curve
 from trajdist.scoring.output import read_rows
 from trajdist.scoring.report import Labels, defect_scores, report
 from trajdist.scoring.score import map_of, score
@@ -92,29 +94,38 @@ def _conclude(job: Scoring, dataset: LabelledFolder, pixels: dict[str, PixelScor
 
 def count_images(job: Scoring, dataset: LabelledFolder) -> tuple[dict[str, ScoreHistogram], dict[str, int], int]:
     """Scores and alarms by kind, and how many images could not be read, from scores.jsonl."""
-    images = {kind: ScoreHistogram() for kind in dataset.kinds}
     alarms, unreadable = dict.fromkeys(dataset.kinds, 0), 0
-    for position, row in enumerate(read_rows(job.out)):
-        if row["score"] is None:
-            unreadable += 1
-            continue
-        images[dataset.kind(position)].update(torch.tensor(row["score"]))
-        alarms[dataset.kind(position)] += row["is_anomalous"]
-    return images, alarms, unreadable
+
+    def scores() -> Iterator[tuple[str, float]]:
+        nonlocal unreadable
+        for position, row in enumerate(read_rows(job.out)):
+            if row["score"] is None:
+                unreadable += 1
+                continue
+            kind = dataset.kind(position)
+            alarms[kind] += row["is_anomalous"]
+            yield kind, row["score"]
+
+    return histograms_of(dataset.kinds, scores()), alarms, unreadable
 
 
 def compare_adapters(names: list[str], job: Scoring, dataset: LabelledFolder) -> dict[str, dict[str, Any]]:
     """Image metrics of each adapter, and for how many images it is the best-fitting one, from scores.jsonl."""
-    good, defects = ({name: ScoreHistogram() for name in names} for _ in range(2))
     num_best = dict.fromkeys(names, 0)
-    for position, row in enumerate(read_rows(job.out)):
-        if row["score"] is None:
-            continue
-        histograms = good if dataset.kind(position) == GOOD else defects
-        for name, found in row["adapters"].items():
-            histograms[name].update(torch.tensor(found["score"]))
-        num_best[row["best_adapter"]] += 1
-    return {name: _measure_images(curve(defects[name], good[name])) | {"num_best": num_best[name]} for name in names}
+
+    def scores() -> Iterator[tuple[tuple[str, bool], float]]:
+        for position, row in enumerate(read_rows(job.out)):
+            if row["score"] is None:
+                continue
+            num_best[row["best_adapter"]] += 1
+            is_good = dataset.kind(position) == GOOD
+            yield from (((name, is_good), found["score"]) for name, found in row["adapters"].items())
+
+    counts = histograms_of(product(names, (True, False)), scores())
+    return {
+        name: _measure_images(curve(counts[name, False], counts[name, True])) | {"num_best": num_best[name]}
+        for name in names
+    }
 
 
 def measure(
@@ -138,8 +149,8 @@ def measure(
     overall = curve(defect_scores(images), images[GOOD])
     return {
         **_measure_kind(overall, reduce(add, pixels.values())),
-        "image_auroc_interval": bootstrap_interval(overall, Curve.area, seed=0),
-        "image_ap_interval": bootstrap_interval(overall, Curve.average_precision, seed=0),
+        "image_auroc_interval": bootstrap_interval(overall, Curve.area),
+        "image_ap_interval": bootstrap_interval(overall, Curve.average_precision),
         "num_images": sum(counts.values()),
         "num_good": counts[GOOD],
         "false_alarm_rate": alarms[GOOD] / counts[GOOD],
@@ -176,13 +187,12 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     detected, count = (sum(kind[key] for kind in kinds.values()) for key in ("num_detected", "num_images"))
     title = _told(metrics, detected, count)
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
-    keys = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro")
     table.add_column("", overflow="fold")
-    for column in ("found", *(key.replace("_", "\n", 1).replace("_", " ") for key in keys)):
+    for column in ("found", *(key.replace("_", "\n", 1).replace("_", " ") for key in TITLES)):
         table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
 
     def add(name: str, found: str, values: dict[str, Any]) -> None:
-        table.add_row(name, found, *("-" if values.get(key) is None else f"{values[key]:.3f}" for key in keys))
+        table.add_row(name, found, *("-" if values.get(key) is None else f"{values[key]:.3f}" for key in TITLES))
 
     add("all", f"{detected} of {count}", metrics)
     for name, values in kinds.items():

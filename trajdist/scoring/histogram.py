@@ -14,8 +14,11 @@ Shape suffixes: N scores, K bins, E edges.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +28,15 @@ from trajdist.errors import ArtifactError
 from trajdist.extraction.projection import Reduce
 
 Doubles = npt.NDArray[np.float64]
+Key = TypeVar("Key", bound=Hashable)
 
 MANTISSA_BITS = 10
 SHIFT = 23 - MANTISSA_BITS
 NUM_BINS = 1 << (32 - SHIFT)
 LARGEST = torch.finfo(torch.float32).max
+# Scores that are counted at once: a call for each of a million would take minutes.
+CHUNK = 2**16
+NUM_BARS = 60
 
 
 def bins_of(scores: torch.Tensor) -> torch.Tensor:
@@ -108,8 +115,21 @@ class ScoreHistogram:
         return histogram
 
 
-def plot_bins(histograms: Mapping[str, ScoreHistogram], num_bins: int = 60) -> tuple[Doubles, dict[str, Doubles]]:
-    """Rebin several histograms for a plot: common edges ``[num_bins + 1]``, and counts ``[num_bins]`` by name.
+def histograms_of(keys: Iterable[Key], scores: Iterable[tuple[Key, float]]) -> dict[Key, ScoreHistogram]:
+    """A histogram for each key, of the scores that come with it, in constant memory."""
+    histograms = {key: ScoreHistogram() for key in keys}
+    waiting = iter(scores)
+    while chunk := list(islice(waiting, CHUNK)):
+        by_key: dict[Key, list[float]] = defaultdict(list)
+        for key, score in chunk:
+            by_key[key].append(score)
+        for key, own in by_key.items():
+            histograms[key].update(torch.tensor(own))
+    return histograms
+
+
+def plot_bins(histograms: Mapping[str, ScoreHistogram]) -> tuple[Doubles, dict[str, Doubles]]:
+    """Rebin several histograms for a plot of :data:`NUM_BARS` bars: common edges, one more than bars; counts by name.
 
     Edges are spaced geometrically if all scores are positive and span more than a factor of 20, else evenly. Each fine
     bin is assigned as a whole to the coarse bin that contains its lower edge.
@@ -120,7 +140,7 @@ def plot_bins(histograms: Mapping[str, ScoreHistogram], num_bins: int = 60) -> t
     if high <= low:
         high = low + max(abs(low), 1.0)
     space = np.geomspace if 0 < 20 * low < high else np.linspace
-    coarse_E = np.asarray(space(low, high, num_bins + 1), np.float64)
+    coarse_E = np.asarray(space(low, high, NUM_BARS + 1), np.float64)
     # Rounding may leave an end just inside the range, which would drop scores.
     coarse_E[0], coarse_E[-1] = low, high
     counts = {name: np.histogram(edges, coarse_E, weights=weights)[0] for name, (edges, weights) in filled.items()}

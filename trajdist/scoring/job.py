@@ -99,7 +99,7 @@ class Scoring:
         The darkest is exceeded by one clean place in ten, the middle of the scale by one in a thousand.
         """
         cells = self.scorer.detectors[0].cells
-        low, middle = (cells.threshold(max(rate, 1 / (cells.count + 1))) for rate in (0.1, 0.001))
+        low, middle = (cells.threshold(max(rate, cells.least_p_value)) for rate in (0.1, 0.001))
         return low, 2 * middle - low
 
     @cached_property
@@ -181,8 +181,8 @@ def _load(run_dir: str, options: Options, processes: Processes) -> Scorer:
 
 
 def supported_rate(detector: Detector) -> float:
-    """The default false-alarm rate: n clean images support none below 1 / (n + 1)."""
-    return max(0.01, 1 / (detector.images.count + 1))
+    """The default false-alarm rate: 1 %, unless the clean images are too few for it."""
+    return max(0.01, detector.images.least_p_value)
 
 
 def _announce(job: Scoring) -> None:

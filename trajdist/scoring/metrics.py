@@ -24,6 +24,18 @@ Mask = npt.NDArray[np.bool_]
 Points = list[tuple[float, float]]
 
 AUPRO_LIMIT = 0.3
+# Of a plotted curve, at most.
+POINTS = 200
+# By its key in metrics.json, what the report calls a metric, in the order in which they are shown.
+TITLES = {
+    "image_auroc": "Image AUROC",
+    "image_ap": "Image AP",
+    "image_f1_max": "Image F1, best",
+    "pixel_auroc": "Pixel AUROC",
+    "pixel_ap": "Pixel AP",
+    "pixel_f1_max": "Pixel F1, best",
+    "aupro": f"AUPRO to {AUPRO_LIMIT:g}",
+}
 
 
 @dataclass(frozen=True)
@@ -92,20 +104,20 @@ class Curve:
         best = int(f1_T.argmax())
         return float(f1_T[best]), float(self.thresholds_T[best])
 
-    def roc_points(self, count: int = 200) -> Points:
-        """At most ``count`` points (false positive rate, recall) from (0, 0) to (1, 1); empty without both classes."""
+    def roc_points(self) -> Points:
+        """Up to :data:`POINTS` (false positive rate, recall) from (0, 0) to (1, 1); empty without both classes."""
         if not self.anomalous_T.any() or not self.clean_T.any():
             return []
-        return [(0.0, 0.0), *_thin(self.false_positive_rate_T, self.recall_T, count - 1)]
+        return [(0.0, 0.0), *_thin(self.false_positive_rate_T, self.recall_T)]
 
-    def pr_points(self, count: int = 200) -> Points:
-        """At most ``count`` points (recall, precision) for a plot; empty without anomalous scores.
+    def pr_points(self) -> Points:
+        """Up to :data:`POINTS` (recall, precision); empty without anomalous scores.
 
         From recall 0 on, with the precision of the strictest threshold, as :meth:`average_precision` counts it.
         """
         if not self.anomalous_T.any():
             return []
-        return [(0.0, float(self.precision_T[0])), *_thin(self.recall_T, self.precision_T, count - 1)]
+        return [(0.0, float(self.precision_T[0])), *_thin(self.recall_T, self.precision_T)]
 
 
 def curve(anomalous: ScoreHistogram, clean: ScoreHistogram) -> Curve:
@@ -121,11 +133,11 @@ def _running_share(weights_T: Doubles) -> Doubles:
     return running_T / running_T[-1] if running_T.any() else np.full_like(running_T, np.nan)
 
 
-def _thin(across_T: Doubles, up_T: Doubles, count: int) -> Points:
-    """Up to ``count`` points spaced evenly along a curve, including both ends."""
+def _thin(across_T: Doubles, up_T: Doubles) -> Points:
+    """Fewer than :data:`POINTS` points spaced evenly along a curve, including both ends."""
     steps = np.abs(np.diff(across_T)) + np.abs(np.diff(up_T))
     length_T = np.concatenate([[0.0], steps.cumsum()])
-    kept = np.unique(np.searchsorted(length_T, np.linspace(0, length_T[-1], count)))
+    kept = np.unique(np.searchsorted(length_T, np.linspace(0, length_T[-1], POINTS - 1)))
     return list(zip(across_T[kept].tolist(), up_T[kept].tolist(), strict=True))
 
 
@@ -136,8 +148,8 @@ class PixelScores:
         self.clean, self.anomalous, self.regions = (ScoreHistogram() for _ in range(3))
 
     def update(self, maps_BSS: torch.Tensor, masks_BSS: Mask) -> None:
-        """Add anomaly maps, float ``[B, S, S]`` on any device, and their ground truth, bool ``[B, S, S]``."""
-        masks = torch.from_numpy(masks_BSS).to(maps_BSS.device)
+        """Add anomaly maps, float ``[B, S, S]``, and their ground truth, bool ``[B, S, S]``."""
+        masks = torch.from_numpy(masks_BSS)
         shares = torch.from_numpy(np.stack([region_shares(mask_SS) for mask_SS in masks_BSS]))
         self.clean.update(maps_BSS, ~masks)
         self.anomalous.update(maps_BSS, masks)
@@ -158,14 +170,14 @@ class PixelScores:
         """The curve with equal weight for every pixel."""
         return curve(self.anomalous, self.clean)
 
-    def aupro(self, limit: float = AUPRO_LIMIT) -> float | None:
-        """Area under the per-region overlap (PRO) curve for false positive rates up to ``limit``, divided by ``limit``.
+    def aupro(self) -> float | None:
+        """Area under the per-region overlap (PRO) curve up to a false positive rate of :data:`AUPRO_LIMIT`, over that.
 
         As defined by Bergmann et al. (2019, 2021). The per-region overlap at a threshold is the fraction of a region
         above it, averaged over regions: the recall of pixels weighted by 1 / size of their region. So this is a partial
         area under a ROC curve. None without anomalous regions or without clean pixels.
         """
-        return curve(self.regions, self.clean).area(limit)
+        return curve(self.regions, self.clean).area(AUPRO_LIMIT)
 
 
 def region_shares(mask_SS: Mask) -> Doubles:
@@ -200,7 +212,7 @@ def _region_of_pixels(mask_SS: Mask) -> npt.NDArray[np.intp]:
 
 
 def bootstrap_interval(
-    curve: Curve, statistic: Callable[[Curve], float | None], seed: int, num_samples: int = 1000
+    curve: Curve, statistic: Callable[[Curve], float | None], num_samples: int = 1000
 ) -> tuple[float, float] | None:
     """A stratified 95 % percentile bootstrap interval (Efron 1979) of an *image*-level statistic.
 
@@ -210,15 +222,14 @@ def bootstrap_interval(
     Args:
         curve: has integer counts.
         statistic: such as ``Curve.area``.
-        seed: the interval is a pure function of the seed and the counts.
         num_samples: bootstrap resamples.
 
     Returns:
-        Lower and upper end, or None if the statistic is undefined.
+        Lower and upper end, a pure function of the counts, or None if the statistic is undefined.
     """
     if statistic(curve) is None:
         return None
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     drawn = []
     for _ in range(num_samples):
         anomalous_T, clean_T = (_resample(generator, counts_T) for counts_T in (curve.anomalous_T, curve.clean_T))

@@ -9,6 +9,7 @@ import heapq
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,37 @@ from typing import Any
 import numpy as np
 
 from trajdist.artifacts import fingerprint
-from trajdist.errors import os_errors
-from trajdist.files import exists, sync_contents, write_at
+from trajdist.errors import ArtifactError, os_errors
+from trajdist.files import exists, open_regular, sync_contents, write_at
 from trajdist.scoring.pictures import Floats
 
 Row = dict[str, Any]
 Placed = tuple[int, Row]
-Keep = Callable[[int, Row], bool]
+# Whether the row at a position is among those asked for.
+Wanted = Callable[[int, Row], bool]
 
 
 def read_rows(out: Path) -> Iterator[Row]:
-    """The rows of scores.jsonl, one after another."""
-    with open(out / "scores.jsonl", encoding="utf-8") as handle:
-        for line in handle:
-            yield json.loads(line)
+    """The rows of scores.jsonl, one after another.
+
+    Raises:
+        ArtifactError: a line is not a row.
+    """
+    path = out / "scores.jsonl"
+    with open(path, "rb", opener=open_regular) as handle:
+        for number, line in enumerate(handle, start=1):
+            row = _parse(line)
+            if row is None:
+                raise ArtifactError(f"{str(path)!r} is damaged in line {number}: restore it, or name another --out.")
+            yield row
+
+
+def _parse(line: bytes) -> Row | None:
+    with suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        if isinstance(row, dict) and "image" in row and isinstance(row.get("score", ""), (int, float, type(None))):
+            return row
+    return None
 
 
 def count_rows(out: Path) -> int:
@@ -64,14 +82,14 @@ def failed_positions(out: Path) -> list[int]:
     return [position for position, row in enumerate(read_rows(out)) if row["score"] is None]
 
 
-def most_anomalous(out: Path, count: int, keep: Keep = lambda position, row: True) -> list[Placed]:
-    """Position and row of the images with the largest scores, of those to keep, in constant memory."""
-    return heapq.nlargest(count, _scored_rows(out, keep), key=lambda item: item[1]["score"])
+def most_anomalous(out: Path, count: int, wanted: Wanted = lambda position, row: True) -> list[Placed]:
+    """Position and row of the wanted images with the largest scores, in constant memory."""
+    return heapq.nlargest(count, _scored_rows(out, wanted), key=lambda item: item[1]["score"])
 
 
-def least_anomalous(out: Path, count: int, keep: Keep = lambda position, row: True) -> list[Placed]:
-    """Position and row of the images with the smallest scores, of those to keep."""
-    return heapq.nsmallest(count, _scored_rows(out, keep), key=lambda item: item[1]["score"])
+def least_anomalous(out: Path, count: int, wanted: Wanted = lambda position, row: True) -> list[Placed]:
+    """Position and row of the wanted images with the smallest scores."""
+    return heapq.nsmallest(count, _scored_rows(out, wanted), key=lambda item: item[1]["score"])
 
 
 def unreadable(out: Path, most: int) -> tuple[list[Row], int]:
@@ -85,8 +103,8 @@ def unreadable(out: Path, most: int) -> tuple[list[Row], int]:
     return rows, count
 
 
-def _scored_rows(out: Path, keep: Keep) -> Iterator[Placed]:
-    return (item for item in enumerate(read_rows(out)) if item[1]["score"] is not None and keep(*item))
+def _scored_rows(out: Path, wanted: Wanted) -> Iterator[Placed]:
+    return (item for item in enumerate(read_rows(out)) if item[1]["score"] is not None and wanted(*item))
 
 
 def picture_name(image: str) -> str:

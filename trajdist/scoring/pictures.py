@@ -94,14 +94,14 @@ def jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def profile(errors_L: Floats, names: list[str]) -> Image.Image:
+def profile(errors_L: Floats) -> Image.Image:
     """Bar chart of each block's error at one place; blocks are numbered from 1."""
-    width, height = max(320, 26 * len(names) + 50), 160
+    width, height = max(320, 26 * len(errors_L) + 50), 160
     bottom = height - 18
     canvas = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(canvas)
     top = max(float(errors_L.max(initial=0.0)), 1e-9)
-    step = (width - 50) / max(len(names), 1)
+    step = (width - 50) / max(len(errors_L), 1)
     for block, error in enumerate(errors_L):
         x = 44 + block * step
         shade = tuple(colour(np.array(0.2 + 0.6 * error / top, np.float32)).tolist())

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from trajdist.data.labelled import GOOD, LabelledFolder
@@ -17,9 +16,9 @@ from trajdist.data.loader import SlotDataset
 from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring import pictures
-from trajdist.scoring.histogram import ScoreHistogram, plot_bins
+from trajdist.scoring.histogram import ScoreHistogram, histograms_of, plot_bins
 from trajdist.scoring.job import Scoring
-from trajdist.scoring.metrics import PixelScores, curve
+from trajdist.scoring.metrics import TITLES, PixelScores, curve
 from trajdist.scoring.output import Placed, Row, least_anomalous, most_anomalous, read_rows, unreadable
 from trajdist.scoring.page import (
     CurvePair,
@@ -36,15 +35,6 @@ from trajdist.scoring.score import Scored, map_of, score_batch
 from trajdist.sharding import Slots
 
 TABLE_ROWS, GALLERY, UNREADABLE = 10_000, 12, 100
-CARDS = {
-    "image_auroc": "Image AUROC",
-    "image_ap": "Image AP",
-    "image_f1_max": "Image F1, best",
-    "pixel_auroc": "Pixel AUROC",
-    "pixel_ap": "Pixel AP",
-    "pixel_f1_max": "Pixel F1, best",
-    "aupro": "AUPRO to 0.3",
-}
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ def report(job: Scoring, labels: Labels | None = None) -> None:
 
     failed, num_failed = unreadable(job.out, UNREADABLE)
     data = ReportData(
-        title=f"{RunDir(job.run_dir).path.name}: {job.images_title}",
+        title=_title(job),
         summary=_summary(job),
         rows=[_image_row(position, row, labels) for position, row in top],
         num_images=len(job.source) - num_failed,
@@ -91,6 +81,11 @@ def report(job: Scoring, labels: Labels | None = None) -> None:
         num_unreadable=num_failed,
     )
     write_report(job.out / "report.html", data)
+
+
+def _title(job: Scoring) -> str:
+    # The run may be the current folder, whose path has no name.
+    return f"{RunDir(job.run_dir).path.resolve().name}: {job.images_title}"
 
 
 def mistakes(out: Path, dataset: LabelledFolder) -> list[Placed]:
@@ -175,10 +170,8 @@ def _bars(job: Scoring, labels: Labels | None) -> ScoreBars:
         histograms["good"] = labels.images[GOOD]
         histograms["defects"] = defect_scores(labels.images)
     else:
-        histograms["images"] = ScoreHistogram()
-        # At once: a call for each of a million images would take minutes.
-        scores = (row["score"] for row in read_rows(job.out) if row["score"] is not None)
-        histograms["images"].update(torch.from_numpy(np.fromiter(scores, np.float32)))
+        scores = (("images", row["score"]) for row in read_rows(job.out) if row["score"] is not None)
+        histograms |= histograms_of(["images"], scores)
     return ScoreBars(*plot_bins(histograms))
 
 
@@ -189,7 +182,7 @@ def defect_scores(images: dict[str, ScoreHistogram]) -> ScoreHistogram:
 
 def _cards(metrics: dict[str, Any]) -> list[Metric]:
     cards = []
-    for key, title in CARDS.items():
+    for key, title in TITLES.items():
         low, high = metrics.get(f"{key}_interval") or (None, None)
         cards.append(Metric(title, metrics[key], low, high))
     return cards
@@ -198,7 +191,7 @@ def _cards(metrics: dict[str, Any]) -> list[Metric]:
 def _defects(metrics: dict[str, Any]) -> list[DefectKind]:
     return [
         DefectKind(
-            kind, values["num_images"], values["num_detected"], {title: values[key] for key, title in CARDS.items()}
+            kind, values["num_images"], values["num_detected"], {title: values[key] for key, title in TITLES.items()}
         )
         for kind, values in metrics["defects"].items()
     ]

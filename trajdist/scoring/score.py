@@ -49,7 +49,7 @@ from trajdist.tables import counted
 SHOWN = 5
 # Position in the input order, row, and raw map unless the image failed.
 Numbered = tuple[int, Row, pictures.Floats | None]
-Keep = Callable[[list[Numbered]], None]
+Store = Callable[[list[Numbered]], None]
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def score(job: Scoring) -> None:
     job.processes.main_does(close)
 
 
-def _walk(job: Scoring, order: Int64s, cursor: int, keep: Keep) -> None:
-    """Score the images at these positions in batches; the main process keeps each step's rows, in input order."""
+def _walk(job: Scoring, order: Int64s, cursor: int, store: Store) -> None:
+    """Score the images at these positions in batches; the main process stores each step's rows, in input order."""
     plan = job.plan(len(order))
     with Progress(job.console, "scoring", plan.num_images, cursor) as progress:
         for step, batch in zip(plan.steps(cursor), job.loader_of(plan, cursor, order), strict=True):
@@ -104,7 +104,7 @@ def _walk(job: Scoring, order: Int64s, cursor: int, keep: Keep) -> None:
             scored = list(score_batch(job, batch, order[slots.start : slots.stop].tolist()))
             _draw_all(job, scored)
             rows = sorted(job.processes.gather(_rows(job, scored, batch)), key=lambda row: row[0])
-            job.processes.main_does(partial(keep, rows))
+            job.processes.main_does(partial(store, rows))
             progress.advance(step.stop)
 
 
@@ -112,7 +112,7 @@ def _try_again(job: Scoring, failed: list[int]) -> None:
     """Score the images that an earlier command could not read, and replace the rows of those that can be read now."""
     found: dict[int, Row] = {}
 
-    def keep(rows: list[Numbered]) -> None:
+    def store(rows: list[Numbered]) -> None:
         found.update({position: row for position, row, cells_HW in rows if cells_HW is not None})
         with _writing(job.out):
             job.maps.write([(position, cells_HW) for position, _, cells_HW in rows])
@@ -122,7 +122,7 @@ def _try_again(job: Scoring, failed: list[int]) -> None:
             with _writing(job.out):
                 replace_rows(job.out, found)
 
-    _walk(job, np.array(failed), 0, keep)
+    _walk(job, np.array(failed), 0, store)
     job.processes.main_does(replace)
 
 
@@ -183,7 +183,7 @@ def _best_fitting(detectors: Sequence[Detector], scores: Sequence[float], p_valu
     With n clean images no p-value is below 1 / (n + 1), so if an image is anomalous to all, the detector with the
     fewest clean images would win. Therefore p-values below what that one can reach count as equal.
     """
-    least = 1 / (min(detector.images.count for detector in detectors) + 1)
+    least = max(detector.images.least_p_value for detector in detectors)
     return min(range(len(scores)), key=lambda which: (-max(p_values[which], least), scores[which]))
 
 
@@ -207,7 +207,7 @@ def _draw(job: Scoring, image: Scored) -> None:
     panel = pictures.panel(image.pixels_SS3, map_of(job, image.cells_HW), *job.map_range)
     (job.out / PICTURES / f"{stem}.png").write_bytes(pictures.png(panel))
     if job.options.explain:
-        profile = pictures.profile(np.sqrt(image.energies_L), job.step_names)  # As in the report.
+        profile = pictures.profile(np.sqrt(image.energies_L))  # As in the report.
         (job.out / PICTURES / f"{stem}.depth.png").write_bytes(pictures.png(profile))
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from trajdist.data.decode import reason, to_square
+from trajdist.data.decode import Fit, reason, to_square
 from trajdist.errors import ArtifactError, ConfigError, DataError, one_line
 from trajdist.extraction.trajectory import TrajectoryExtractor, full_precision
 from trajdist.files import is_file, is_folder, user_path
@@ -60,7 +60,7 @@ class Scorer:
     (2,)
     """
 
-    def __init__(self, extractor: TrajectoryExtractor, detectors: Sequence[Detector], size: int, fit: Any) -> None:
+    def __init__(self, extractor: TrajectoryExtractor, detectors: Sequence[Detector], size: int, fit: Fit) -> None:
         self.extractor, self.detectors = extractor, list(detectors)
         self.size, self.fit = size, fit
         self.device = torch.device("cpu")

@@ -20,6 +20,7 @@ from trajdist.config_files import read_yaml
 from trajdist.config_parsing import parse_config
 from trajdist.data.base import ImageSource
 from trajdist.data.sources import open_source
+from trajdist.data.storage import Access
 from trajdist.errors import ArtifactError, UserError, os_errors
 from trajdist.files import exists, is_file, open_regular
 from trajdist.saved.rundir import RunDir
@@ -225,7 +226,8 @@ def _names_of_set(rundir: RunDir, config: Config, phase: int) -> Callable[[int],
     @cache
     def source() -> ImageSource | None:
         try:
-            found = open_source(config.data.of_phase(phase).path, f"data.{SETS[phase]}.path")
+            path, key = config.data.of_phase(phase).path, f"data.{SETS[phase]}.path"
+            found = open_source(path, key, Access.of(config.data))
         except UserError:
             return None
         return found if found.fingerprint == expected else None

@@ -17,7 +17,7 @@ from rich.text import Text
 from trajdist.artifacts import METADATA_KEY, read_header
 from trajdist.errors import ArtifactError
 from trajdist.files import exists, is_file, read_object
-from trajdist.saved.rundir import ADAPTER_WEIGHTS, RunDir
+from trajdist.saved.rundir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunDir
 from trajdist.screen import lines_on_screen
 from trajdist.tables import summary_table
 
@@ -37,7 +37,7 @@ def inspect(path: Path) -> Iterator[RenderableType]:
         yield from _inspect_safetensors(path)
     elif exists(path / "manifest.json"):
         yield from _inspect_checkpoint(path)
-    elif exists(path / "adapter_config.json"):
+    elif exists(path / ADAPTER_CONFIG):
         yield from _all_of(_parts_of_adapter(path))
     elif exists(path / "config.yaml"):
         yield from _all_of(_parts_of_run(path))
@@ -71,8 +71,8 @@ def _parts_of_run(path: Path) -> Iterator[Iterator[RenderableType]]:
     yield _inspect_status(rundir)
     yield _inspect_summary(rundir)
     yield from map(_inspect_safetensors, sorted(path.glob("phase*/*.safetensors")))
-    for adapter in sorted(path.glob("phase2/adapter*")):
-        yield from _parts_of_adapter(adapter)
+    if os.path.lexists(rundir.adapter):
+        yield from _parts_of_adapter(rundir.adapter)
     yield from map(_inspect_checkpoint, sorted(path.glob("checkpoints/step-*")))
     for domain in rundir.domains():
         yield from _parts_of_run(domain)
@@ -137,7 +137,7 @@ def _parts_of_adapter(path: Path) -> Iterator[Iterator[RenderableType]]:
 
 
 def _inspect_adapter_config(path: Path) -> Iterator[RenderableType]:
-    document = read_object(path / "adapter_config.json")
+    document = read_object(path / ADAPTER_CONFIG)
     shown = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules")
     facts = {key: document.get(key) for key in (*shown, "base_model_name_or_path")}
     yield _facts(f"adapter {path}", facts)

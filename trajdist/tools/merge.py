@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from trajdist.config_files import read_yaml
@@ -78,7 +79,8 @@ def _difference(scorer: Scorer, again: Scorer) -> float:
     """
     trials = [trial_images(scorer.size, count) for count in TRIALS]
     pairs = [(scorer.score_batch(images)[0], again.score_batch(images)[0]) for images in trials]
-    difference = max(float((one.cells_BHW - other.cells_BHW).abs().max()) / unit(one) for one, other in pairs)
+    found = [float((one.cells_BHW - other.cells_BHW).abs().max()) / unit(one) for one, other in pairs]
+    difference = float(np.max(found))  # NaN if one of them is.
     if not difference <= TOLERANCE:
         raise TrainingError(f"the merged model gives other scores (by {difference:.2g}): please report it.")
     return difference

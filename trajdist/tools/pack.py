@@ -15,16 +15,16 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from rich.console import Console
 
 from trajdist.data.base import EncodedSource
 from trajdist.data.decode import to_square
 from trajdist.data.shard_index import BLOCK, ShardIndex, keep_index, printable, scan, split_key
 from trajdist.data.storage import version
-from trajdist.errors import ArtifactError, ConfigError, os_errors
+from trajdist.errors import ArtifactError, ConfigError, first_problem, os_errors
 from trajdist.files import read_json, sha256, sync_file, sync_folder, write_bytes, write_json
 from trajdist.runtime.progress import Progress
 from trajdist.tables import counted
@@ -32,6 +32,20 @@ from trajdist.tools.preparation import Options, Packed, prepared
 
 TRIAL = 64  # images in the speed comparison
 TRIAL_SIZE = 224  # pixels
+
+
+class Shard(BaseModel):
+    """A complete shard, as ``pack.json`` notes it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    # What it names may be removed, so it must be in the folder.
+    name: str = Field(pattern=r"^shard-[0-9]{6,}\.tar$")
+    images: int = Field(gt=0)
+    bytes: int
+    sha256: str
+    source_bytes: int
+    renamed: int
+    not_decoded: int = Field(ge=0)
 
 
 def pack(source: EncodedSource, title: str, out: Path, options: Options, workers: int, console: Console) -> None:
@@ -78,35 +92,50 @@ class Packing:
             "num_images": len(source),
             **asdict(options),
         }
-        self.shards: list[dict[str, Any]] = []
+        self.shards: list[Shard] = []
 
     @property
     def done(self) -> int:
         """Number of images in complete shards."""
-        return sum(shard["images"] for shard in self.shards)
+        return sum(shard.images for shard in self.shards)
 
     def begin(self) -> None:
         """Prepare the folder, keeping complete shards that were written from the same images with the same options.
 
         Raises:
             ConfigError: it contains shards of other images or options, or unrelated tar files.
+            ArtifactError: ``pack.json`` is damaged.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        known: Any = read_json(self.out / "pack.json") if (self.out / "pack.json").exists() else {"plan": self._plan}
-        if not isinstance(known, dict) or known.get("plan") != self._plan:
-            raise ConfigError(f"OUT={str(self.out)!r} holds shards of other images or options: name another folder.")
-        noted = [shard["name"] for shard in known.get("shards", [])]
+        noted = self._noted()
         # A killed command may leave one shard more than it has recorded.
-        own = {*noted, _shard_name(len(noted))} if "shards" in known else set()
+        own = set() if noted is None else {*(shard.name for shard in noted), _shard_name(len(noted))}
         # Training on the folder would read any other archive in it as well.
         if foreign := sorted(path.name for path in self.out.glob("[!.]*.tar") if path.name not in own):
             raise ConfigError(f"OUT={str(self.out)!r} holds {foreign[0]!r}, none of its shards: name another folder.")
-        self.shards = list(takewhile(self._is_whole, known.get("shards", [])))
-        whole = {shard["name"] for shard in self.shards}
+        self.shards = list(takewhile(self._is_whole, noted or []))
+        whole = {shard.name for shard in self.shards}
         for path in (*self.out.glob(".shard-*.part"), *(self.out / name for name in own - whole)):
             path.unlink(missing_ok=True)
-        self._keep_bad(sum(shard["not_decoded"] for shard in self.shards))
+        self._keep_bad(sum(shard.not_decoded for shard in self.shards))
         self._note()
+
+    def _noted(self) -> list[Shard] | None:
+        """The shards that ``pack.json`` notes; None if there is no such file."""
+        path = self.out / "pack.json"
+        if not path.exists():
+            return None
+        known = read_json(path)
+        if not isinstance(known, dict) or known.get("plan") != self._plan:
+            raise ConfigError(f"OUT={str(self.out)!r} holds shards of other images or options: name another folder.")
+        try:
+            return TypeAdapter(list[Shard]).validate_python(known.get("shards"))
+        except ValidationError as error:
+            field, why = first_problem(error)
+            where = f"shards.{field}".rstrip(".")
+            raise ArtifactError(
+                f"{str(path)!r} is damaged ({where}: {why}): restore it, or name another folder."
+            ) from None
 
     def _keep_bad(self, count: int) -> None:
         """Keep ``count`` lines of ``bad_images.jsonl``: a killed command may have added those of another shard."""
@@ -115,12 +144,13 @@ class Packing:
             lines = path.read_bytes().splitlines(keepends=True)
             write_bytes(path, b"".join(lines[:count]))
 
-    def _is_whole(self, shard: dict[str, Any]) -> bool:
-        path = self.out / shard["name"]
-        return path.is_file() and path.stat().st_size == shard["bytes"]
+    def _is_whole(self, shard: Shard) -> bool:
+        path = self.out / shard.name
+        return path.is_file() and path.stat().st_size == shard.bytes
 
     def _note(self) -> None:
-        write_json(self.out / "pack.json", {"plan": self._plan, "shards": self.shards})
+        shards = [shard.model_dump() for shard in self.shards]
+        write_json(self.out / "pack.json", {"plan": self._plan, "shards": shards})
 
     def shards_to_write(self, images: Iterator[Packed]) -> Iterator[list[tuple[Packed, str | None]]]:
         """Group images with their class labels (None without classes) into shards."""
@@ -169,28 +199,28 @@ class Packing:
         with open(self.out / "bad_images.jsonl", "a", encoding="utf-8") as file:
             file.writelines(json.dumps({"image": bad.name, "reason": bad.problem}) + "\n" for bad in problems)
         self.shards.append(
-            {
-                "name": path.name,
-                "images": len(named),
-                "bytes": path.stat().st_size,
-                "sha256": sha256(path),
-                "source_bytes": sum(image.source_bytes for _, image, _ in named),
-                "renamed": sum(image.name != name for name, image, _ in named),
-                "not_decoded": len(problems),
-            }
+            Shard(
+                name=path.name,
+                images=len(named),
+                bytes=path.stat().st_size,
+                sha256=sha256(path),
+                source_bytes=sum(image.source_bytes for _, image, _ in named),
+                renamed=sum(image.name != name for name, image, _ in named),
+                not_decoded=len(problems),
+            )
         )
         self._note()
 
     def describe(self, title: str) -> str:
         """A summary of the folder's contents."""
-        total = {key: sum(shard[key] for shard in self.shards) for key in ("bytes", "source_bytes", "renamed")}
-        bad = sum(shard["not_decoded"] for shard in self.shards)
+        size, before = (sum(getattr(shard, key) for shard in self.shards) for key in ("bytes", "source_bytes"))
+        renamed, bad = (sum(getattr(shard, key) for shard in self.shards) for key in ("renamed", "not_decoded"))
         text = (
             f"{self.done:,} images of {title} are in {counted(len(self.shards), 'shard')} in {str(self.out)!r}: "
-            f"{total['bytes'] / 2**20:,.2f} MiB, the files had {total['source_bytes'] / 2**20:,.2f} MiB."
+            f"{size / 2**20:,.2f} MiB, the files had {before / 2**20:,.2f} MiB."
         )
-        if total["renamed"]:
-            text += f" {total['renamed']} names changed, as WebDataset's extensions start at the first dot."
+        if renamed:
+            text += f" {renamed} names changed, as WebDataset's extensions start at the first dot."
         if bad:
             text += f" {bad} could not be decoded and are packed as they are; bad_images.jsonl names them."
         return text
@@ -250,7 +280,7 @@ def _compare_speed(source: EncodedSource, packing: Packing) -> str:
     from trajdist.data.shards import TarShards
     from trajdist.data.storage import Access
 
-    packed = TarShards([str(packing.out / shard["name"]) for shard in packing.shards], "OUT", Access())
+    packed = TarShards([str(packing.out / shard.name) for shard in packing.shards], "OUT", Access())
     chosen = np.random.default_rng(0).permutation(len(source))[:TRIAL].tolist()
     before, after = _rate(source, chosen), _rate(packed, chosen)
     if not before or not after:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from trajdist.data.base import EXTENSIONS, EncodedSource
 from trajdist.data.decode import decode, open_image, reason
-from trajdist.errors import DataError, TrainingError
+from trajdist.errors import DataError, TrainingError, one_line
 
 CHUNK = 4  # images per worker task
 AHEAD_BYTES = 2**29  # of images waiting to be written
@@ -124,7 +124,8 @@ def _prepare_one(source: EncodedSource, options: Options, index: int) -> Packed:
     try:
         raw = source.read(index)
     except Exception as error:  # Every store has its own errors.
-        raise DataError(f"{source.name(index)!r} cannot be read ({error}): restore it or remove it.") from None
+        why = one_line(error) or type(error).__name__
+        raise DataError(f"{source.name(index)!r} cannot be read ({why}): restore it or remove it.") from None
     name = source.path(index)
     if not name.lower().endswith(EXTENSIONS):  # Readers of shards know an image by its ending.
         name += _ending(raw)
