@@ -5,7 +5,8 @@
 Reading: the same photographs as a folder, as tar shards of the unchanged files ("tar"), and as tar shards written with
 ``trajdist pack --short-side 256`` ("packed"); the packed shards also from an S3 server on this machine, directly and
 through the local cache; and WebDataset's own loader on the same shards with the same decoding. Everything is in the
-page cache. Decoding: bytes in memory to a square uint8 image, by several libraries.
+page cache. Decoding: bytes in memory to a square uint8 image, by several libraries (``pip install simplejpeg``; the
+others come with the extra ``dev``).
 
 Photographs are saved as JPEG at quality 95 first. Those smaller than twice ``--size`` are scaled up, because the images
 of ImageNet are usually larger than those in samples of it; ``--as-they-are`` keeps their size.

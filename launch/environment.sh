@@ -2,14 +2,11 @@
 # Creates .venv in this checkout and installs trajdist with the extras named in $1. Sourced by the other scripts.
 # A second call is quick: nothing is installed while setup.cfg, pyproject.toml and the extras are unchanged.
 # TRAJDIST_VENV=DIR uses an existing environment and installs nothing.
-# The checkout is the current folder afterwards; $caller is the one that was.
 
 set -euo pipefail
-# shellcheck disable=SC2034  # For the scripts that source this file.
-caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck disable=SC2034
-venv=${TRAJDIST_VENV:-$PWD/.venv}
+# shellcheck disable=SC2034  # For the scripts that source this file.
+venv=${TRAJDIST_VENV:-.venv}
 # Container images often set this. Every process would compile all of torch anew, for 10 to 20 s.
 [ -n "${TRAJDIST_VENV:-}" ] || unset PYTHONDONTWRITEBYTECODE
 

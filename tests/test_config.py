@@ -98,7 +98,7 @@ def test_the_last_override_wins_and_a_section_can_be_given_whole():
         ("nokey=1", ["unknown config key nokey (= 1): trajdist config lists all keys."]),
         ("data.imagenet.lr=1", ["unknown config key data.imagenet.lr (= 1): trajdist config lists"]),
         ("logging.trackers=tensorboard", ["valid list, as in logging.trackers=[tensorboard] (see"]),
-        ("backbone.blocks=[layer?.*, stem]", ["valid list, as in backbone.blocks=['layer?.*', 'stem'] (see"]),
+        ("backbone.blocks=[layer?.*, stem]", ["valid list, as in \"backbone.blocks=['layer?.*','stem']\" (see"]),
         ("model.hidden_dim=-1", ["model.hidden_dim = -1", "greater than 0"]),
         ("model.hidden_dim=many", ["model.hidden_dim = 'many'", "integer"]),
         ("model.hidden_dim=1.5", ["model.hidden_dim = 1.5"]),

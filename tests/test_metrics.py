@@ -234,6 +234,7 @@ def test_aupro_is_the_exact_one(levels, limit):
     maps, masks = random_maps(5, levels)
     pixels = filled_pixels(maps, masks)
     assert curve(pixels.regions, pixels.clean).area(limit) == pytest.approx(aupro(masks, maps, limit), abs=1e-3)
+    assert pixels.aupro() == pytest.approx(aupro(masks, maps), abs=1e-3)
 
 
 def test_aupro_weighs_regions_alike():

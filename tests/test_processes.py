@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from trajdist.data.loader import processors, resolve_workers
 from trajdist.errors import ConfigError, TrainingError
@@ -263,3 +266,14 @@ def test_a_process_ends_at_once_though_nobody_reads_why(tmp_path):
         os.close(writing)
     assert done.returncode == TrainingError.exit_code
     assert (tmp_path / "last").exists()
+
+
+def test_a_loader_is_not_kept(fresh_accelerate):
+    """Each pass over images has one: of a long run there would be hundreds."""
+    accelerator = start_accelerator("no", 60.0, deterministic=False)
+    loader = Processes(accelerator).shard(DataLoader(range(4), batch_size=2))
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3]]
+    gone = weakref.ref(loader)
+    del loader
+    gc.collect()
+    assert gone() is None

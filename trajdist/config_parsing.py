@@ -113,7 +113,7 @@ def _explain(error: ValidationError, known: list[str]) -> str:
     same = [each for each in (problem, *others) if _key(each["loc"], sections) == key and each["input"] is value]
     message = " or ".join(dict.fromkeys(_said(each["msg"]) for each in same))
     if problem["type"] == "list_type" and isinstance(value, (str, int, float)):
-        message += f", as in {key}={_as_list(str(value))}"
+        message += f", as in {_as_list(key, str(value))}"
     if problem["type"] == "string_type" and isinstance(value, (int, float, date)):
         message += ", so write it in quotes"
     if (key, value) == ("backbone.weights", None):
@@ -136,9 +136,13 @@ def _said(message: str) -> str:
     return message[0].lower() + message[1:]
 
 
-def _as_list(text: str) -> str:
-    """The list that was meant. If it has brackets but was read as text, an item such as ``layer?.*`` lacks quotes."""
-    return str([item.strip(" '\"") for item in text.strip("[]").split(",")]) if text.startswith("[") else f"[{text}]"
+def _as_list(key: str, text: str) -> str:
+    """The list that was meant, for the command line."""
+    if not text.startswith("["):
+        return f"{key}=[{text}]"
+    # It has brackets but was read as text: an item such as ``layer?.*`` lacks quotes, or the shell removed them.
+    items = ",".join(repr(item.strip(" '\"")) for item in text.strip("[]").split(","))
+    return f'"{key}=[{items}]"'
 
 
 def _shown(value: object) -> str:

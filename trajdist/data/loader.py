@@ -168,7 +168,7 @@ class SlotSampler(BatchSampler):
 def build_loader(
     dataset: SlotDataset, plan: Plan, *, cursor: int = 0, num_workers: int, pin_memory: bool
 ) -> DataLoader[ImageBatch]:
-    """The loader over all processes' micro-batches, for ``accelerator.prepare`` to shard.
+    """The loader over all processes' micro-batches, for Accelerate to shard.
 
     Args:
         cursor: images consumed so far; must lie between two steps.

@@ -133,13 +133,12 @@ def _timm(name: str, weights: str) -> Built:
         raise ConfigError(f"backbone.name={name!r} is not a timm model: {_meant(model_name, timm.list_models())}")
     try:
         network: Any = timm.create_model(model_name, pretrained=weights == "DEFAULT")
-    except (OSError, RuntimeError) as error:
-        # The part of the name behind the dot is checked first, whatever the weights.
-        if weights != "DEFAULT" or "pretrained tag" in str(error):
-            raise ConfigError(
-                f"backbone.name={name!r} cannot be built by timm ({_cause(error)}): name one of timm.list_models(), "
-                "or with the weights behind a dot one of timm.list_pretrained()."
-            ) from None
+    except RuntimeError as error:
+        raise ConfigError(
+            f"backbone.name={name!r} with backbone.weights={weights} cannot be built by timm ({_cause(error)}): take a "
+            "name from timm.list_pretrained(), or set backbone.weights to a .safetensors or .pt file, or to none."
+        ) from None
+    except OSError as error:
         raise ConfigError(
             f"backbone.weights=DEFAULT of {name!r} could not be downloaded ({_cause(error)}): name a "
             ".safetensors or .pt file in backbone.weights, or set it to none."

@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import (
-    DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     send_to_device,
 )
+from torch.utils.data import DataLoader
 
 from trajdist import launcher
 from trajdist.data.loader import processors
@@ -25,6 +26,7 @@ from trajdist.runtime.allocator import keep_freed_memory
 
 Batch = TypeVar("Batch")
 Answer = TypeVar("Answer")
+Loader = TypeVar("Loader", bound=DataLoader[Any])
 
 PRECISIONS = ("no", "bf16", "fp16")
 CHOOSING_GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
@@ -57,9 +59,6 @@ def start_accelerator(
             mixed_precision=supported_precision(mixed_precision),
             # The last micro-batch of a step is recognised by counting, never by the end of the loader.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-            dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            # Random numbers are keyed by seed, phase, step and rank (see loop.py); there is nothing to synchronise.
-            rng_types=[],
             kwargs_handlers=[
                 InitProcessGroupKwargs(init_method=init_method, timeout=timedelta(seconds=timeout_s)),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -252,6 +251,15 @@ class Processes:
                 raise failure
         if code:
             raise SystemExit(code)
+
+    def shard(self, loader: Loader) -> Loader:
+        """The loader with this process's share of its batches, which stay on the host.
+
+        As the accelerator's own method does it, which would keep every loader until the end of a phase. Random numbers
+        are keyed by seed, phase, step and rank (see loop.py), so there is nothing to synchronise.
+        """
+        sharded: Loader = prepare_data_loader(loader)
+        return sharded
 
     def wait(self) -> None:
         """Wait for all processes."""

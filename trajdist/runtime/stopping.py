@@ -35,7 +35,7 @@ class StopFlag:
         """Request a stop; the first reason is kept."""
         self.why = self.why or why
 
-    def requested(self) -> StopRequested:
+    def error(self) -> StopRequested:
         """What ends a run that was asked to stop, on this process or on another one."""
         return StopRequested(self.why or "another process was asked to stop")
 

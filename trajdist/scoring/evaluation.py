@@ -106,7 +106,8 @@ def count_images(job: Scoring, dataset: LabelledFolder) -> tuple[dict[str, Score
             alarms[kind] += row["is_anomalous"]
             yield kind, row["score"]
 
-    return histograms_of(dataset.kinds, scores()), alarms, unreadable
+    images = histograms_of(dataset.kinds, scores())
+    return images, alarms, unreadable
 
 
 def compare_adapters(names: list[str], job: Scoring, dataset: LabelledFolder) -> dict[str, dict[str, Any]]:

@@ -134,7 +134,7 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
         dataset = SlotDataset(source, partial(picked, order), scorer.size, scorer.fit, threads=threads)
         pin_memory = processes.device.type == "cuda"
         loader = build_loader(dataset, plan, cursor=cursor, num_workers=workers, pin_memory=pin_memory)
-        return accelerator.prepare_data_loader(loader, device_placement=False)
+        return processes.shard(loader)
 
     rates = [options.false_alarm_rate or supported_rate(detector) for detector in scorer.detectors]
     thresholds = [detector.images.threshold(rate) for detector, rate in zip(scorer.detectors, rates, strict=True)]

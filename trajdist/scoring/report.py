@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -85,7 +86,7 @@ def report(job: Scoring, labels: Labels | None = None) -> None:
 
 def _title(job: Scoring) -> str:
     # The run may be the current folder, whose path has no name.
-    return f"{RunDir(job.run_dir).path.resolve().name}: {job.images_title}"
+    return f"{os.path.basename(os.path.abspath(RunDir(job.run_dir).path))}: {job.images_title}"
 
 
 def mistakes(out: Path, dataset: LabelledFolder) -> list[Placed]:

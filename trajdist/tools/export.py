@@ -106,6 +106,7 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
     """
     if is_folder(path):
         raise ConfigError(f"--out {str(path)!r} is a folder: name a file, such as {str(path / FILES[kind])!r}.")
+    scorer.to("cpu")
     detector = scorer.detectors[0]
     # With requires_grad, the exported program would keep every activation for a backward pass.
     module = Exported(scorer, detector).eval().requires_grad_(False)

@@ -71,8 +71,8 @@ def _parts_of_run(path: Path) -> Iterator[Iterator[RenderableType]]:
     yield _inspect_status(rundir)
     yield _inspect_summary(rundir)
     yield from map(_inspect_safetensors, sorted(path.glob("phase*/*.safetensors")))
-    if os.path.lexists(rundir.adapter):
-        yield from _parts_of_adapter(rundir.adapter)
+    for adapter in sorted(path.glob("phase2/adapter*")):
+        yield from _parts_of_adapter(adapter)
     yield from map(_inspect_checkpoint, sorted(path.glob("checkpoints/step-*")))
     for domain in rundir.domains():
         yield from _parts_of_run(domain)

@@ -71,7 +71,10 @@ def _adapt_to_all(session: Session) -> None:
 
 
 def _adapt_to_each(domains: dict[str, Session], under_way: dict[str, Session], extractor: TrajectoryExtractor) -> None:
-    """Adapt to the domains that are not done; ``under_way`` has, at any time, those that an error would concern."""
+    """Adapt to the domains that are not done. Meanwhile ``under_way`` has those among them that are known.
+
+    An error concerns these: if one domain is refused, those after it are left as they are.
+    """
     for name, domain in domains.items():
         under_way[name] = domain
         with domain.naming():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -68,7 +69,9 @@ def _copy(folder: Path, rundir: RunDir, config: Config) -> None:
         if not is_file(folder / target.name):
             raise ArtifactError(f"phase1={config.phase1!r} has no {target.name}: name a run whose Phase 1 is done.")
     # Check before copying anything: the user can then correct the config and run the command again.
-    _check_same_model(config, folder / rundir.trajectory.name, folder / rundir.model.name)
+    trajectory, model = folder / rundir.trajectory.name, folder / rundir.model.name
+    _check_same_model(config, trajectory, model)
+    _check_same_making(config, trajectory, model)
     with os_errors(f"phase1={config.phase1!r} cannot be read", fix="make its files readable"):
         for target in targets:
             write_bytes(target, (folder / target.name).read_bytes())
@@ -88,25 +91,42 @@ def _check_same_model(config: Config, trajectory: Path, model: Path) -> None:
         "data.domain.fit": (config.data.domain.fit, made.fit),
         "model.spatial_resolution": (config.model.spatial_resolution, made.spatial_resolution),
         "model.feature_dim": (config.model.feature_dim, made.feature_dim),
-        "trajectory.projection": (config.trajectory.projection, made.projection),
         "trajectory.subcells": (config.trajectory.subcells, made.subcells),
         "model.type": (config.model.type, learned.type),
         "model.hidden_dim": (config.model.hidden_dim, learned.hidden_dim),
         "model.latent_dim": (config.model.latent_dim, learned.latent_dim),
         "model.num_layers": (config.model.num_layers, learned.num_layers),
+    }
+    _refuse_difference(pairs, model.parent)
+
+
+def _check_same_making(config: Config, trajectory: Path, model: Path) -> None:
+    """Refuse a config that would describe the making of a Phase 1 wrongly, when that is adopted.
+
+    Runs of earlier versions may have adopted theirs with such a config.
+
+    Raises:
+        ConfigError: the first key that differs.
+    """
+    made = bundle.read(trajectory, bundle.TrajectoryDocument)
+    learned = bundle.read(model, bundle.ModelDocument)
+    pairs: dict[str, tuple[object, object]] = {
+        "trajectory.projection": (config.trajectory.projection, made.projection),
         "model.dropout": (config.model.dropout, learned.dropout),
     }
     if learned.type not in WITHOUT_HEADS:
         pairs["model.num_heads"] = (config.model.num_heads, learned.num_heads)
-    if not _could_choose(config.backbone.blocks, made.blocks):
+    # Without patterns, the blocks of Phase 1 are meant.
+    if config.backbone.blocks and not all(_matches(config.backbone.blocks, block) for block in made.blocks):
         pairs["backbone.blocks"] = (config.backbone.blocks, made.blocks)
+    _refuse_difference(pairs, model.parent)
+
+
+def _matches(patterns: list[str], block: str) -> bool:
+    return any(fnmatchcase(block, pattern) for pattern in patterns)
+
+
+def _refuse_difference(pairs: Mapping[str, tuple[object, object]], folder: Path) -> None:
     for key, (mine, theirs) in pairs.items():
         if mine != theirs:
-            raise ConfigError(f"{key}={mine!r}, but the Phase 1 in {str(model.parent)!r} has {theirs!r}: use that.")
-
-
-def _could_choose(patterns: list[str], blocks: list[str]) -> bool:
-    """Whether globs of module names may stand for these blocks; none at all stand for those of Phase 1."""
-    used = {pattern for pattern in patterns for block in blocks if fnmatchcase(block, pattern)}
-    chosen = {block for block in blocks for pattern in patterns if fnmatchcase(block, pattern)}
-    return not patterns or (used == set(patterns) and chosen == set(blocks))
+            raise ConfigError(f"{key}={mine!r}, but the Phase 1 in {str(folder)!r} has {theirs!r}: use that.")

@@ -210,7 +210,7 @@ def finish_step(job: Job, step: Step) -> None:
         job.progress.go_on()
     if stop:
         session.processes.main_does(job.writer.finish)
-        raise session.stop.requested()
+        raise session.stop.error()
 
 
 def save_checkpoint(job: Job, step: Step) -> None:

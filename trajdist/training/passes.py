@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,14 +83,13 @@ def prepare_extractor(session: Session, selection: Selection) -> TrajectoryExtra
     if not session.processes.main_knows(lambda: exists(path)):
         backbone = _make_projection(session, selection)
         # The last bits of eigenvectors differ between machines, so all processes read those of the main process.
-        session.extractor = _ready(session, bundle.with_projection(path, backbone, weights))
+        session.extractor = _ready(session, lambda: bundle.with_projection(path, backbone, weights))
     return shared_extractor(session)
 
 
 def _make_projection(session: Session, selection: Selection) -> Backbone:
     """Measure the statistics, fit the projection to them and save it; returns the backbone."""
-    extractor = session.processes.main_first(lambda: bundle.new_extractor(session.config))
-    _move(session, extractor)
+    extractor = session.processes.main_first(lambda: _moved(session, bundle.new_extractor(session.config)))
     clean = CleanImages(session, selection, extractor)
     moments = measure(clean)
 
@@ -113,18 +112,18 @@ def shared_extractor(session: Session) -> TrajectoryExtractor:
     """
     if session.extractor is None:
         path, weights = session.rundir.trajectory, session.config.backbone.weights
-        extractor = session.processes.main_first(lambda: bundle.load_extractor(path, weights))
-        session.extractor = _ready(session, extractor)
+        session.extractor = _ready(session, lambda: bundle.load_extractor(path, weights))
     return session.extractor
 
 
-def _ready(session: Session, extractor: TrajectoryExtractor) -> TrajectoryExtractor:
-    _move(session, extractor)
+def _ready(session: Session, make: Callable[[], TrajectoryExtractor]) -> TrajectoryExtractor:
+    """Make the extractor on each process; one that fails, as on a full GPU, ends all."""
+    extractor = session.processes.main_first(lambda: _moved(session, make()))
     return extractor.compile() if session.config.backbone.compile else extractor
 
 
-def _move(session: Session, extractor: TrajectoryExtractor) -> None:
-    extractor.to(session.processes.device, session.config.memory.images_per_pass)
+def _moved(session: Session, extractor: TrajectoryExtractor) -> TrajectoryExtractor:
+    return extractor.to(session.processes.device, session.config.memory.images_per_pass)
 
 
 def measure(clean: CleanImages) -> list[BlockMoments]:
@@ -179,7 +178,7 @@ def clean_batches(
             yield to_device(batch, processes.device)
             progress.advance(step.stop)
             if processes.any(bool(session.stop)):
-                raise session.stop.requested()
+                raise session.stop.error()
     trim()
     bad = bad_images.write(set_name, session.sources[set_name].name)
     check_bad(session, set_name, num_images, len(bad))

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -272,9 +271,7 @@ class Session:
         )
         pin_memory = self.processes.device.type == "cuda"
         loader = build_loader(dataset, plan, cursor=cursor, num_workers=-(-workers // sharing), pin_memory=pin_memory)
-        # The accelerator's own method would keep every loader until the end of the phase.
-        prepared: DataLoader[ImageBatch] = prepare_data_loader(loader)
-        return prepared
+        return self.processes.shard(loader)
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """The newest intact checkpoint, chosen by the main process, which reports damaged ones; None without any.

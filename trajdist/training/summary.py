@@ -35,21 +35,21 @@ def is_done(session: Session, phase: int) -> bool:
         return False
     session.check_images(SETS[phase])
     if done.get("validation", {}).get("stopped_early"):
-        return _repeat_nothing(session, done, f"phase {phase} stopped early, after {done['epochs']} epochs")
+        return _done_already(session, done, f"phase {phase} stopped early, after {done['epochs']} epochs")
     epochs, wanted = done["epochs"], session.config.data.of_phase(phase).num_epochs
     is_so = f"phase {phase} is done ({epochs} epochs)"
     if wanted <= epochs:
-        return _repeat_nothing(session, done, is_so)
+        return _done_already(session, done, is_so)
     checkpoint = None if is_base else session.newest_checkpoint()
     if checkpoint and checkpoint.state["phase"] == phase:
         session.say(f"phase {phase} has {epochs} epochs and continues to {wanted}")
         return False
     built_on = phase == 1 and (adapted or checkpoint)
     reason = "Phase 2 is built on these" if built_on else "there is no checkpoint to resume from"
-    return _repeat_nothing(session, done, is_so, f"; for {wanted} epochs start over with --fresh: {reason}")
+    return _done_already(session, done, is_so, f"; for {wanted} epochs start over with --fresh: {reason}")
 
 
-def _repeat_nothing(session: Session, done: dict[str, Any], why: str, but: str = "") -> Literal[True]:
+def _done_already(session: Session, done: dict[str, Any], why: str, but: str = "") -> Literal[True]:
     session.at.step = done["steps"]
     session.say(f"{why}: nothing to repeat{but}")
     return True
