@@ -20,7 +20,7 @@ from trajdist.cli import main
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.scoring import scorer
 from trajdist.tools.audit import audit
-from trajdist.training import adaptation, feed, job, loop
+from trajdist.training import adaptation, adoption, feed, job, loop
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -210,6 +210,17 @@ def test_a_domain_that_comes_later(folders, base, together, tmp_path, capsys):
     assert (run_dir / "domains/road/phase2/adapter/adapter_model.safetensors").stat().st_mtime_ns == before
     for name in folders:
         assert_same(run_dir / "domains" / name, together / "domains" / name, rtol=1e-3, atol=1e-5)
+
+
+def test_a_domain_that_comes_later_to_a_run_of_an_earlier_version(folders, base, tmp_path, monkeypatch):
+    """Which did not compare how Phase 1 was made: now it has its config, and no other one is accepted."""
+    run_dir, short = tmp_path / "run", ["model.dropout=0.1", "data.domains.road.num_epochs=1"]
+    road = {"road": folders["road"]}
+    assert main(several(road, run_dir, base, *short)) == 2
+    with monkeypatch.context() as earlier:
+        earlier.setattr(adoption, "_check_same_making", lambda *_: None)
+        assert main(several(road, run_dir, base, *short)) == 0
+    assert main(several(folders, run_dir, base, *short, "data.domains.bark.num_epochs=1")) == 0
 
 
 def test_a_domain_goes_on_by_itself(folders, base, together, tmp_path):

@@ -18,6 +18,8 @@ from trajdist.files import is_file, user_path
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# In timm's errors about weights that do not exist, as opposed to those that cannot be downloaded.
+TIMM_HAS_NONE = ("pretrained tag", "No pretrained weights exist", "Invalid pretrained config")
 
 
 class Built(NamedTuple):
@@ -133,12 +135,12 @@ def _timm(name: str, weights: str) -> Built:
         raise ConfigError(f"backbone.name={name!r} is not a timm model: {_meant(model_name, timm.list_models())}")
     try:
         network: Any = timm.create_model(model_name, pretrained=weights == "DEFAULT")
-    except RuntimeError as error:
-        raise ConfigError(
-            f"backbone.name={name!r} with backbone.weights={weights} cannot be built by timm ({_cause(error)}): take a "
-            "name from timm.list_pretrained(), or set backbone.weights to a .safetensors or .pt file, or to none."
-        ) from None
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        if weights != "DEFAULT" or any(words in str(error) for words in TIMM_HAS_NONE):
+            raise ConfigError(
+                f"backbone.name={name!r} cannot be built by timm ({_cause(error)}): take a name from "
+                "timm.list_models(), or from timm.list_pretrained() if its weights are wanted."
+            ) from None
         raise ConfigError(
             f"backbone.weights=DEFAULT of {name!r} could not be downloaded ({_cause(error)}): name a "
             ".safetensors or .pt file in backbone.weights, or set it to none."

@@ -36,7 +36,7 @@ ONE_EACH = "start one process for each GPU (--num_processes)"
 def start_accelerator(
     mixed_precision: str, timeout_s: float, deterministic: bool, init_method: str | None = None
 ) -> Accelerator:
-    """Set up Accelerate for this job: precision, process group with a timeout, no random state of its own.
+    """Set up Accelerate for this job: precision, process group with a timeout. :meth:`Processes.shard` is for loaders.
 
     Raises:
         ConfigError: a precision that this machine does not support, or a launcher's setting that trajdist does not, or

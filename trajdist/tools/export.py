@@ -95,7 +95,7 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
     """Export the scorer's first detector to one file and compare the file's outputs with the scorer's.
 
     Args:
-        scorer: a run that was loaded on the CPU.
+        scorer: a loaded run; it is moved to the CPU.
         kind: ``onnx``, or ``torch`` for a ``torch.export`` program.
         path: the output file; written atomically, its folder created if missing.
 

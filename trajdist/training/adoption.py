@@ -26,25 +26,26 @@ def adopt_phase1(session: Session) -> None:
     """
     rundir = session.rundir
     if session.config.phase1 is not None:
-        _adopt(rundir, session.config, session.config.phase1)
+        _adopt(session, session.config.phase1)
     if not exists(rundir.model) or not exists(rundir.calibration(1)):
         what = "Phase 1 is not finished" if exists(rundir.model) else "there is no Phase 1"
         raise ArtifactError(f"{what} in {str(rundir.path)!r}: train it first, or name an older run with phase1=DIR.")
     _check_same_model(session.config, rundir.trajectory, rundir.model)
 
 
-def _adopt(rundir: RunDir, config: Config, chosen: str) -> None:
+def _adopt(session: Session, chosen: str) -> None:
     """Copy the chosen Phase 1, unless that was done before: then it may no longer exist.
 
     Raises:
         ArtifactError: it is not finished, or the run has another one.
-        ConfigError: ``config`` does not describe its model.
+        ConfigError: the config does not describe its model.
     """
+    rundir, config = session.rundir, session.config
     folder = user_path(chosen)
     folder = folder / "phase1" if is_folder(folder / "phase1") else folder
     model = folder / rundir.model.name
     if not exists(rundir.model):
-        _copy(folder, rundir, config)
+        _copy(folder, rundir, config, was_adopted=bool(session.domain))
     elif is_file(model) and model.read_bytes() != rundir.model.read_bytes():
         raise ArtifactError(
             f"{str(rundir.path)!r} has another Phase 1 than phase1={chosen!r}: leave phase1 out to use its own, "
@@ -52,8 +53,8 @@ def _adopt(rundir: RunDir, config: Config, chosen: str) -> None:
         )
 
 
-def _copy(folder: Path, rundir: RunDir, config: Config) -> None:
-    """Copy a finished Phase 1.
+def _copy(folder: Path, rundir: RunDir, config: Config, was_adopted: bool) -> None:
+    """Copy a finished Phase 1; with ``was_adopted`` from the run of a joint adaptation, whose config has the same keys.
 
     Raises:
         ArtifactError: it is not finished, or the run has begun one of its own.
@@ -71,7 +72,8 @@ def _copy(folder: Path, rundir: RunDir, config: Config) -> None:
     # Check before copying anything: the user can then correct the config and run the command again.
     trajectory, model = folder / rundir.trajectory.name, folder / rundir.model.name
     _check_same_model(config, trajectory, model)
-    _check_same_making(config, trajectory, model)
+    if not was_adopted:
+        _check_same_making(config, trajectory, model)
     with os_errors(f"phase1={config.phase1!r} cannot be read", fix="make its files readable"):
         for target in targets:
             write_bytes(target, (folder / target.name).read_bytes())
@@ -116,7 +118,7 @@ def _check_same_making(config: Config, trajectory: Path, model: Path) -> None:
     }
     if learned.type not in WITHOUT_HEADS:
         pairs["model.num_heads"] = (config.model.num_heads, learned.num_heads)
-    # Without patterns, the blocks of Phase 1 are meant.
+    # Without patterns, the blocks of Phase 1 are meant; what wider ones match, only the network could tell.
     if config.backbone.blocks and not all(_matches(config.backbone.blocks, block) for block in made.blocks):
         pairs["backbone.blocks"] = (config.backbone.blocks, made.blocks)
     _refuse_difference(pairs, model.parent)

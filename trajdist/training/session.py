@@ -106,7 +106,7 @@ class Session:
         if isinstance(error, (StopRequested, KeyboardInterrupt)):
             status, why = "stopped", str(error)
         elif error is not None:
-            status, why = "failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            status, why = "failed", _why(error)
         if self.processes.is_main:
             with suppress(ArtifactError) if status == "failed" else nullcontext():
                 self.rundir.write_status(status, self.at.phase, self.at.step, why)
@@ -286,6 +286,12 @@ class Session:
                 self.say(problem)
         path = self.processes.broadcast(path)
         return None if path is None else load_checkpoint(path)
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, SystemExit):  # How the main process ends for another one's sake.
+        return "another process failed: see its message"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def with_keys_of(domain: str, text: str) -> str:
