@@ -12,6 +12,7 @@ import pytest
 import torch
 from images import write_images
 from jobs import launch
+from outcome import read_lines
 from safetensors.torch import load_file
 
 from trajdist.cli import main
@@ -29,7 +30,7 @@ KINDS = ("autoencoder", "vae", "transformer")
 
 
 def records(run_dir: Path, event: str) -> list[dict]:
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    lines = read_lines(run_dir, "metrics.jsonl")
     return [line for line in lines if line["event"] == event]
 
 

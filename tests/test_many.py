@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from images import write_images
 from jobs import launch
-from outcome import assert_done, read
+from outcome import assert_done, read, read_lines
 from safetensors.torch import load_file
 
 from trajdist.cli import main
@@ -27,12 +26,12 @@ def arguments(images: Path, run_dir: Path, batch_size: int) -> list[str]:
 
 
 def losses(run_dir: Path) -> list[float]:
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    lines = read_lines(run_dir, "metrics.jsonl")
     return [line["loss"] for line in lines if line["event"] == "step"]
 
 
 def ledger(run_dir: Path) -> list[dict]:
-    lines = map(json.loads, (run_dir / "ledger.jsonl").read_text().splitlines())
+    lines = read_lines(run_dir, "ledger.jsonl")
     return [{**line, "num_processes": 0} for line in lines]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from jobs import launch, start, stop_after_lines
+from outcome import read_lines
 
 from trajdist.cli import main
 from trajdist.training.validation import Examiner
@@ -16,7 +16,7 @@ DEBUG = ("runtime.mixed_precision=no", "data.image_size=32")
 
 
 def lines_of(run_dir: Path, event: str, phase: int) -> list[dict]:
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    lines = read_lines(run_dir, "metrics.jsonl")
     return [line for line in lines if line["event"] == event and line["phase"] == phase]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import launch, start, stop_after_lines
+from outcome import read_lines
 
 from trajdist.artifacts import read_tensors
 from trajdist.cli import main
@@ -31,7 +32,7 @@ def train(run_dir: Path, *overrides: str) -> list[dict]:
 
 
 def validations(run_dir: Path) -> list[dict]:
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    lines = read_lines(run_dir, "metrics.jsonl")
     return [line for line in lines if line["event"] == "validation"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jobs import REPOSITORY, Finished, Job, launch, start
-from outcome import assert_done
+from outcome import assert_done, read_lines
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ def status(run_dir: Path) -> str:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    lines = read_lines(run_dir, "metrics.jsonl")
     return [{key: value for key, value in line.items() if key not in UNSTEADY} for line in lines]
 
 
@@ -62,5 +62,5 @@ def assert_identical(run_dir: Path, reference: Path) -> None:
 
 def ledger(run_dir: Path) -> set[tuple[int, int, int, int, int]]:
     """The images of every step: phase, epoch, positions and their digest."""
-    lines = map(json.loads, (run_dir / "ledger.jsonl").read_text().splitlines())
+    lines = read_lines(run_dir, "ledger.jsonl")
     return {(line["phase"], line["epoch"], line["start"], line["stop"], line["digest"]) for line in lines}

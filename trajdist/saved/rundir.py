@@ -116,7 +116,7 @@ class RunDir:
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
                     leftover.unlink(missing_ok=True)
-        self._drop_torn_line(self.bad_images)
+        self._drop_torn_line()
 
     def write_config(self, text: str) -> None:
         write_bytes(self.config, text.encode())
@@ -148,12 +148,12 @@ class RunDir:
                 if exists(file) and file.stat().st_size > sizes.get(file.name, 0):
                     os.truncate(file, sizes.get(file.name, 0))
 
-    def _drop_torn_line(self, file: Path) -> None:
-        """Remove an incomplete last line left by a crash, so that the next record starts on a new line."""
-        with _recording(file):
-            whole = file.read_bytes() if exists(file) else b""
+    def _drop_torn_line(self) -> None:
+        """Remove an incomplete last line of the list of bad images, so that the next one starts on a new line."""
+        with _recording(self.bad_images):
+            whole = self.bad_images.read_bytes() if exists(self.bad_images) else b""
             if whole and not whole.endswith(b"\n"):
-                os.truncate(file, whole.rfind(b"\n") + 1)
+                os.truncate(self.bad_images, whole.rfind(b"\n") + 1)
 
     def recall(self, key: str) -> Any:
         """The value of ``key`` in run.json, or None.

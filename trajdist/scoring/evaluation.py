@@ -26,7 +26,7 @@ from trajdist.runtime.progress import Progress
 from trajdist.scoring.histogram import ScoreHistogram, histograms_of
 from trajdist.scoring.job import Scoring
 from trajdist.scoring.metrics import TITLES, Curve, Mask, PixelScores, bootstrap_interval, curve
-from trajdist.scoring.output import read_rows
+from trajdist.scoring.output import read_rows, scored_rows
 from trajdist.scoring.report import Labels, defect_scores, report
 from trajdist.scoring.score import map_of, score
 from trajdist.sharding import Slots
@@ -115,9 +115,7 @@ def compare_adapters(names: list[str], job: Scoring, dataset: LabelledFolder) ->
     num_best = dict.fromkeys(names, 0)
 
     def scores() -> Iterator[tuple[tuple[str, bool], float]]:
-        for position, row in enumerate(read_rows(job.out)):
-            if row["score"] is None:
-                continue
+        for position, row in scored_rows(job.out):
             num_best[row["best_adapter"]] += 1
             is_good = dataset.kind(position) == GOOD
             yield from (((name, is_good), found["score"]) for name, found in row["adapters"].items())

@@ -82,14 +82,24 @@ def failed_positions(out: Path) -> list[int]:
     return [position for position, row in enumerate(read_rows(out)) if row["score"] is None]
 
 
-def most_anomalous(out: Path, count: int, wanted: Wanted = lambda position, row: True) -> list[Placed]:
+def anything(position: int, row: Row) -> bool:
+    """Every row is wanted."""
+    return True
+
+
+def scored_rows(out: Path, wanted: Wanted = anything) -> Iterator[Placed]:
+    """Position and row of the wanted images that could be read."""
+    return (item for item in enumerate(read_rows(out)) if item[1]["score"] is not None and wanted(*item))
+
+
+def most_anomalous(out: Path, count: int, wanted: Wanted = anything) -> list[Placed]:
     """Position and row of the wanted images with the largest scores, in constant memory."""
-    return heapq.nlargest(count, _scored_rows(out, wanted), key=lambda item: item[1]["score"])
+    return heapq.nlargest(count, scored_rows(out, wanted), key=lambda item: item[1]["score"])
 
 
-def least_anomalous(out: Path, count: int, wanted: Wanted = lambda position, row: True) -> list[Placed]:
+def least_anomalous(out: Path, count: int, wanted: Wanted = anything) -> list[Placed]:
     """Position and row of the wanted images with the smallest scores."""
-    return heapq.nsmallest(count, _scored_rows(out, wanted), key=lambda item: item[1]["score"])
+    return heapq.nsmallest(count, scored_rows(out, wanted), key=lambda item: item[1]["score"])
 
 
 def unreadable(out: Path, most: int) -> tuple[list[Row], int]:
@@ -101,10 +111,6 @@ def unreadable(out: Path, most: int) -> tuple[list[Row], int]:
             count += 1
             rows += [row] * (count <= most)
     return rows, count
-
-
-def _scored_rows(out: Path, wanted: Wanted) -> Iterator[Placed]:
-    return (item for item in enumerate(read_rows(out)) if item[1]["score"] is not None and wanted(*item))
 
 
 def picture_name(image: str) -> str:

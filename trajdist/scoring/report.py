@@ -20,7 +20,7 @@ from trajdist.scoring import pictures
 from trajdist.scoring.histogram import ScoreHistogram, histograms_of, plot_bins
 from trajdist.scoring.job import Scoring
 from trajdist.scoring.metrics import TITLES, PixelScores, curve
-from trajdist.scoring.output import Placed, Row, least_anomalous, most_anomalous, read_rows, unreadable
+from trajdist.scoring.output import Placed, Row, least_anomalous, most_anomalous, scored_rows, unreadable
 from trajdist.scoring.page import (
     CurvePair,
     DefectKind,
@@ -171,7 +171,7 @@ def _bars(job: Scoring, labels: Labels | None) -> ScoreBars:
         histograms["good"] = labels.images[GOOD]
         histograms["defects"] = defect_scores(labels.images)
     else:
-        scores = (("images", row["score"]) for row in read_rows(job.out) if row["score"] is not None)
+        scores = (("images", row["score"]) for _, row in scored_rows(job.out))
         histograms |= histograms_of(["images"], scores)
     return ScoreBars(*plot_bins(histograms))
 

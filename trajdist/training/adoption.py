@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def adopt_phase1(session: Session) -> None:
     if not exists(rundir.model) or not exists(rundir.calibration(1)):
         what = "Phase 1 is not finished" if exists(rundir.model) else "there is no Phase 1"
         raise ArtifactError(f"{what} in {str(rundir.path)!r}: train it first, or name an older run with phase1=DIR.")
-    _check_same_model(session.config, rundir.trajectory, rundir.model)
+    _check_same_model(session.config, rundir.trajectory, rundir.model, made_alike=False)
 
 
 def _adopt(session: Session, chosen: str) -> None:
@@ -71,23 +70,24 @@ def _copy(folder: Path, rundir: RunDir, config: Config, was_adopted: bool) -> No
             raise ArtifactError(f"phase1={config.phase1!r} has no {target.name}: name a run whose Phase 1 is done.")
     # Check before copying anything: the user can then correct the config and run the command again.
     trajectory, model = folder / rundir.trajectory.name, folder / rundir.model.name
-    _check_same_model(config, trajectory, model)
-    if not was_adopted:
-        _check_same_making(config, trajectory, model)
+    _check_same_model(config, trajectory, model, made_alike=not was_adopted)
     with os_errors(f"phase1={config.phase1!r} cannot be read", fix="make its files readable"):
         for target in targets:
             write_bytes(target, (folder / target.name).read_bytes())
 
 
-def _check_same_model(config: Config, trajectory: Path, model: Path) -> None:
+def _check_same_model(config: Config, trajectory: Path, model: Path, made_alike: bool) -> None:
     """Refuse a Phase 2 config that does not describe the Phase 1 model it adapts.
+
+    Args:
+        made_alike: compare how it was made as well, which earlier versions did not do.
 
     Raises:
         ConfigError: the first key that differs.
     """
     made = bundle.read(trajectory, bundle.TrajectoryDocument)
     learned = bundle.read(model, bundle.ModelDocument)
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
         "backbone.name": (config.backbone.name, made.backbone),
         "data.image_size": (config.data.image_size, made.image_size),
         "data.domain.fit": (config.data.domain.fit, made.fit),
@@ -99,19 +99,17 @@ def _check_same_model(config: Config, trajectory: Path, model: Path) -> None:
         "model.latent_dim": (config.model.latent_dim, learned.latent_dim),
         "model.num_layers": (config.model.num_layers, learned.num_layers),
     }
-    _refuse_difference(pairs, model.parent)
+    if made_alike:
+        pairs |= _making(config, made, learned)
+    for key, (mine, theirs) in pairs.items():
+        if mine != theirs:
+            raise ConfigError(f"{key}={mine!r}, but the Phase 1 in {str(model.parent)!r} has {theirs!r}: use that.")
 
 
-def _check_same_making(config: Config, trajectory: Path, model: Path) -> None:
-    """Refuse a config that would describe the making of a Phase 1 wrongly, when that is adopted.
-
-    Runs of earlier versions may have adopted theirs with such a config.
-
-    Raises:
-        ConfigError: the first key that differs.
-    """
-    made = bundle.read(trajectory, bundle.TrajectoryDocument)
-    learned = bundle.read(model, bundle.ModelDocument)
+def _making(
+    config: Config, made: bundle.TrajectoryDocument, learned: bundle.ModelDocument
+) -> dict[str, tuple[object, object]]:
+    """The keys that say how a Phase 1 was made, each as the config has it and as it was."""
     pairs: dict[str, tuple[object, object]] = {
         "trajectory.projection": (config.trajectory.projection, made.projection),
         "model.dropout": (config.model.dropout, learned.dropout),
@@ -119,16 +117,7 @@ def _check_same_making(config: Config, trajectory: Path, model: Path) -> None:
     if learned.type not in WITHOUT_HEADS:
         pairs["model.num_heads"] = (config.model.num_heads, learned.num_heads)
     # Without patterns, the blocks of Phase 1 are meant; what wider ones match, only the network could tell.
-    if config.backbone.blocks and not all(_matches(config.backbone.blocks, block) for block in made.blocks):
-        pairs["backbone.blocks"] = (config.backbone.blocks, made.blocks)
-    _refuse_difference(pairs, model.parent)
-
-
-def _matches(patterns: list[str], block: str) -> bool:
-    return any(fnmatchcase(block, pattern) for pattern in patterns)
-
-
-def _refuse_difference(pairs: Mapping[str, tuple[object, object]], folder: Path) -> None:
-    for key, (mine, theirs) in pairs.items():
-        if mine != theirs:
-            raise ConfigError(f"{key}={mine!r}, but the Phase 1 in {str(folder)!r} has {theirs!r}: use that.")
+    patterns = config.backbone.blocks
+    if patterns and not all(any(fnmatchcase(block, pattern) for pattern in patterns) for block in made.blocks):
+        pairs["backbone.blocks"] = (patterns, made.blocks)
+    return pairs
