@@ -25,6 +25,13 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
     return read_lines(out, "scores.jsonl")
 
 
+def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a scoring's rows; what a row does not say is as that of a clean image, or of an unreadable one."""
+    unread: dict[str, Any] = {"score": None, "p_value": None, "is_anomalous": None, "error": "it is damaged"}
+    whole = [({"p_value": 0.5, "is_anomalous": False} if row["score"] is not None else unread) | row for row in rows]
+    (out / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
+
+
 def assert_done(run_dir: Path) -> None:
     """Finished, and every image seen once per epoch."""
     found = audit(run_dir)

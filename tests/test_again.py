@@ -237,6 +237,9 @@ def test_the_scale_of_gradients_is_the_same_after_a_restart_between_the_phases(t
     assert weights[0] == weights[1]
 
 
+NEARLY_BLACK = "nearly black, as if from a 12-bit camera in 16-bit files: multiply them by 16"
+
+
 @pytest.mark.parametrize(("largest", "told"), [(4095, 1), (65535, 0)])
 def test_images_of_a_12_bit_camera_are_told_of_once(tmp_path, capsys, largest, told):
     (tmp_path / "images").mkdir()
@@ -247,7 +250,9 @@ def test_images_of_a_12_bit_camera_are_told_of_once(tmp_path, capsys, largest, t
     command = ["train", "debug", PLAIN, f"run_dir={tmp_path / 'run'}", path, "data.imagenet.num_samples=-1"]
     for epochs in (1, 2):
         assert main([*command, f"data.imagenet.num_epochs={epochs}"]) == 0
-    assert capsys.readouterr().out.count("as from a 12-bit camera, and look nearly black: multiply them by 16.") == told
+    assert capsys.readouterr().out.count(NEARLY_BLACK) == told
+    assert main(["score", str(tmp_path / "run"), str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count(NEARLY_BLACK) == told
 
 
 def test_a_file_of_weights_that_was_moved(tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ from trajdist.errors import StopRequested
 from trajdist.models.registry import build_model
 from trajdist.saved.lora import attach
 from trajdist.scoring.residuals import ResidualModel
-from trajdist.sharding import Selection, Slots
+from trajdist.sharding import DRAWING, VALIDATION, Selection, Slots
 from trajdist.training import loop
 from trajdist.training.objectives import CLEAN, COVERED, ContrastModel, DefectContrast, contrast_losses
 from trajdist.training.optimization import LOGISTIC_RATE, make_optimizer
@@ -65,7 +67,8 @@ def test_a_defect_is_of_its_position_alone():
     assert np.array_equal(drawn, again)
     assert np.array_equal(coverage, same)
     assert coverage.shape == (16,)
-    others = [DRAW(image, 2, 5), DRAW(image, 1, 6), DefectDraw(4, 1, 2)(image, 1, 5), DefectDraw(4, 0, 1)(image, 1, 5)]
+    others = [DRAW(image, 2, 5), DRAW(image, 1, 6)]
+    others += [replace(DRAW, **{key: 1})(image, 1, 5) for key in ("seed", "phase", "purpose")]
     assert not any(np.array_equal(other, drawn) for other, _ in others)
 
 
@@ -109,6 +112,21 @@ def test_losses_are_the_formula():
         ]
         wanted = 0.5 * (np.mean(missed) if missed else 0) + 0.5 * np.mean(alarms)
         assert float(ours[image]) == pytest.approx(float(wanted))
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_held_out_images_get_other_defects(images, tmp_path, monkeypatch):
+    """Epoch 0 and positions from 0 on are those of training as well."""
+    drawn, draw = [], DefectDraw.__call__
+
+    def noted(self: DefectDraw, image, epoch: int, position: int):
+        drawn.append((self.purpose, epoch))
+        return draw(self, image, epoch, position)
+
+    monkeypatch.setattr(DefectDraw, "__call__", noted)
+    validated = ["validation.every_epochs=1", "calibration.holdout_fraction=0.2", "data.num_workers=0"]
+    assert main(arguments("run", images, tmp_path / "run", *batches(16, 1), *CONTRAST, *validated)) == 0
+    assert set(drawn) == {(DRAWING, 0), (DRAWING, 1), (VALIDATION, 0)}
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -124,12 +124,31 @@ def test_exif_rotation(orientation):
         ([0.0, 0.5, 1.0, np.nan], [0, 128, 255, 0]),
         ([0.0, 0.5, 1.0, np.inf], [0, 128, 255, 0]),
         ([-0.16, 0.5, 1.0, 1.16], [0, 128, 255, 255]),
-        ([0.0, 17.0, 255.0, 300.0], [0, 17, 255, 255]),
+        ([-40.0, 17.0, 255.0, 300.0], [0, 17, 255, 255]),
     ],
 )
 def test_floats_that_overshoot_or_are_no_numbers(values, expected):
     raw = encode(Image.fromarray(np.array([values], np.float32)), "TIFF")
     assert pixels(raw)[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.linspace(800, 4095, 200, dtype=np.float32),
+        np.linspace(-1, 1, 200, dtype=np.float32),
+        np.linspace(-300, 255, 200, dtype=np.float32),
+        np.append(np.linspace(0, 1, 199, dtype=np.float32), np.float32(1.6)),
+        np.append(np.linspace(0, 1, 199, dtype=np.float32), np.float32(200)),
+        np.linspace(0, 2**20, 200).astype(np.int32),
+        np.linspace(-5, 200, 200).astype(np.int32),
+    ],
+    ids=["camera", "normalised", "negative", "warm pixel", "hot pixel", "20 bits", "signed"],
+)
+def test_deep_greys_in_another_range_are_refused(values):
+    """Clipped, all of them could look alike."""
+    with pytest.raises(ValueError, match=r"^its values lie in .* to .*: scale them to 0\.\.1"):
+        decode(encode(Image.fromarray(values[None]), "TIFF"))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from images import noise, write_images
 from jobs import launch, start
 from outcome import read, read_rows
 from PIL import Image
-from references import aupro, best_f1
+from references import aupro, best_f1, laid_on, shares_of_regions
 from safetensors.numpy import load_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -86,16 +87,22 @@ def pixel_maps(out: Path) -> np.ndarray:
     return F.interpolate(cells[:, None], (SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0].numpy()
 
 
-def masks_of(out: Path, dataset: Path) -> np.ndarray:
-    masks = []
+def files_of(out: Path, dataset: Path) -> Iterator[Image.Image]:
+    """The masks as they are on the disk."""
     for row in read_rows(out):
         _, kind, name = row["image"].split("/")
-        mask = Image.new("L", (SIZE, SIZE))
-        if kind != "good":
-            file = dataset / "ground_truth" / kind / name.replace(".png", "_mask.png")
-            mask = Image.open(file).resize((SIZE, SIZE), Image.Resampling.NEAREST)
-        masks.append(np.asarray(mask) > 0)
-    return np.stack(masks)
+        file = dataset / "ground_truth" / kind / name.replace(".png", "_mask.png")
+        yield Image.new("L", (SIZE, SIZE)) if kind == "good" else Image.open(file)
+
+
+def masks_of(out: Path, dataset: Path) -> np.ndarray:
+    masks = [mask.resize((SIZE, SIZE), Image.Resampling.NEAREST) for mask in files_of(out, dataset)]
+    return np.stack([np.asarray(mask) > 0 for mask in masks])
+
+
+def shares_of(out: Path, dataset: Path) -> np.ndarray:
+    """The parts of the regions on the pixels of the maps."""
+    return np.stack([laid_on(shares_of_regions(np.asarray(mask) > 0), SIZE) for mask in files_of(out, dataset)])
 
 
 def chosen(out: Path, kind: str | None) -> np.ndarray:
@@ -153,10 +160,12 @@ def test_image_metrics_are_those_of_sklearn(measured, kind):
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_pixel_metrics_are_those_of_sklearn(measured, dataset, kind):
     which = chosen(measured, kind)
-    masks, maps = masks_of(measured, dataset)[which], pixel_maps(measured)[which]
-    values = found(measured, kind)
+    masks, shares = masks_of(measured, dataset)[which], shares_of(measured, dataset)[which]
+    maps, values = pixel_maps(measured)[which], found(measured, kind)
     assert_like_sklearn(values, "pixel", masks.ravel(), maps.ravel())
-    assert values["aupro"] == pytest.approx(aupro(masks, maps), abs=values["binning_error"] * 2 / 0.3 + 1e-6)
+    assert values["aupro"] == pytest.approx(
+        aupro(masks, maps, shares_BSS=shares), abs=values["binning_error"] * 2 / 0.3 + 1e-6
+    )
 
 
 def test_intervals_hold_the_estimate(measured):
@@ -371,6 +380,17 @@ def test_an_output_folder_of_another_evaluation(debug_run, copied, measured, tmp
 
 
 # --------------------------------------------------------------------------------------------- defective sets
+
+
+def test_masks_that_mark_nothing_are_told_of(debug_run, copied, tmp_path, capsys, fresh_accelerate):
+    for name in ("002", "005"):
+        Image.new("L", (SIZE, SIZE)).save(copied / "ground_truth" / "stain" / f"{name}_mask.png")
+    assert evaluate(debug_run, copied, tmp_path / "out") == 0
+    told = (
+        "2 defective images with a mask that marks nothing in what is scored (test/stain/002.png, test/stain/005.png)"
+    )
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert read_metrics(tmp_path / "out")["num_unmarked"] == 2
 
 
 def test_nothing_but_good_images(debug_run, copied, tmp_path, fresh_accelerate):

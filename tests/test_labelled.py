@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
+from references import shares_of_regions
 
 from trajdist.data.decode import to_square
 from trajdist.data.labelled import LabelledFolder
@@ -83,14 +84,28 @@ def test_masks_of_any_mode(root, mode):
     image = deep if mode == "I;16" else Image.fromarray(mask).convert(mode)
     image.save(root / "ground_truth/crack/000_mask.png")
     read = LabelledFolder(root, "DATASET").mask(0, 80, "squash")
-    np.testing.assert_array_equal(read, to_square(Image.fromarray(mask), 80, "squash", Image.Resampling.NEAREST) > 0)
+    np.testing.assert_array_equal(
+        read, np.asarray(Image.fromarray(mask).resize((80, 80), Image.Resampling.NEAREST)) > 0
+    )
 
 
 def test_a_mask_may_be_smaller_or_larger_than_its_image(root):
     folder = LabelledFolder(root, "DATASET")
     for height, width in ((30, 40), (15, 20), (600, 800), (31, 41)):
         save(root / "ground_truth/crack/000_mask.png", picture(height, width)[1])
-        assert folder.mask(0, 64, "crop").any()
+        truth = folder.truth(0, 64, "crop")
+        assert truth.mask_SS.any()
+        assert truth.regions_SS.sum() == pytest.approx(1)
+
+
+def test_a_thin_defect_is_one_region_whatever_the_size(root):
+    mask = np.zeros((600, 800), np.uint8)
+    mask[np.arange(500), np.arange(500)] = 255
+    save(root / "ground_truth/crack/000_mask.png", mask)
+    truth = LabelledFolder(root, "DATASET").truth(0, 64, "squash")
+    assert shares_of_regions(truth.mask_SS).sum() != pytest.approx(1), "among the pixels it falls apart or vanishes"
+    assert truth.regions_SS.sum() == pytest.approx(1)
+    assert (truth.regions_SS > 0).sum() >= 60
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])

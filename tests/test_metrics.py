@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from references import aupro, best_f1, shares_of_regions
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
 
+from trajdist.data.labelled import Truth
+from trajdist.data.regions import BATCH, region_shares
 from trajdist.errors import ArtifactError
 from trajdist.scoring.histogram import MANTISSA_BITS, ScoreHistogram, bins_of, lower_edges, plot_bins
-from trajdist.scoring.metrics import Curve, PixelScores, bootstrap_interval, curve, region_shares
+from trajdist.scoring.metrics import Curve, PixelScores, bootstrap_interval, curve
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
@@ -224,7 +226,8 @@ def random_maps(seed: int, levels: int | None = None):
 
 def filled_pixels(maps, masks) -> PixelScores:
     pixels = PixelScores()
-    pixels.update(torch.from_numpy(maps), masks)
+    for map_SS, mask_SS in zip(maps, masks, strict=True):
+        pixels.update(torch.from_numpy(map_SS), Truth(mask_SS, region_shares(mask_SS, len(mask_SS))))
     return pixels
 
 
@@ -264,10 +267,49 @@ def test_no_regions_no_aupro():
 
 
 @settings(max_examples=100)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.floats(0.0, 1.0))
-def test_regions_are_those_of_scipy(seed, height, width, density):
-    mask = np.random.default_rng(seed).random((height, width)) < density
-    np.testing.assert_array_equal(region_shares(mask), shares_of_regions(mask))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0.0, 1.0))
+def test_regions_are_those_of_scipy(seed, side, density):
+    mask = np.random.default_rng(seed).random((side, side)) < density
+    np.testing.assert_array_equal(region_shares(mask, side), shares_of_regions(mask))
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.floats(0.0, 1.0))
+def test_regions_are_those_of_the_mask_at_its_own_size(seed, height, width, size, density):
+    """Laid on a map whose pixels are whole ones of the mask, or parts of one, they are summed, or spread out."""
+    mask = np.random.default_rng(seed).random((height * size, width * size)) < density
+    shares = shares_of_regions(mask)
+    summed = shares.reshape(size, height, size, width).sum((1, 3))
+    np.testing.assert_allclose(region_shares(mask, size), summed, atol=1e-12)
+    small = mask[:size, :size]
+    spread = shares_of_regions(small).repeat(height, 0).repeat(height, 1) / height**2
+    np.testing.assert_allclose(region_shares(small, size * height), spread, atol=1e-12)
+    assert region_shares(mask, size + 2).sum() == pytest.approx(shares.sum())
+
+
+def test_regions_of_many_runs():
+    mask = np.random.default_rng(0).random((256, 256)) < 0.3
+    assert np.diff(mask, axis=1).sum() > 2 * BATCH
+    np.testing.assert_allclose(region_shares(mask, 256), shares_of_regions(mask), rtol=1e-12)
+
+
+def test_aupro_of_a_hairline_that_is_missed():
+    """In a mask of the map's size it would be so many dots, each with the weight of the defect that is found."""
+    truths, maps = [], np.zeros((2, 32, 32), np.float32)
+    for number in range(2):
+        mask = np.zeros((256, 256), bool)
+        if number:
+            mask[np.arange(200), np.arange(200)] = True
+        else:
+            mask[96:160, 96:160] = True
+            maps[number, 12:20, 12:20] = 1.0
+        truths.append(Truth(mask[4::8, 4::8], region_shares(mask, 32)))
+    pixels = PixelScores()
+    for map_SS, truth in zip(maps, truths, strict=True):
+        pixels.update(torch.from_numpy(map_SS), truth)
+    assert pixels.regions.counts_K.sum() == pytest.approx(2)
+    # Half of the two is found without a false alarm; then everything at once.
+    assert pixels.aupro() == pytest.approx(0.5 + 0.5 * 0.3 / 2)
 
 
 def test_a_long_spiral_is_one_region():
@@ -278,4 +320,4 @@ def test_a_long_spiral_is_one_region():
         for _ in range(length):
             mask[y, x] = True
             y, x = y + dy, x + dx
-    assert np.unique(region_shares(mask)[mask]) == pytest.approx([1 / mask.sum()])
+    assert np.unique(region_shares(mask, 101)[mask]) == pytest.approx([1 / mask.sum()])

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from outcome import write_rows
 from PIL import Image
 
 from trajdist.errors import ArtifactError
@@ -550,7 +551,7 @@ def test_the_title_names_the_run_also_from_inside_it(tmp_path, monkeypatch):
 def test_the_bars_of_many_images_are_counted_many_at_once(tmp_path, monkeypatch):
     scores = [0.5, None, *np.random.default_rng(0).gamma(4, 1.5, 50).tolist()]
     rows = [{"image": "a", "score": score} for score in scores]
-    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path, rows)
     detector = SimpleNamespace(images=SimpleNamespace(histogram=histogram([1.0, 2.0])))
     expected = ScoreBars(
         *plot_bins({"calibration": histogram([1.0, 2.0]), "images": histogram([s for s in scores if s])})

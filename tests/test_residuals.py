@@ -201,11 +201,13 @@ def test_a_place_that_clean_images_heat_is_excused_in_part():
     torch.testing.assert_close(cells_P[:3], cells_P[4:7])
 
 
-def test_one_image_is_enough_for_numbers():
-    model = fitted(gaussian(15, 1))
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_image_is_enough_for_numbers(count):
+    """Its residuals are their own mean, and those of two are equally far from it."""
+    model = fitted(gaussian(15, count))
     cells_BP = model.cells(model.energies(gaussian(16, 3).flatten(0, 1)))
     assert cells_BP.isfinite().all()
-    assert image_scores(cells_BP).isfinite().all()
+    assert image_scores(cells_BP).max() < 1e4
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from images import noise, write_images
 from jobs import REPOSITORY, launch, start
-from outcome import read, read_rows
+from outcome import read, read_rows, write_rows
 from PIL import Image
 from safetensors.numpy import load_file
 from scipy.stats import betabinom
@@ -276,7 +276,7 @@ def test_the_output_folder_may_lie_among_the_images(debug_run, images, tmp_path,
     assert score(debug_run, copied, copied / out, "--batch-size", "4") == 0
     rows = read_rows(copied / out)
     assert len(rows) == COUNT
-    (copied / out / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:8]))
+    write_rows(copied / out, rows[:8])
     assert score(debug_run, copied, copied / out, "--batch-size", "4") == 0
     assert [row["image"] for row in read_rows(copied / out)] == [row["image"] for row in rows]
     assert score(debug_run, copied, tmp_path / "elsewhere") == 0
@@ -295,7 +295,7 @@ def test_the_report_shows_each_image_once(scored):
 @pytest.mark.parametrize("score_of", [lambda number: number % 7, lambda number: 1], ids=["some", "all alike"])
 def test_the_calmest_besides_the_most_anomalous(tmp_path, count, score_of):
     rows = [{"image": f"{number}.png", "score": score_of(number)} for number in range(count)]
-    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path, rows)
     gallery = most_anomalous(tmp_path, GALLERY)
     calmest = calmest_besides(gallery, tmp_path)
     shown = [position for position, _ in [*gallery, *calmest]]
@@ -321,8 +321,8 @@ def test_mistakes_are_the_lowest_misses_and_the_highest_alarms(tmp_path, num_mis
         {"image": str(position), "score": (position * 7) % 50, "is_anomalous": position in (*alarms, *right)}
         for position in range(50)
     ]
-    rows.append({"image": "unreadable", "score": None, "is_anomalous": None})
-    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows.append({"image": "unreadable", "score": None})
+    write_rows(tmp_path, rows)
     found = mistakes(tmp_path, Kinds())
     scores = [row["score"] for _, row in found]
     assert scores[: shown[0]] == sorted(rows[position]["score"] for position in missed)[: shown[0]]

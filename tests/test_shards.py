@@ -430,6 +430,19 @@ def test_a_subset_has_its_share_of_each_class(classes, share, seed):
     assert count < 8 or count > len(classes) - 8 or set(other.train(0, np.arange(count))) != set(chosen)
 
 
+def test_a_subset_smaller_than_the_number_of_classes_is_not_always_of_the_first():
+    """Each image is equally likely: of 10 classes alike, and of a large one beside 20 small ones."""
+    alike, tail = np.repeat(np.arange(10), 5), np.repeat(np.arange(21), [30] + [2] * 20)
+    drawn, rare = np.zeros(50), []
+    for seed in range(400):
+        drawn += np.isin(np.arange(50), Selection.draw(50, 8, 0.0, seed, 1, Order(classes=alike)).members)
+        chosen = Selection.draw(70, 14, 0.0, seed, 1, Order(classes=tail)).members
+        rare.append((tail[chosen] > 0).mean())
+    # Of 400 draws, each with a chance of 8 / 50, 64 are expected, with a standard deviation of 7.3.
+    assert 30 < drawn.min() <= drawn.max() < 100
+    assert np.mean(rare) == pytest.approx(40 / 70, abs=0.02)
+
+
 def losses(run_dir) -> list[float]:
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
@@ -465,6 +478,21 @@ def test_a_subset_by_class_trains_resumes_and_is_audited(tmp_path, fresh_acceler
     run(tmp_path / "tars", tmp_path / "blocks", "data.imagenet.num_samples=9", "data.shuffle_window=2")
     np.save(tmp_path / "folder" / "subset-imagenet.npy", members[::-1])
     assert main(["audit", str(tmp_path / "folder")]) == 4
+
+
+def test_a_run_goes_on_with_the_subset_that_it_began_with(tmp_path, fresh_accelerate, monkeypatch):
+    """Another version may have drawn another."""
+    for name in ("cat", "dog", "eel"):
+        write_images(tmp_path / "images" / name, 8)
+    subset, epochs = "data.imagenet.num_samples=9", "data.imagenet.num_epochs=2"
+    with monkeypatch.context() as patch:
+        patch.setattr("trajdist.sharding._shares", lambda classes, count, key: np.arange(count))
+        run(tmp_path / "images", tmp_path / "run", subset)
+    members = (tmp_path / "run" / "subset-imagenet.npy").read_bytes()
+    run(tmp_path / "images", tmp_path / "run", subset, epochs)
+    assert (tmp_path / "run" / "subset-imagenet.npy").read_bytes() == members
+    run(tmp_path / "images", tmp_path / "anew", subset)
+    assert (tmp_path / "anew" / "subset-imagenet.npy").read_bytes() != members
 
 
 @pytest.mark.parametrize("window", [pytest.param(0, marks=pytest.mark.slow), 2])

@@ -6,6 +6,7 @@ import shutil
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -273,6 +274,16 @@ def test_channels_silent_in_the_sample_are_not_blown_up(kind, silent):
     assert projection.get_buffer("matrix_0").abs().max() < largest
     rows[:, 0] = 0.1
     assert projection(0, rows[None]).abs().max() < 0.1 * largest
+
+
+def test_the_random_projections_of_two_seeds_have_no_step_in_common(measured):
+    _, moments = measured
+    maps = []
+    for seed in (0, 1):
+        projection = Projection([24] * 3, 8)
+        fit_projection(projection, [moments] * 3, "random", seed)
+        maps += [projection.get_buffer(f"matrix_{step}") for step in range(3)]
+    assert not any(torch.equal(one, other) for one, other in combinations(maps, 2))
 
 
 def test_random_projection_is_orthogonal_with_unit_variance(measured):

@@ -222,3 +222,13 @@ def test_once_there_is_an_auroc_only_a_higher_one_is_better():
     assert is_better(high, low)
     assert not is_better(none, low)
     assert not is_better(low, high)
+
+
+def test_of_equal_image_aurocs_that_of_the_pixels_decides_and_then_the_loss():
+    first, second, third = (
+        {"image_auroc": 1.0, "pixel_auroc": pixel, "loss": loss} for pixel, loss in ((0.8, 0.3), (0.9, 0.5), (0.9, 0.4))
+    )
+    assert is_better(second, first)
+    assert is_better(third, second)
+    assert not is_better(third, third)
+    assert not is_better(first, second)

@@ -26,7 +26,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _ROUNDS = 8
 
 # Purposes of random numbers; each has its own stream, and changing a number changes every run.
-SPLIT, ORDER, PLACES, DRAWING, SAMPLE = range(5)
+SPLIT, ORDER, PLACES, DRAWING, SAMPLE, SUBSET, VALIDATION, PROJECTION = range(8)
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class Selection:
         images = plain._split(np.arange(available if stratified else num_train))
         if stratified:
             assert order.classes is not None
-            images = images[_shares(order.classes[images], num_train)]
+            images = images[_shares(order.classes[images], num_train, key64(seed, phase, SUBSET))]
         return replace(plain, stratified=stratified).of(np.sort(images), order)
 
     def of(self, members: Int64s, order: Order) -> Selection:
@@ -341,16 +341,17 @@ def picked(images: Int64s, epoch: int, positions: Int64s) -> Int64s:
     return images[positions]
 
 
-def _shares(classes: Int64s, count: int) -> Int64s:
-    """Positions of ``count`` of the shuffled images, stratified by class (largest remainder method)."""
-    _, numbers, sizes = np.unique(classes, return_inverse=True, return_counts=True)
-    quotas = sizes * count // len(classes)
-    remainders = sizes * count % len(classes)
-    quotas[np.argsort(-remainders, kind="stable")[: count - quotas.sum()]] += 1
-    by_class = np.argsort(numbers, kind="stable")
-    turn = np.empty(len(classes), np.int64)
-    turn[by_class] = np.arange(len(classes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return np.flatnonzero(turn < quotas[numbers])
+def _shares(classes: Int64s, count: int, key: int) -> Int64s:
+    """Positions of ``count`` of the shuffled images, stratified by class (systematic sampling).
+
+    The images are lined up class by class, the classes in random order, and every (N / count)-th is drawn, from a
+    random start. So all images are equally likely, and each class has its share, rounded down or up.
+    """
+    names, numbers = np.unique(classes, return_inverse=True)
+    turn = permute(np.arange(len(names)), len(names), key)
+    line = np.argsort(turn[numbers], kind="stable")
+    total, start = len(classes), mix64(np.array([key], np.uint64))[0] % np.uint64(len(classes))
+    return np.sort(line[(np.arange(count) * total + np.int64(start)) // count])
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from images import noise
+from outcome import write_rows
 from safetensors.torch import save
 
 from trajdist.artifacts import METADATA_KEY, read_document, read_tensors
@@ -212,12 +213,17 @@ def test_ledgers(ledger, folder):
 @example(line=b"caf\xe9")
 @example(line=NESTED)
 @example(line=b'{"image": "b.png"}')
-@example(line=b'{"image": "b.png", "score": "high"}')
+@example(line=b'{"image": "b.png", "score": "high", "p_value": 0.5, "is_anomalous": false}')
+@example(line=b'{"image": "b.png", "score": 1.5}')
+@example(line=b'{"image": "b.png", "score": 1.5, "p_value": null, "is_anomalous": false}')
+@example(line=b'{"image": "b.png", "score": null, "p_value": null, "is_anomalous": null}')
 def test_rows_of_a_scoring(line, folder):
-    (folder / "scores.jsonl").write_bytes(b'{"image": "a.png", "score": 1.5}\n' + line)
+    write_rows(folder, [{"image": "a.png", "score": 1.5}, {"image": "b.png", "score": None}])
+    with open(folder / "scores.jsonl", "ab") as handle:
+        handle.write(line)
     said = complaint(ArtifactError, lambda: list(read_rows(folder)))
     assert bool(said) == bool(line)
-    assert said.endswith("scores.jsonl' is damaged in line 2: restore it, or name another --out." if line else "")
+    assert said.endswith("scores.jsonl' is damaged in line 3: restore it, or name another --out." if line else "")
 
 
 class Trap:

@@ -6,18 +6,22 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from trajdist.data.decode import decode
+from trajdist.data.decode import decode, is_dim
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # Endings of pictures that are not read although users may expect it; files with any other ending need no mention.
 OTHER_PICTURES = {".apng", ".arw", ".avif", ".cr2", ".dds", ".dng", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif"}
 OTHER_PICTURES |= {".jp2", ".jpe", ".jpx", ".jxl", ".nef", ".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".qoi"}
 OTHER_PICTURES |= {".sgi", ".tga"}
+
+# How many images are looked at before a command begins.
+FIRST_IMAGES = 4
 
 
 class ImageSource(ABC):
@@ -111,6 +115,14 @@ class Names:
     def __getitem__(self, index: int) -> str:
         start = int(self._ends[index - 1]) if index else 0
         return os.fsdecode(self._buffer[start : int(self._ends[index])])
+
+
+def told_of_dim(source: ImageSource, numbers: Iterable[int]) -> str:
+    """What to tell users if the images with these numbers can be read, and all of them are nearly black; else empty."""
+    with suppress(Exception):  # Unreadable images are reported when it is their turn.
+        if all(is_dim(source.load(number, None)) for number in numbers):
+            return "the first images are nearly black, as if from a 12-bit camera in 16-bit files: multiply them by 16"
+    return ""
 
 
 def numbered(classes: Iterable[str]) -> npt.NDArray[np.int64] | None:

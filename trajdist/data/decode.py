@@ -20,10 +20,10 @@ from trajdist.errors import one_line
 Fit = Literal["squash", "crop"]
 # Pillow knows many more, and for some it runs other programs (Ghostscript for EPS, whatever a file is called).
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
-# A float image whose largest value is at most this is taken to lie in 0..1, which resampling may overshoot.
-OVERSHOOT = 1.5
-# Number of grey levels of a 12-bit camera, whose values are often stored unscaled in 16-bit files.
-TWELVE_BITS = 2**12
+# Share of its range by which resampling may overshoot a float image.
+OVERSHOOT = 0.25
+# No value of a 12-bit camera is brighter if it is stored unscaled in 16 bits, and decoded to 8.
+DIM = 16
 # Bump whenever decoding or resizing produces different pixels: it invalidates trajectory caches.
 TRANSFORM = 3
 # Warning filters are process-global, hence the lock. It is held briefly: opening reads only the header.
@@ -81,9 +81,13 @@ def reason(error: Exception) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode (grey, 16 bit, float, CMYK, palette, alpha) to RGB; transparency is dropped."""
+    """Any Pillow mode (grey, 16 bit, float, CMYK, palette, alpha) to RGB; transparency is dropped.
+
+    Raises:
+        ValueError: deep grey levels in an unknown range.
+    """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return Image.fromarray(_guess_eight_bits(np.asarray(image))).convert("RGB")
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode == "RGB":
         return image
     if image.mode == "P" and "transparency" in image.info:
@@ -91,52 +95,52 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _guess_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+def _eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Scale grey levels of more than 8 bits to 0..255.
 
-    16-bit types, and wider integers with values above 255, are scaled from 0..65535; floats from 0..1 if they lie in
-    that range or overshoot it a little, as resampling does; values that are not finite become black. All else is taken
-    as 0..255 already.
+    16-bit types, and wider integers with values above 255, are scaled from 0..65535. Floats lie in 0..1 or in 0..255,
+    or overshoot that a little, as resampling does; those that are not finite become black.
+
+    Raises:
+        ValueError: the values lie in another range, and would be clipped, or be nearly black.
     """
-    # In place, as images may be large; float32 is exact for all integers that are not clipped.
+    # In place, as images may be large; float32 is exact for all integers that are not refused.
     values: npt.NDArray[np.floating] = pixels.astype(np.float64 if pixels.dtype.kind == "f" else np.float32)
     if pixels.dtype.kind == "f":
         np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-        values *= 255.0 if values.max(initial=0.0) <= OVERSHOOT else 1.0
-    elif pixels.dtype.itemsize == 2 or values.max(initial=0.0) > 255:
-        values /= 257.0
+    low, high = values.min(initial=0.0), values.max(initial=0.0)
+    if pixels.dtype.kind != "f":
+        values /= 257.0 if pixels.dtype.itemsize == 2 or high > 255 else 1.0
+        known = low >= 0 and high <= 2**16 - 1
+    elif low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
+        values *= 255.0
+        known = True
+    else:
+        # A hot pixel among values of 0..1 does not make them values of 0..255.
+        known = low >= -OVERSHOOT * 255 and high <= (1 + OVERSHOOT) * 255 and (values > DIM).mean() >= 0.01
+    if not known:
+        raise ValueError(f"its values lie in {low:.6g} to {high:.6g}: scale them to 0..1, or store 8 or 16 bits")
     return np.rint(values, out=values).clip(0, 255, out=values).astype(np.uint8)
 
 
-def is_dim(raw: bytes) -> bool:
-    """Whether a 16-bit grey image uses only the lower 12 bits, and is therefore decoded as nearly black.
-
-    Raises:
-        Exception: whatever Pillow raises.
-    """
-    image = open_image(raw)
-    if not (image.mode.startswith("I;16") or image.mode == "I"):
-        return False
-    return 255 < int(np.asarray(image).max()) < TWELVE_BITS
+def is_dim(image: Image.Image) -> bool:
+    """Whether a decoded image is nearly black, as if a 12-bit camera's values were stored unscaled in 16 bits."""
+    return 0 < int(np.asarray(image).max()) <= DIM
 
 
-def to_square(
-    image: Image.Image, size: int, fit: Fit, resampling: Image.Resampling = Image.Resampling.BILINEAR
-) -> npt.NDArray[np.uint8]:
-    """Resize an RGB image to uint8 ``[size, size, 3]``, a grey one to ``[size, size]``.
+def cut_out(image: Image.Image, fit: Fit) -> Image.Image:
+    """What is used of an image: ``crop`` takes the largest centre square, rounded to whole pixels; ``squash`` all."""
+    if fit == "squash":
+        return image
+    side = min(image.size)
+    left, top = ((extent - side) // 2 for extent in image.size)
+    return image.crop((left, top, left + side, top + side))
 
-    ``squash`` ignores the aspect ratio; ``crop`` first takes the largest centre square, rounded to whole pixels.
-    Resampling is antialiased by default; use ``NEAREST`` for masks.
-    """
-    if fit == "crop":
-        side = min(image.size)
-        left, top = ((extent - side) // 2 for extent in image.size)
-        image = image.crop((left, top, left + side, top + side))
-    if image.size == (size, size):
-        return np.asarray(image)
-    if resampling == Image.Resampling.BILINEAR and image.mode == "RGB":
-        return _resize(image, size)
-    return np.asarray(image.resize((size, size), resampling))
+
+def to_square(image: Image.Image, size: int, fit: Fit) -> npt.NDArray[np.uint8]:
+    """Resize an RGB image, or what :func:`cut_out` takes of it, to uint8 ``[size, size, 3]``, antialiased."""
+    image = cut_out(image, fit)
+    return np.asarray(image) if image.size == (size, size) else _resize(image, size)
 
 
 def _resize(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:

@@ -24,16 +24,17 @@ class DefectDraw:
 
     Attributes:
         resolution: places per side of the grid on which coverage is reported.
-        seed, phase: select the random stream.
+        seed, phase, purpose: select the random stream.
     """
 
     resolution: int
     seed: int
     phase: int
+    purpose: int = DRAWING
 
     def __call__(self, image_SS3: Pixels, epoch: int, position: int) -> tuple[Pixels, Floats]:
         """The image with a defect, uint8 ``[S, S, 3]``, and the fraction of each place it covers, float32 ``[P]``."""
-        random = np.random.default_rng(key64(self.seed, self.phase, DRAWING, epoch, position))
+        random = np.random.default_rng(key64(self.seed, self.phase, self.purpose, epoch, position))
         drawn_SS3, cover_SS = draw_defect(image_SS3, random)
         share = Image.fromarray(cover_SS).resize((self.resolution, self.resolution), Image.Resampling.BOX)
         return drawn_SS3, np.asarray(share).ravel()

@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import ExifTags, Image
 
 from trajdist.data.base import EncodedSource
-from trajdist.data.decode import Fit, open_image, reason, to_square, upright
+from trajdist.data.decode import Fit, cut_out, open_image, reason, upright
+from trajdist.data.regions import Doubles, Mask, region_shares
 from trajdist.data.sources import ImageFolder
 from trajdist.data.storage import read_bytes
 from trajdist.errors import DataError, os_errors
@@ -27,6 +28,18 @@ GOOD = "good"
 # EXIF orientations that exchange width and height.
 LYING = {5, 6, 7, 8}
 LAYOUT = "test/good/*, test/<defect>/* and, if pixels are labelled, ground_truth/<defect>/<name>_mask.png"
+
+
+class Truth(NamedTuple):
+    """What is defective in an image, at the size of its map.
+
+    Attributes:
+        mask_SS: bool, resampled by nearest neighbour: a fair sample of the pixels, though thin defects may vanish.
+        regions_SS: float64, of :func:`trajdist.data.regions.region_shares`: of these nothing vanishes.
+    """
+
+    mask_SS: Mask
+    regions_SS: Doubles
 
 
 class LabelledFolder(EncodedSource):
@@ -92,18 +105,25 @@ class LabelledFolder(EncodedSource):
         """The class folder: "good" or the name of the defect."""
         return PurePath(self.name(index)).parts[1]
 
-    def mask(self, index: int, size: int, fit: Fit) -> npt.NDArray[np.bool_]:
-        """The defect mask, bool ``[size, size]``, resized like the loader resizes the image so that the two align.
+    def has_mask(self, index: int) -> bool:
+        """Whether there is a mask: not for good images, and for none without a folder ground_truth."""
+        return self._mask_path(index) is not None
 
-        All false for a good image, and where there are no masks. Resampled by nearest neighbour, so thin defects may
-        vanish at small sizes.
+    def mask(self, index: int, size: int, fit: Fit) -> Mask:
+        """The mask of :meth:`truth`."""
+        return self.truth(index, size, fit).mask_SS
+
+    def truth(self, index: int, size: int, fit: Fit) -> Truth:
+        """What is defective, resized like the loader resizes the image, so that the two align.
+
+        Nothing is in a good image, and where there are no masks.
 
         Raises:
             DataError: the mask or its image cannot be read, or the mask has another aspect ratio than its image.
         """
         path = self._mask_path(index)
         if path is None:
-            return np.zeros((size, size), np.bool_)
+            return Truth(np.zeros((size, size), np.bool_), np.zeros((size, size)))
         with _reading("mask", path):
             mask = _read_mask(read_bytes(path, self._retries))
         image = self._root / self.name(index)
@@ -117,7 +137,9 @@ class LabelledFolder(EncodedSource):
             raise DataError(
                 f"the mask {str(path)!r} is {mask.width} x {mask.height} pixels but its image {width} x {height}{fix}"
             )
-        return to_square(mask, size, fit, Image.Resampling.NEAREST) > 0
+        mask = cut_out(mask, fit)
+        marked_SS = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
+        return Truth(marked_SS, region_shares(np.asarray(mask) > 0, size))
 
     def _mask_path(self, index: int) -> Path | None:
         kind, stem = self.kind(index), PurePath(self.name(index)).stem

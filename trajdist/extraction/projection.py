@@ -12,6 +12,7 @@ from torch import nn
 
 from trajdist.extraction.eigen import leading_eigenvectors
 from trajdist.models.linear import laid_out, linear
+from trajdist.sharding import PROJECTION, seed_of
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -170,5 +171,5 @@ def fit_projection(projection: Projection, moments: list[BlockMoments], kind: st
         if kind == "pca":
             matrix = pca_whitening(covariance, width)
         else:
-            matrix = random_projection(covariance, width, seed + step)
+            matrix = random_projection(covariance, width, seed_of(seed, PROJECTION, step))
         projection.set_step(step, moment.mean_C.float().cpu(), matrix.float())

@@ -2,8 +2,9 @@
 
 Guarantee: if a new clean image and the n calibration images are exchangeable (drawn from the same distribution, none of
 them trained on), then P(p <= alpha) <= alpha for every alpha, for any model and any n (Vovk, Gammerman & Shafer 2005;
-Bates et al. 2023). It is marginal over calibration sets and holds per image or per cell, not for the maximum over many
-cells. It does not extend to clean images from another distribution.
+Bates et al. 2023). It is marginal over calibration sets and holds for images. Cells of one image are alike, so the same
+figure for a cell, of which there are many in each of n images, can be smaller. It does not extend to clean images from
+another distribution.
 
 Shape suffixes: K bins.
 """

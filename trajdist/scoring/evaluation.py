@@ -18,17 +18,18 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from trajdist.data.labelled import GOOD, LabelledFolder
+from trajdist.data.labelled import GOOD, LabelledFolder, Truth
 from trajdist.data.loader import in_threads
 from trajdist.errors import DataError
 from trajdist.files import write_json
 from trajdist.runtime.progress import Progress
 from trajdist.scoring.histogram import ScoreHistogram, histograms_of
 from trajdist.scoring.job import Scoring
-from trajdist.scoring.metrics import TITLES, Curve, Mask, PixelScores, bootstrap_interval, curve
+from trajdist.scoring.metrics import TITLES, Curve, PixelScores, bootstrap_interval, curve
 from trajdist.scoring.output import read_rows, scored_rows
 from trajdist.scoring.report import Labels, defect_scores, report
-from trajdist.scoring.score import map_of, score
+from trajdist.scoring.score import SHOWN, map_of, score
+from trajdist.screen import on_screen
 from trajdist.sharding import Slots
 from trajdist.tables import counted
 
@@ -43,26 +44,33 @@ def evaluate(job: Scoring, dataset: LabelledFolder) -> dict[str, Any]:
         DataError: a mask cannot be read, or no good image could be scored.
     """
     score(job)
-    pixels = count_pixels(job, dataset)
+    pixels, unmarked = count_pixels(job, dataset)
     metrics: dict[str, Any] = {}
-    job.processes.main_does(lambda: metrics.update(_conclude(job, dataset, pixels)))
+    job.processes.main_does(lambda: metrics.update(_conclude(job, dataset, pixels, unmarked)))
     return metrics
 
 
-def count_pixels(job: Scoring, dataset: LabelledFolder) -> dict[str, PixelScores]:
-    """Pixel scores by kind, over all processes, from the saved maps: a resumed scoring has not seen all images."""
-    pixels = {kind: PixelScores() for kind in dataset.kinds}
+def count_pixels(job: Scoring, dataset: LabelledFolder) -> tuple[dict[str, PixelScores], list[int]]:
+    """Count the pixel scores, over all processes, from the saved maps: a resumed scoring has not seen all images.
 
-    def mask_of(position: int) -> Mask:
-        return dataset.mask(position, job.scorer.size, job.scorer.fit)
+    Returns:
+        The scores by kind, and the positions of defective images whose masks mark nothing.
+    """
+    pixels = {kind: PixelScores() for kind in dataset.kinds}
+    unmarked: list[int] = []
+
+    def truth_of(position: int) -> Truth:
+        return dataset.truth(position, job.scorer.size, job.scorer.fit)
 
     def add_share(slots: Slots) -> None:
         maps_BHW = job.maps.read(slots.start, slots.stop)
         read = [slot for slot, cells_HW in enumerate(maps_BHW) if not np.isnan(cells_HW).all()]
-        masks = in_threads(mask_of, [slots.start + slot for slot in read], job.drawing_threads)
-        for slot, mask_SS in zip(read, masks, strict=True):
-            map_SS = torch.from_numpy(map_of(job, maps_BHW[slot]))
-            pixels[dataset.kind(slots.start + slot)].update(map_SS[None], mask_SS[None])
+        truths = in_threads(truth_of, [slots.start + slot for slot in read], job.drawing_threads)
+        for slot, truth in zip(read, truths, strict=True):
+            position, map_SS = slots.start + slot, torch.from_numpy(map_of(job, maps_BHW[slot]))
+            pixels[dataset.kind(position)].update(map_SS, truth)
+            if dataset.has_mask(position) and not truth.regions_SS.any():
+                unmarked.append(position)
 
     plan = job.plan(len(dataset))
     with Progress(job.console, "evaluating", plan.num_images) as progress:
@@ -72,14 +80,25 @@ def count_pixels(job: Scoring, dataset: LabelledFolder) -> dict[str, PixelScores
             progress.advance(step.stop)
     for scores in pixels.values():
         scores.all_reduce(job.processes.sum_from_host)
-    return pixels
+    return pixels, sorted(job.processes.gather(unmarked))
 
 
-def _conclude(job: Scoring, dataset: LabelledFolder, pixels: dict[str, PixelScores]) -> dict[str, Any]:
+def _conclude(
+    job: Scoring, dataset: LabelledFolder, pixels: dict[str, PixelScores], unmarked: list[int]
+) -> dict[str, Any]:
     """Measure and write ``metrics.json`` and the report."""
+    if unmarked:
+        named = ", ".join(on_screen(dataset.name(position)) for position in unmarked[:SHOWN])
+        more = ", ..." if len(unmarked) > SHOWN else ""
+        job.console.print(
+            f"{counted(len(unmarked), 'defective image')} with a mask that marks nothing in what is scored ({named}"
+            f"{more}): all their pixels count as clean",
+            markup=False,
+        )
     images, alarms, unreadable = count_images(job, dataset)
     metrics = measure(images, alarms, pixels) | {
         "num_unreadable": unreadable,
+        "num_unmarked": len(unmarked),
         # JSON has no infinity.
         "threshold": job.thresholds[0] if math.isfinite(job.thresholds[0]) else None,
         "requested_false_alarm_rate": job.rates[0],

@@ -69,7 +69,7 @@ def _checked_eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         pixels = pixels.astype(np.float32)
         low, high = pixels.min(), pixels.max()
         # Resampling overshoots a little; anything beyond was normalised, lies in 0..255 or is NaN.
-        if not (low >= -0.5 and high <= OVERSHOOT):
+        if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):
             raise DataError(f"a picture of floats holds {low:.3g} to {high:.3g}: scale its values to 0..1.")
         return np.rint(pixels.clip(0, 1) * 255.0).astype(np.uint8)
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from trajdist.data.base import ImageSource
+from trajdist.data.base import FIRST_IMAGES, ImageSource, told_of_dim
 from trajdist.data.loader import (
     MOST_READERS,
     SlotDataset,
@@ -186,6 +186,9 @@ def supported_rate(detector: Detector) -> float:
 
 
 def _announce(job: Scoring) -> None:
+    first = range(min(FIRST_IMAGES, len(job.source)))
+    if job.processes.is_main and (told := told_of_dim(job.source, first)):
+        job.console.print(f"{job.images_title!r}: {told}")
     unadapted = not any(detector.adapted for detector in job.scorer.detectors)
     if unadapted and job.options.phase is None and RunDir(job.run_dir).was_adapting():
         job.console.print(

@@ -5,7 +5,7 @@ confusion matrix used here is exact for its threshold, and only thresholds insid
 never overstated, AUROC is off by at most half of :attr:`Curve.tied_share`, a partial area by at most that divided by
 its limit (AUPRO with the tied share of its own curve).
 
-Shape suffixes: B images, S pixels per side, T thresholds, M pixels of a mask.
+Shape suffixes: S pixels per side, T thresholds.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from trajdist.data.labelled import Truth
 from trajdist.extraction.projection import Reduce
 from trajdist.scoring.histogram import Doubles, ScoreHistogram, lower_edges
 
-Mask = npt.NDArray[np.bool_]
 Points = list[tuple[float, float]]
 
 AUPRO_LIMIT = 0.3
@@ -147,13 +146,12 @@ class PixelScores:
     def __init__(self) -> None:
         self.clean, self.anomalous, self.regions = (ScoreHistogram() for _ in range(3))
 
-    def update(self, maps_BSS: torch.Tensor, masks_BSS: Mask) -> None:
-        """Add anomaly maps, float ``[B, S, S]``, and their ground truth, bool ``[B, S, S]``."""
-        masks = torch.from_numpy(masks_BSS)
-        shares = torch.from_numpy(np.stack([region_shares(mask_SS) for mask_SS in masks_BSS]))
-        self.clean.update(maps_BSS, ~masks)
-        self.anomalous.update(maps_BSS, masks)
-        self.regions.update(maps_BSS, shares)
+    def update(self, map_SS: torch.Tensor, truth: Truth) -> None:
+        """Add the anomaly map of an image, float ``[S, S]``, and its ground truth."""
+        mask_SS = torch.from_numpy(truth.mask_SS)
+        self.clean.update(map_SS, ~mask_SS)
+        self.anomalous.update(map_SS, mask_SS)
+        self.regions.update(map_SS, torch.from_numpy(truth.regions_SS))
 
     def __add__(self, other: PixelScores) -> PixelScores:
         total = PixelScores()
@@ -174,41 +172,10 @@ class PixelScores:
         """Area under the per-region overlap (PRO) curve up to a false positive rate of :data:`AUPRO_LIMIT`, over that.
 
         As defined by Bergmann et al. (2019, 2021). The per-region overlap at a threshold is the fraction of a region
-        above it, averaged over regions: the recall of pixels weighted by 1 / size of their region. So this is a partial
+        above it, averaged over regions: the recall of pixels weighted by their part of a region. So this is a partial
         area under a ROC curve. None without anomalous regions or without clean pixels.
         """
         return curve(self.regions, self.clean).area(AUPRO_LIMIT)
-
-
-def region_shares(mask_SS: Mask) -> Doubles:
-    """1 / size in pixels of each pixel's region, 0 outside, float64 ``[S, S]``; regions are 8-connected."""
-    root_M = _region_of_pixels(mask_SS)
-    shares_SS = np.zeros(mask_SS.shape)
-    shares_SS[mask_SS] = 1.0 / np.bincount(root_M)[root_M] if len(root_M) else 0.0
-    return shares_SS
-
-
-def _region_of_pixels(mask_SS: Mask) -> npt.NDArray[np.intp]:
-    """For each of the M pixels of a mask, in row-major order, the index of the first pixel of its region.
-
-    Union-find: every pixel starts as its own root. The later root of two neighbours is hooked to the earlier one and
-    paths are compressed, until all neighbours agree.
-    """
-    number_SS = np.full(np.add(mask_SS.shape, 2), -1)
-    inner_SS = number_SS[1:-1, 1:-1]
-    inner_SS[mask_SS] = np.arange(mask_SS.sum())
-    height, width = mask_SS.shape
-    # Right, below and the two lower diagonals; the other four are the same pairs seen from the neighbour.
-    neighbours = [number_SS[1 + dy :, 1 + dx :][:height, :width] for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1))]
-    pairs = [(inner_SS[both], other[both]) for other in neighbours for both in [(inner_SS >= 0) & (other >= 0)]]
-    one, two = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    root_M = np.arange(mask_SS.sum())
-    while (root_M[one] != root_M[two]).any():
-        first, second = root_M[one], root_M[two]
-        np.minimum.at(root_M, np.maximum(first, second), np.minimum(first, second))
-        while (root_M[root_M] != root_M).any():
-            root_M = root_M[root_M]
-    return root_M
 
 
 def bootstrap_interval(

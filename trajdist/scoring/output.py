@@ -22,6 +22,8 @@ from trajdist.files import exists, open_regular, sync_contents, write_at
 from trajdist.scoring.pictures import Floats
 
 Row = dict[str, Any]
+# Required in every row: its readers rely on them.
+REQUIRED = frozenset(("image", "score", "p_value", "is_anomalous"))
 Placed = tuple[int, Row]
 # Whether the row at a position is among those asked for.
 Wanted = Callable[[int, Row], bool]
@@ -45,9 +47,15 @@ def read_rows(out: Path) -> Iterator[Row]:
 def _parse(line: bytes) -> Row | None:
     with suppress(ValueError, RecursionError):
         row = json.loads(line)
-        if isinstance(row, dict) and "image" in row and isinstance(row.get("score", ""), (int, float, type(None))):
+        if isinstance(row, dict) and row.keys() >= REQUIRED and _is_whole(row):
             return row
     return None
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether a row has a score and a p-value, or else the reason why not."""
+    figures = row["score"], row["p_value"]
+    return all(isinstance(figure, (int, float)) for figure in figures) or (figures == (None, None) and "error" in row)
 
 
 def count_rows(out: Path) -> int:

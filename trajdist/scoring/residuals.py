@@ -15,6 +15,9 @@ from trajdist.models.linear import laid_out, linear
 
 # Fraction of the mean variance added to each variance, so that entries almost constant on clean images do not dominate.
 SHRINKAGE = 0.1
+# One or two images hardly differ from their own mean: so that new ones do not score millions, a block's mean energy is
+# at least this per entry, and the spread at least this.
+FLOOR = 0.01
 # Fractions of the place's usual score and of the image's median that are subtracted: a compromise between ignoring the
 # context and letting a large defect raise its own baseline (docs/LOG.md).
 PLACE_SHARE, IMAGE_SHARE = 0.5, 0.5
@@ -136,7 +139,9 @@ class ResidualModel(nn.Module):
         # The expected energy follows from the covariance, without another pass over the data.
         whitening_FF = self.whitening_FF.cpu().double()
         energy_F = (covariance_FF @ whitening_FF).mul_(whitening_FF).sum(0)
-        self.energy_L.copy_(torch.stack([part.sum() for part in energy_F.split(self.widths)]).clamp(min=1e-6))
+        self.energy_L.copy_(
+            torch.stack([part.sum().clamp(min=FLOOR * len(part)) for part in energy_F.split(self.widths)])
+        )
         self.mean_PF.copy_(moments.mean_PF)
 
     def fit_places(self, moments: BlockMoments) -> None:
@@ -145,7 +150,7 @@ class ResidualModel(nn.Module):
         self.usual_P.copy_(mean_P - mean_P.mean())
         # For a typical image, the median is close to the mean.
         self.centre.copy_((1 - IMAGE_SHARE) * mean_P.mean())
-        self.spread.copy_(moments.variance_C.mean().sqrt().clamp(min=1e-6))
+        self.spread.copy_(moments.variance_C.mean().sqrt().clamp(min=FLOOR))
 
 
 def block_whitening(covariance_FF: torch.Tensor, variance: torch.Tensor, widths: list[int]) -> torch.Tensor:

@@ -5,6 +5,7 @@ All of this state is in the checkpoint, so that a resumed run makes the same dec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,10 +118,14 @@ class Keeper:
 
 
 def is_better(found: Found, best: Found) -> bool:
-    """Compare by the AUROC on labelled images if there is one, else by the loss on held-out images."""
-    if found.get("image_auroc") is not None:
-        return best["image_auroc"] is None or bool(found["image_auroc"] > best["image_auroc"])
-    if best.get("image_auroc") is not None:
-        return False
-    # Without held-out images there may be neither.
-    return "loss" in found and bool(found["loss"] < best["loss"])
+    """Compare by the image AUROC on labelled images, of equal ones by the pixel AUROC, then by the held-out loss.
+
+    Image AUROCs of few images are often equal. Without labelled, or held-out, images these figures are missing.
+    """
+    return _rank(found) > _rank(best)
+
+
+def _rank(found: Found) -> tuple[float, ...]:
+    loss = found.get("loss")
+    figures = found.get("image_auroc"), found.get("pixel_auroc"), None if loss is None else -loss
+    return tuple(-math.inf if figure is None else figure for figure in figures)

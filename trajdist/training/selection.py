@@ -166,6 +166,22 @@ def recorded_split(rundir: RunDir, phase: int, known: dict[str, Any]) -> int | N
     raise _damaged(rundir, f"{SETS[phase]}.split_of={split_of!r} is not a phase with a split of its own")
 
 
+def as_begun(selection: Selection, rundir: RunDir, config: Config, source: ImageSource, known: object) -> Selection:
+    """The selection with the subset that a run has begun with: earlier versions drew others by class.
+
+    Args:
+        known: what run.json says of the set.
+
+    Raises:
+        ArtifactError: the list of the subset is damaged.
+    """
+    begun_with = known.get("subset") if isinstance(known, dict) else None
+    if begun_with is None or selection.members is None or begun_with == _hash(selection.members):
+        return selection
+    members = _read_subset(rundir, selection.phase, begun_with, selection)
+    return selection.of(members, Order(source.shard_sizes(), config.data.shuffle_window))
+
+
 def _read_subset(rundir: RunDir, phase: int, expected: object, selection: Selection) -> Int64s:
     path = rundir.subset(SETS[phase])
     try:

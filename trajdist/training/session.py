@@ -16,8 +16,8 @@ from trajdist import launcher
 from trajdist.config import SETS, Config, ImageSet, domain_config
 from trajdist.config_files import dump_yaml
 from trajdist.config_schema import flatten
-from trajdist.data.base import EncodedSource, ImageSource
-from trajdist.data.decode import Fit, is_dim
+from trajdist.data.base import FIRST_IMAGES, ImageSource, told_of_dim
+from trajdist.data.decode import Fit
 from trajdist.data.drawing import DefectDraw
 from trajdist.data.loader import ImageBatch, IndexAt, SlotDataset, build_loader, resolve_threads, resolve_workers
 from trajdist.data.trajectory_cache import TrajectoryCache
@@ -34,12 +34,17 @@ from trajdist.saved.checkpoint import Checkpoint, load_checkpoint, newest_checkp
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.training.claiming import claim, how_to_start_over, reference_world_of
-from trajdist.training.selection import Phase1Images, draw_selection, keep_subset, recorded_split, selection_facts
+from trajdist.training.selection import (
+    Phase1Images,
+    as_begun,
+    draw_selection,
+    keep_subset,
+    recorded_split,
+    selection_facts,
+)
 
 # How much longer than runtime.timeout_s the process group itself waits for a lost process.
 GRACE_S = 60.0
-# How many images are checked before training for being those of a 12-bit camera.
-FIRST_IMAGES = 4
 
 
 @dataclass
@@ -199,6 +204,8 @@ class Session:
         else:
             split_of = 1 if phase == 2 and self._shares_images_of_phase1(source) else None
         selection = draw_selection(self.config, phase, source, max_holdout, split_of)
+        if begun:
+            selection = as_begun(selection, self.rundir, self.config, source, before)
         found = selection_facts(source, selection, max_holdout)
         if begun and before != found:
             raise self._other_images(set_name, before)
@@ -215,15 +222,9 @@ class Session:
 
     def _tell_of_dim(self, set_name: str, selection: Selection) -> None:
         """Tell the user if the first images look like those of a 12-bit camera in 16-bit files."""
-        source, first = self.sources[set_name], selection.train(0, np.arange(min(FIRST_IMAGES, selection.num_train)))
-        if not isinstance(source, EncodedSource):
-            return
-        with suppress(Exception):  # Unreadable images are reported when they are trained on.
-            if all(is_dim(source.read(index)) for index in first.tolist()):
-                self.say(
-                    f"data.{set_name}.path={self.settings(set_name).path!r}: the first images are 16-bit grey, but "
-                    "all values are below 4096, as from a 12-bit camera, and look nearly black: multiply them by 16."
-                )
+        first = selection.train(0, np.arange(min(FIRST_IMAGES, selection.num_train)))
+        if told := told_of_dim(self.sources[set_name], first.tolist()):
+            self.say(f"data.{set_name}.path={self.settings(set_name).path!r}: {told}")
 
     def _has_begun(self, phase: int) -> bool:
         """Whether a phase has produced anything from its images."""

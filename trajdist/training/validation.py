@@ -25,7 +25,7 @@ from trajdist.saved.checkpoint import Tensors
 from trajdist.scoring import pictures, residuals
 from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.metrics import PixelScores, curve
-from trajdist.sharding import in_order
+from trajdist.sharding import VALIDATION, in_order
 from trajdist.training.journal import FIXED_POINT, fixed_point
 from trajdist.training.objectives import Task, reconstructing
 from trajdist.training.passes import CleanImages, clean_batches, fit_detector, pass_plan
@@ -95,7 +95,9 @@ class Examiner:
     def _held_out(self) -> dict[str, Any]:
         clean, processes = self._silently(), self.clean.session.processes
         sums = torch.zeros(5, dtype=torch.int64, device=processes.device)
-        for batch in clean.held_out("validation", defects=self.task.defects):
+        # Not those that the first epoch was trained on.
+        defects = self.task.defects and replace(self.task.defects, purpose=VALIDATION)
+        for batch in clean.held_out("validation", defects=defects):
             sums += self._loss_sums(batch)
         images, bad, *parts = processes.sum(sums).tolist()
         if bad:
@@ -162,8 +164,7 @@ class _Counts:
 
         def count() -> None:
             for slot in slots:
-                mask_SS = self._labelled.mask(start + slot, self._size, self._fit)
-                self._pixels.update(maps_BSS[slot][None], mask_SS[None])
+                self._pixels.update(maps_BSS[slot], self._labelled.truth(start + slot, self._size, self._fit))
                 self._images[self._labelled.kind(start + slot) == GOOD].update(scores_B[slot])
 
         self._processes.all_do(count)
