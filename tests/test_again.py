@@ -342,7 +342,23 @@ def test_what_a_finished_phase_has_lost_is_made_again(first, capsys):
     lost = first / "phase1" / "model.safetensors"
     lost.unlink()
     assert main(command) == 4
-    assert f"{str(lost)!r} is gone, and Phase 2 is built on it" in capsys.readouterr().err
+    assert f"{str(lost)!r} is gone or damaged, and Phase 2 is built on it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [ADAPTER, "phase2/adapter/adapter_config.json", "phase2/calibration.safetensors"])
+def test_what_is_damaged_of_a_finished_phase_is_made_again(first, name):
+    before = (first / name).read_bytes()
+    (first / name).write_bytes(before[: len(before) // 2])
+    assert main(["run", "debug", PLAIN, f"run_dir={first}"]) == 0
+    assert (first / name).read_bytes() == before
+
+
+def test_a_stop_of_an_earlier_run_is_told_of(first, capsys):
+    (first / "STOP").touch()
+    for told in (True, False):
+        assert main(["run", "debug", PLAIN, f"run_dir={first}"]) == 0
+        assert ("a STOP file from before this start is removed" in capsys.readouterr().out) == told
+        assert not (first / "STOP").exists()
 
 
 @pytest.mark.parametrize(("phase", "command", "of_set"), [(1, "train", "imagenet"), (2, "adapt", "domain")])

@@ -19,8 +19,9 @@ import yaml
 from images import write_images
 from jobs import REPOSITORY, Finished, launch
 from outcome import read_lines, read_rows
+from safetensors.torch import load_file, save_file
 
-from trajdist.artifacts import read_document, read_tensors
+from trajdist.artifacts import METADATA_KEY, read_document, read_tensors
 from trajdist.cli import main
 from trajdist.config_files import load_config
 from trajdist.errors import ArtifactError
@@ -59,6 +60,7 @@ MISTAKES = [
     ("model.type=lstm", 2, ["model.type", "'lstm'", "'autoencoder'"]),
     ("data.imagenet.batchsize=3", 2, ["data.imagenet.batchsize", "did you mean data.imagenet.batch_size?"]),
     ("model.hidden_dim=-1", 2, ["model.hidden_dim", "-1"]),
+    ("data.imagenet.num_samples=0", 2, ["data.imagenet.num_samples = 0", "use -1 for all"]),
     ("model.num_heads=3", 2, ["model.num_heads=3", "model.hidden_dim=64"]),
     ("model.hidden_dim", 2, ["'model.hidden_dim'", "key=value"]),
 ]
@@ -525,11 +527,18 @@ def flip(file: Path) -> None:
     file.write_bytes(raw)
 
 
+def flip_a_weight(file: Path) -> None:
+    """One bit, so that the weight is another number and the file as good as before."""
+    raw = bytearray(file.read_bytes())
+    raw[-20] ^= 1
+    file.write_bytes(raw)
+
+
 DAMAGED = ["phase1/model.safetensors", "phase1/trajectory.safetensors"]
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-@pytest.mark.parametrize("damage", [cut, flip, lambda file: file.write_bytes(b""), Path.unlink])
+@pytest.mark.parametrize("damage", [cut, flip, flip_a_weight, lambda file: file.write_bytes(b""), Path.unlink])
 def test_damaged_artifacts(debug_run, tmp_path, capsys, fresh_accelerate, name, damage):
     shutil.copytree(debug_run / "phase1", tmp_path / "old" / "phase1")
     shutil.copy(debug_run / "summary.json", tmp_path / "old")
@@ -537,6 +546,37 @@ def test_damaged_artifacts(debug_run, tmp_path, capsys, fresh_accelerate, name, 
     command = ["adapt", "debug", f"run_dir={tmp_path}/new", f"phase1={tmp_path}/old", "runtime.mixed_precision=no"]
     assert main(command) == 4
     assert_sentence(capsys.readouterr().err, Path(name).name)
+
+
+def test_a_model_that_its_calibration_does_not_know(debug_run, tmp_path, capsys, fresh_accelerate):
+    """As a flipped bit in a file of an earlier version, which has no fingerprint of its tensors."""
+    run_dir = Path(shutil.copytree(debug_run / "phase1", tmp_path / "old" / "phase1"))
+    metadata = {METADATA_KEY: json.dumps(read_document(run_dir / "model.safetensors"))}
+    flip_a_weight(run_dir / "model.safetensors")
+    save_file(load_file(run_dir / "model.safetensors"), run_dir / "model.safetensors", metadata)
+    command = ["adapt", "debug", f"run_dir={tmp_path}/new", f"phase1={run_dir.parent}", "runtime.mixed_precision=no"]
+    assert main(command) == 4
+    assert_sentence(capsys.readouterr().err, "model.safetensors", "is not the model that", "calibration.safetensors")
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_a_flipped_bit_in_a_calibration(debug_run, tmp_path, capsys, phase):
+    run_dir, images = shutil.copytree(debug_run, tmp_path / "run"), write_images(tmp_path / "images", 1)
+    flip_a_weight(run_dir / f"phase{phase}" / "calibration.safetensors")
+    command = ["score", str(run_dir), str(images), "--out", str(tmp_path / "out"), "--phase", str(phase)]
+    assert main(command) == 4
+    assert_sentence(capsys.readouterr().err, "calibration.safetensors", "not those that were written")
+    assert main(["inspect", str(run_dir)]) == 4
+    assert "not those that were written" in capsys.readouterr().err
+
+
+def test_an_adapter_that_is_gone(debug_run, tmp_path, capsys):
+    run_dir, images = shutil.copytree(debug_run, tmp_path / "run"), write_images(tmp_path / "images", 1)
+    shutil.rmtree(run_dir / "phase2" / "adapter")
+    command = ["score", str(run_dir), str(images), "--out", str(tmp_path / "out")]
+    assert main(command) == 4
+    assert_sentence(capsys.readouterr().err, "adapter' is gone", "phase 1 to score without it")
+    assert main([*command, "--phase", "1"]) == 0
 
 
 def test_damage_in_a_process_of_its_own(debug_run, tmp_path):

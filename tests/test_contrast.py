@@ -53,10 +53,9 @@ def test_what_is_not_covered_is_not_changed(side):
         drawn, cover = draw_defect(image, np.random.default_rng(seed))
         assert np.array_equal(image, before)
         assert (drawn.shape, drawn.dtype, cover.shape) == (image.shape, np.uint8, (side, side))
-        assert 0 <= cover.min() <= cover.max() <= 1
+        assert 0 <= cover.min() < cover.max() <= 1, "there is always something"
         assert np.array_equal(drawn[cover == 0], image[cover == 0])
         covers.append(float((cover > 0.5).mean()))
-    assert np.mean([cover > 0 for cover in covers]) > 0.8
     assert max(covers) < 0.3
 
 
@@ -96,13 +95,15 @@ def test_losses_are_the_formula():
     clean, drawn = torch.randn(2, 3, 16, generator=generator, dtype=torch.float64)
     coverage = torch.rand(3, 16, generator=generator).square()
     coverage[:, :5] = 0
-    coverage[2] = 0  # A defect that covers no place enough.
+    coverage[1] *= 0.08 / coverage[1].max()  # A thin defect.
+    coverage[2] = 0.004  # One that covers no place enough.
+    limits = [COVERED, 0.04, CLEAN]
     ours = contrast_losses(clean, drawn, coverage)
     for image in range(3):
         missed = [
             np.log1p(np.exp(-s))
             for s, c in zip(drawn[image].tolist(), coverage[image].tolist(), strict=True)
-            if c > COVERED
+            if c > limits[image]
         ]
         alarms = [np.log1p(np.exp(s)) for s in clean[image].tolist()]
         alarms += [

@@ -1,6 +1,8 @@
 """Tensors on disk: in safetensors, never pickle; written atomically.
 
-trajdist's safetensors files may carry a JSON document under the metadata key ``trajdist``.
+trajdist's safetensors files may carry a JSON document under the metadata key ``trajdist``. It is the only key, as
+safetensors writes several in random order. It holds the fingerprint of the tensors as well: a weight with a flipped bit
+is as valid a weight.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from trajdist.errors import ArtifactError, one_line, os_errors
 from trajdist.files import exists, is_file, write_bytes
 
 METADATA_KEY = "trajdist"
+# In the document.
+_TENSORS = "tensors"
 _PIECE = 2**24  # bytes
 
 
@@ -33,15 +37,15 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | 
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], document: Any) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any]) -> None:
     """Write tensors, and a JSON document in their metadata, atomically.
 
     Raises:
         ArtifactError: the file cannot be written.
     """
-    metadata = {METADATA_KEY: json.dumps(document, sort_keys=True)}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(on_cpu, metadata=metadata))
+    text = json.dumps({**document, _TENSORS: fingerprint(on_cpu)}, sort_keys=True)
+    write_bytes(path, save(on_cpu, metadata={METADATA_KEY: text}))
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -52,8 +56,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         with _opened(path) as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            document = _document(handle)
+        if isinstance(document, dict) and document.get(_TENSORS) not in (None, fingerprint(tensors)):
+            raise ValueError("its tensors are not those that were written")
+        return tensors
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, RecursionError) as error:
         raise _damaged(path, error) from None
 
 
@@ -93,8 +101,10 @@ def read_document(path: Path) -> Any:
     """
     try:
         with _opened(path) as handle:
-            text = (handle.metadata() or {}).get(METADATA_KEY)
-        return None if text is None else json.loads(text)
+            document = _document(handle)
+        if isinstance(document, dict):
+            document.pop(_TENSORS, None)
+        return document
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from None
 
@@ -111,6 +121,11 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, list[i
             return handle.metadata() or {}, {name: (it.get_dtype(), it.get_shape()) for name, it in parts.items()}
     except (OSError, SafetensorError, ValueError) as error:
         raise _damaged(path, error) from None
+
+
+def _document(handle: Any) -> Any:
+    text = (handle.metadata() or {}).get(METADATA_KEY)
+    return None if text is None else json.loads(text)
 
 
 def _opened(path: Path) -> Any:

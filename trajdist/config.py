@@ -22,7 +22,14 @@ def _no_word(value: object) -> object:
     return value
 
 
+def _some(value: int) -> int:
+    if value == 0:
+        raise ValueError("input leaves nothing to train on, use -1 for all images")
+    return value
+
+
 NUMBER = BeforeValidator(_no_word)
+NumSamples = Annotated[int, Field(ge=-1, json_schema_extra={"not": {"const": 0}}), AfterValidator(_some), NUMBER]
 PositiveInt = Annotated[int, Field(gt=0), NUMBER]
 NaturalInt = Annotated[int, Field(ge=0), NUMBER]
 # Of layers and batches: larger ones could not be allocated anyway.
@@ -64,7 +71,7 @@ class ImageSet(Section):
     """A folder (searched recursively), tar shards, `s3://...`, `hf:NAME:SPLIT` or `skimage:NAME`: see docs/data.md."""
     batch_size: Width = 32
     """Images per process and micro-batch."""
-    num_samples: Annotated[int, Field(ge=-1), NUMBER] = -1
+    num_samples: NumSamples = -1
     """Images to train on: a seeded random subset, stratified by class where classes are known; -1 for all."""
     num_epochs: PositiveInt = Field(1, json_schema_extra=FREE)
     """Passes over the images."""

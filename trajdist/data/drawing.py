@@ -47,7 +47,9 @@ def draw_defect(image_SS3: Pixels, random: np.random.Generator) -> tuple[Pixels,
         The image, uint8 ``[S, S, 3]``, and the defect's coverage, float32 ``[S, S]`` from 0 to 1 (before opacity).
     """
     side = len(image_SS3)
-    shape = _line(side, random) if random.random() < 0.5 else _blob(side, random)
+    shape = _shape(side, random)
+    while not shape.getbbox():
+        shape = _shape(side, random)
     cover_SS = np.asarray(shape.filter(ImageFilter.GaussianBlur(random.uniform(0.3, 1.5) * side / 224)), np.float32)
     cover_SS = cover_SS / 255.0
     strength = random.uniform(0.3, 1.0)
@@ -55,6 +57,11 @@ def draw_defect(image_SS3: Pixels, random: np.random.Generator) -> tuple[Pixels,
     filling_SS3 = fillings[random.integers(len(fillings))](image_SS3.astype(np.float32), random)
     mixed_SS3 = image_SS3 + strength * cover_SS[..., None] * (filling_SS3 - image_SS3)
     return mixed_SS3.clip(0, 255).astype(np.uint8), cover_SS
+
+
+def _shape(side: int, random: np.random.Generator) -> Image.Image:
+    """A line or a blob, white on black; a blob may be empty."""
+    return _line(side, random) if random.random() < 0.5 else _blob(side, random)
 
 
 def _line(side: int, random: np.random.Generator) -> Image.Image:

@@ -174,6 +174,18 @@ def _settings_of(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
     return settings
 
 
+def check_is_there(folder: Path) -> None:
+    """Check that a folder has an adapter.
+
+    Raises:
+        ArtifactError: it has none.
+    """
+    if not is_file(folder / ADAPTER_CONFIG):
+        inside = [path for path in (folder / "adapter", folder / "phase2/adapter") if is_file(path / ADAPTER_CONFIG)]
+        fix = f"name {str(inside[0])!r}" if inside else "name a folder like RUN_DIR/phase2/adapter"
+        raise ArtifactError(f"the adapter {str(folder)!r} has no {ADAPTER_CONFIG}: {fix}.")
+
+
 def read_config(folder: Path, base_fingerprint: str) -> dict[str, Any]:
     """An adapter's config, as saved.
 
@@ -181,10 +193,7 @@ def read_config(folder: Path, base_fingerprint: str) -> dict[str, Any]:
         ArtifactError: there is none, it is damaged, or the adapter was trained on another base model, projection or
             backbone.
     """
-    if not is_file(folder / ADAPTER_CONFIG):
-        inside = [path for path in (folder / "adapter", folder / "phase2/adapter") if is_file(path / ADAPTER_CONFIG)]
-        fix = f"name {str(inside[0])!r}" if inside else "name a folder like RUN_DIR/phase2/adapter"
-        raise ArtifactError(f"the adapter {str(folder)!r} has no {ADAPTER_CONFIG}: {fix}.")
+    check_is_there(folder)
     document = read_json(folder / ADAPTER_CONFIG)
     base = str(document.get("base_model_name_or_path")) if isinstance(document, dict) else json.dumps(document)
     if base != BASE_PREFIX + base_fingerprint:

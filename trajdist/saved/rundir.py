@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trajdist.errors import ArtifactError, os_errors
-from trajdist.files import exists, hold, is_file, is_held, read_object, user_path, write_bytes, write_json
+from trajdist.files import exists, hold, is_held, read_object, user_path, write_bytes, write_json
 
 # Required in every summary of a phase: its readers rely on them.
 FIGURES: tuple[str, ...] = ("images", "failures", "epochs", "steps", "seconds", "images_per_s", "first_loss")
@@ -60,10 +60,10 @@ class RunDir:
     def calibration(self, phase: int) -> Path:
         return self.path / f"phase{phase}" / "calibration.safetensors"
 
-    def lost(self, phase: int) -> Path | None:
-        """A file of a finished phase that is missing, if any."""
-        made = (self.trajectory, self.model) if phase == 1 else (self.adapter / ADAPTER_WEIGHTS,)
-        return next((path for path in (*made, self.calibration(phase)) if not is_file(path)), None)
+    def made(self, phase: int) -> tuple[Path, ...]:
+        """The files of a finished phase that scoring needs."""
+        adapter = self.adapter / ADAPTER_CONFIG, self.adapter / ADAPTER_WEIGHTS
+        return (*((self.trajectory, self.model) if phase == 1 else adapter), self.calibration(phase))
 
     def drop_calibration(self, phase: int) -> None:
         """Remove a phase's calibration as soon as new weights are saved: that of fewer epochs would pass for theirs.

@@ -20,8 +20,8 @@ from trajdist.data.loader import (
     resolve_threads,
     resolve_workers,
 )
-from trajdist.errors import DataError
-from trajdist.files import user_path
+from trajdist.errors import ArtifactError, DataError
+from trajdist.files import exists, is_folder, user_path
 from trajdist.runtime.memory import naming_memory
 from trajdist.runtime.processes import Processes, start_accelerator
 from trajdist.runtime.progress import make_console
@@ -124,7 +124,9 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     accelerator = start_accelerator("no", TIMEOUT_S, False)
     processes = Processes(accelerator)
     _check_same_images(source, title, processes)
-    console = make_console(processes.is_main)
+    console, where = make_console(processes.is_main), user_path(out)
+    if exists(where) and not is_folder(where):
+        raise ArtifactError(f"--out {str(where)!r} is not a folder: name one.")
     scorer = _load(run_dir, options, processes)
 
     workers = resolve_workers("auto", processes.local_world, processes.device.type)
@@ -138,7 +140,6 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
 
     rates = [options.false_alarm_rate or supported_rate(detector) for detector in scorer.detectors]
     thresholds = [detector.images.threshold(rate) for detector, rate in zip(scorer.detectors, rates, strict=True)]
-    where = user_path(out)
     job = Scoring(run_dir, scorer, source, title, where, options, processes, loader_of, console, rates, thresholds)
     _announce(job)
     return job

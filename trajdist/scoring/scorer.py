@@ -181,15 +181,17 @@ def load(
     rundir = RunDir(run_dir)
     if not is_file(rundir.trajectory):
         raise ArtifactError(f"{str(run_dir)!r} has no phase1/trajectory.safetensors: name a run whose Phase 1 is done.")
-    extractor = bundle.load_extractor(rundir.trajectory)
-    document = bundle.read(rundir.trajectory, bundle.TrajectoryDocument)
     named = [adapter] if isinstance(adapter, (str, Path)) else adapter or ()
     adapters = [user_path(each) for each in named]
     if not adapters and phase != 1:
         adapters = own_adapters(rundir)
     if phase == 2 and not adapters:
         raise ArtifactError(f"{str(run_dir)!r} has no phase2/adapter: run Phase 2 first, or use --phase 1.")
-    detectors = [_load_adapted(rundir, extractor, *item) for item in _names(adapters).items()]
+    # Before the backbone is loaded, which takes longer.
+    names = _names(adapters)
+    extractor = bundle.load_extractor(rundir.trajectory)
+    document = bundle.read(rundir.trajectory, bundle.TrajectoryDocument)
+    detectors = [_load_adapted(rundir, extractor, *item) for item in names.items()]
     detectors = detectors or [_load_detector(rundir, extractor)]
     scorer = Scorer(extractor, detectors, document.image_size, document.fit)
     return scorer.to(_device(device))
@@ -199,10 +201,15 @@ def own_adapters(rundir: RunDir) -> list[Path]:
     """The run's own adapter, or none.
 
     Raises:
-        ArtifactError: it has several, one per domain.
+        ArtifactError: it has several, one per domain, or its own is gone.
     """
     if is_folder(rundir.adapter):
         return [rundir.adapter]
+    if "phase2" in rundir.read_summary() and not rundir.domains():
+        raise ArtifactError(
+            f"{str(rundir.adapter)!r} is gone: restore it, run the training command again to make it anew, or use "
+            "phase 1 to score without it."
+        )
     if domains := rundir.domains():
         raise ArtifactError(
             f"{str(rundir.path)!r} has an adapter for each of its domains {', '.join(each.name for each in domains)}: "
@@ -256,7 +263,12 @@ def _names(adapters: list[Path]) -> dict[str, Path]:
 
     Raises:
         ConfigError: the same adapter twice.
+        ArtifactError: a folder without an adapter.
     """
+    if adapters:
+        from trajdist.saved import lora
+    for folder in adapters:
+        lora.check_is_there(folder)
     paths = {folder: _without(folder.resolve(), "adapter", "phase2") for folder in adapters}
     if len({folder.resolve() for folder in adapters}) < len(adapters):
         raise ConfigError(f"an adapter is named twice among {[str(folder) for folder in adapters]}: drop one.")

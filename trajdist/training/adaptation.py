@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trajdist.data.drawing import DefectDraw
+from trajdist.errors import ArtifactError
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.files import write_bytes
 from trajdist.runtime.memory import naming_memory
@@ -19,7 +20,7 @@ from trajdist.training.adoption import adopt_phase1
 from trajdist.training.doctor import smaller
 from trajdist.training.job import Job
 from trajdist.training.objectives import ContrastModel, DefectContrast, Task, reconstructing
-from trajdist.training.passes import CleanImages, calibrate, contrast_residuals, shared_extractor
+from trajdist.training.passes import CleanImages, calibrate, contrast_residuals, is_calibration_of, shared_extractor
 from trajdist.training.session import Session, with_keys_of
 from trajdist.training.summary import combine, finish, is_done, summarise
 from trajdist.training.train import Training, reconstruction, train
@@ -106,6 +107,12 @@ def _prepare(session: Session) -> Training:
     base, document = bundle.load_model(session.rundir.model)
     bundle.check_trajectories(session.rundir, document, extractor)
     base_id = bundle.base_fingerprint(base, document)
+    calibration = session.rundir.calibration(1)
+    if not is_calibration_of(calibration, base_id):
+        raise ArtifactError(
+            f"{str(session.rundir.model)!r} is not the model that {str(calibration)!r} was made for: restore both, or "
+            "start over with --fresh."
+        )
     settings = session.config.domain_adaptation.lora
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(session.config.seed, 2))

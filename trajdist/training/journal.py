@@ -223,7 +223,8 @@ class Journal:
         """Continue from what :meth:`state` returned."""
         self.line, self.epoch, self.total = (Totals(**state[name]) for name in ("line", "epoch", "total"))
         self.first_loss, self.final_loss = state["first_loss"], state["final_loss"]
-        self.epoch_memory = list(state["epoch_memory"])
+        # The memory of an earlier process, as the state has it, says nothing about the growth of this one's.
+        self.epoch_memory = []
         self._skipped.fill_(state["skipped"])
 
     def _ledger_record(self, step: Step, start: int, sums: Totals, missing: list[int]) -> dict[str, Any]:

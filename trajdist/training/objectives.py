@@ -21,8 +21,8 @@ from trajdist.models.reconstruction import Reconstruction
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.training.optimization import linear_warmup
 
-# A place counts as defective if more than the first fraction of it is covered, and as clean if less than the second
-# one is; places in between are ignored.
+# A place counts as defective if more than the first fraction of it is covered (of a thin defect, more than half of what
+# is covered where it covers most), and as clean if less than the second one is; places in between are ignored.
 COVERED, CLEAN = 0.1, 0.005
 # Initial slope and offset of the logistic curve, for scores of about 1.
 FIRST_SLOPE, FIRST_OFFSET = 4.0, -6.0
@@ -136,7 +136,8 @@ def contrast_losses(
     clean_logits_BP: torch.Tensor, drawn_logits_BP: torch.Tensor, coverage_BP: torch.Tensor
 ) -> torch.Tensor:
     """Logistic loss of each image, ``[B]``; ``coverage_BP`` is the fraction of each place that the defect covers."""
-    defect_BP, clean_BP = (coverage_BP > COVERED).float(), (coverage_BP < CLEAN).float()
+    least_B1 = (0.5 * coverage_BP.amax(1, keepdim=True)).clamp(CLEAN, COVERED)
+    defect_BP, clean_BP = (coverage_BP > least_B1).float(), (coverage_BP < CLEAN).float()
     missed_B = (F.softplus(-drawn_logits_BP) * defect_BP).sum(1) / defect_BP.sum(1).clamp(min=1)
     alarms_B = F.softplus(clean_logits_BP).sum(1) + (F.softplus(drawn_logits_BP) * clean_BP).sum(1)
     return 0.5 * missed_B + 0.5 * alarms_B / (clean_BP.shape[1] + clean_BP.sum(1))

@@ -202,7 +202,7 @@ def contrast_residuals(clean: CleanImages, model: nn.Module, base: str) -> Resid
     detector = clean.detector(model)
     begun = checkpoint is not None and checkpoint.state["phase"] == clean.selection.phase
     # Before the first checkpoint, Phase 1 may have been trained further since these were measured.
-    if not session.processes.main_knows(lambda: exists(path) and (begun or _is_of(path, base))):
+    if not session.processes.main_knows(lambda: exists(path) and (begun or is_calibration_of(path, base))):
         detector.residual.fit(_residual_moments(clean, detector))
 
         def save() -> None:
@@ -214,7 +214,7 @@ def contrast_residuals(clean: CleanImages, model: nn.Module, base: str) -> Resid
     return detector.residual
 
 
-def _is_of(path: Path, base: str) -> bool:
+def is_calibration_of(path: Path, base: str) -> bool:
     """Whether a calibration was made for the model with this fingerprint."""
     document = read_document(path)
     return isinstance(document, dict) and document.get("base") == base

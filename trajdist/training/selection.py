@@ -15,7 +15,7 @@ from trajdist.config import SETS, Config
 from trajdist.config_files import read_yaml
 from trajdist.config_schema import flatten
 from trajdist.data.base import ImageSource
-from trajdist.errors import ArtifactError, DataError, UserError
+from trajdist.errors import ArtifactError, UserError
 from trajdist.files import open_regular, user_path, write_bytes
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Int64s, Order, Plan, Selection
@@ -75,14 +75,8 @@ def draw_selection(
 
     Args:
         split_of: another phase that trains on the same set, to hold out what it holds out.
-
-    Raises:
-        DataError: ``num_samples`` is 0.
     """
-    settings = config.data.of_phase(phase)
-    if settings.num_samples == 0:
-        raise DataError(f"data.{SETS[phase]}.num_samples=0 leaves nothing to train on: use -1 for all images.")
-    classes = source.classes() if 0 < settings.num_samples < len(source) else None
+    classes = source.classes() if 0 < config.data.of_phase(phase).num_samples < len(source) else None
     order = Order(source.shard_sizes(), config.data.shuffle_window, classes)
     return _draw(config, phase, len(source), order, max_holdout, split_of)
 

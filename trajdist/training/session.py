@@ -23,6 +23,7 @@ from trajdist.data.loader import ImageBatch, IndexAt, SlotDataset, build_loader,
 from trajdist.data.trajectory_cache import TrajectoryCache
 from trajdist.errors import ArtifactError, DataError, StopRequested, UserError
 from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.files import exists
 from trajdist.runtime.preflight import check_all_reduce, check_processes_agree
 from trajdist.runtime.processes import Processes, start_accelerator
 from trajdist.runtime.progress import make_console
@@ -341,7 +342,10 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
         has_made_way = restarted and rundir.recall("fresh_for") == launcher.job()
         if fresh and not has_made_way and (aside := rundir.move_away()):
             console.print(f"starting over: the old run is now {str(aside)!r}")
+        asked_before = exists(rundir.stop_file)
         claim(rundir, config, processes.world)
+        if asked_before:
+            console.print("a STOP file from before this start is removed: make it anew to stop this run")
         if fresh:
             rundir.remember("fresh_for", launcher.job(), replace=True)
 

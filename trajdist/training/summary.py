@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
+from trajdist.artifacts import read_tensors
 from trajdist.config import SETS
 from trajdist.data.loader import processors, resolve_threads, resolve_workers
 from trajdist.errors import ArtifactError
+from trajdist.files import read_object
 from trajdist.runtime.memory import peak_memory_bytes
+from trajdist.saved.rundir import RunDir
 from trajdist.training.doctor import Facts, diagnose, split
 from trajdist.training.job import Job
 from trajdist.training.session import Session
@@ -18,18 +22,18 @@ def is_done(session: Session, phase: int) -> bool:
 
     Raises:
         DataError: it was done with other images.
-        ArtifactError: its files are gone, and a later phase builds on them.
+        ArtifactError: its files are gone or damaged, and a later phase builds on them.
     """
     rundir = session.rundir
     done, adapted, lost = session.processes.main_knows(
-        lambda: (rundir.read_summary().get(f"phase{phase}"), rundir.has_adapted(), rundir.lost(phase))
+        lambda: (rundir.read_summary().get(f"phase{phase}"), rundir.has_adapted(), _lost(rundir, phase))
     )
     if not done or ("domains" in done and not session.config.data.domains):
         return False
     is_base = phase == 1 and adapted
     if lost and is_base:
         raise ArtifactError(
-            f"{str(lost)!r} is gone, and Phase 2 is built on it: restore it, or start over with --fresh."
+            f"{str(lost)!r} is gone or damaged, and Phase 2 is built on it: restore it, or start over with --fresh."
         )
     if lost:
         return False
@@ -47,6 +51,16 @@ def is_done(session: Session, phase: int) -> bool:
     built_on = phase == 1 and (adapted or checkpoint)
     reason = "Phase 2 is built on these" if built_on else "there is no checkpoint to resume from"
     return _done_already(session, done, is_so, f"; for {wanted} epochs start over with --fresh: {reason}")
+
+
+def _lost(rundir: RunDir, phase: int) -> Path | None:
+    """A file that a phase made and that is missing or damaged, if any: it is made again, as scoring tells the user."""
+    for path in rundir.made(phase):
+        try:
+            read_tensors(path) if path.suffix == ".safetensors" else read_object(path)
+        except ArtifactError:
+            return path
+    return None
 
 
 def _done_already(session: Session, done: dict[str, Any], why: str, but: str = "") -> Literal[True]:
