@@ -100,7 +100,7 @@ def auroc_of(cells: Cells, dataset: LabelledFolder, side: int) -> dict[str, floa
         maps = cells(batch).unflatten(1, (side, side))
         full = F.interpolate(maps[:, None], (SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0]
         for slot in range(len(batch)):
-            pixels.update(full[slot], dataset.truth(position + slot, SIZE, "squash"))
+            pixels.update(full[slot], dataset.mask(position + slot, SIZE, "squash"))
             images[dataset.kind(position + slot) != GOOD].update(maps[slot].amax())
         position += len(batch)
     return {"image_auroc": curve(images[True], images[False]).area(), "pixel_auroc": pixels.curve().area()}

@@ -237,7 +237,7 @@ def test_the_scale_of_gradients_is_the_same_after_a_restart_between_the_phases(t
     assert weights[0] == weights[1]
 
 
-NEARLY_BLACK = "nearly black, as if from a 12-bit camera in 16-bit files: multiply them by 16"
+NEARLY_BLACK = "the first images are nearly black"
 
 
 @pytest.mark.parametrize(("largest", "told"), [(4095, 1), (65535, 0)])
@@ -345,12 +345,43 @@ def test_what_a_finished_phase_has_lost_is_made_again(first, capsys):
     assert f"{str(lost)!r} is gone or damaged, and Phase 2 is built on it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [ADAPTER, "phase2/adapter/adapter_config.json", "phase2/calibration.safetensors"])
-def test_what_is_damaged_of_a_finished_phase_is_made_again(first, name):
+def half(raw: bytes) -> bytes:
+    return raw[: len(raw) // 2]
+
+
+def another_weight(raw: bytes) -> bytes:
+    return raw[:-20] + bytes([raw[-20] ^ 1]) + raw[-19:]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (ADAPTER, half),
+        (ADAPTER, another_weight),
+        ("phase2/adapter/adapter_config.json", half),
+        ("phase2/calibration.safetensors", half),
+        ("phase2/calibration.safetensors", another_weight),
+    ],
+)
+def test_what_is_damaged_of_a_finished_phase_is_made_again(first, name, damage, capsys):
     before = (first / name).read_bytes()
-    (first / name).write_bytes(before[: len(before) // 2])
+    (first / name).write_bytes(damage(before))
     assert main(["run", "debug", PLAIN, f"run_dir={first}"]) == 0
+    assert f"{str(first / name)!r} is gone or damaged, and made again" in capsys.readouterr().out
     assert (first / name).read_bytes() == before
+
+
+def test_a_phase1_that_is_damaged_while_phase2_is_under_way(tmp_path, capsys):
+    command = ["run", "debug", PLAIN, f"run_dir={tmp_path}"]
+    with stopped_at(2, 3):
+        assert main(command) == StopRequested.exit_code
+    damaged = tmp_path / "phase1" / "calibration.safetensors"
+    before = damaged.read_bytes()
+    damaged.write_bytes(before[:-1])
+    assert main(command) == 4
+    assert f"{str(damaged)!r} is gone or damaged, and Phase 2 is built on it" in capsys.readouterr().err
+    damaged.write_bytes(before)
+    assert main(command) == 0
 
 
 def test_a_stop_of_an_earlier_run_is_told_of(first, capsys):

@@ -405,6 +405,8 @@ def test_an_output_folder_that_cannot_be_made(debug_run, tmp_path, capsys, fresh
     (tmp_path / "file").touch()
     assert main(["score", str(debug_run), str(images), "--out", str(tmp_path / "file" / "out")]) == 4
     assert_sentence(capsys.readouterr().err, "file/out' cannot be made (Not a directory): name a folder that can be")
+    assert main(["score", str(debug_run), str(images), "--out", str(tmp_path / "file")]) == 4
+    assert_sentence(capsys.readouterr().err, "file' is not a folder")
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "vae", "transformer"])
@@ -575,7 +577,7 @@ def test_an_adapter_that_is_gone(debug_run, tmp_path, capsys):
     shutil.rmtree(run_dir / "phase2" / "adapter")
     command = ["score", str(run_dir), str(images), "--out", str(tmp_path / "out")]
     assert main(command) == 4
-    assert_sentence(capsys.readouterr().err, "adapter' is gone", "phase 1 to score without it")
+    assert_sentence(capsys.readouterr().err, "adapter' is gone", "phase 1 to do without it")
     assert main([*command, "--phase", "1"]) == 0
 
 

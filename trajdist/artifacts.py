@@ -1,8 +1,8 @@
 """Tensors on disk: in safetensors, never pickle; written atomically.
 
 trajdist's safetensors files may carry a JSON document under the metadata key ``trajdist``. It is the only key, as
-safetensors writes several in random order. It holds the fingerprint of the tensors as well: a weight with a flipped bit
-is as valid a weight.
+safetensors writes several in random order. It holds the fingerprint of the tensors as well, because a weight with a
+flipped bit is still a number.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ from trajdist.errors import ArtifactError, one_line, os_errors
 from trajdist.files import exists, is_file, write_bytes
 
 METADATA_KEY = "trajdist"
-# In the document.
+# The document's key of that fingerprint.
 _TENSORS = "tensors"
 _PIECE = 2**24  # bytes
 
@@ -54,15 +55,24 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ArtifactError: the file is missing or damaged.
     """
-    try:
-        with _opened(path) as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            document = _document(handle)
-        if isinstance(document, dict) and document.get(_TENSORS) not in (None, fingerprint(tensors)):
-            raise ValueError("its tensors are not those that were written")
-        return tensors
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, RecursionError) as error:
-        raise _damaged(path, error) from None
+    with _reading(path), _opened(path) as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        document = _document(handle)
+    if isinstance(document, dict) and document.get(_TENSORS) not in (None, fingerprint(tensors)):
+        raise ArtifactError(f"{str(path)!r} is damaged: its tensors are not those that were written; restore it.")
+    return tensors
+
+
+def check_tensors(path: Path) -> None:
+    """Check that the tensors of a file are those that were written, if it holds their fingerprint.
+
+    Raises:
+        ArtifactError: they are not, or the file is missing or damaged.
+    """
+    with _reading(path), _opened(path) as handle:
+        document = _document(handle)
+    if isinstance(document, dict) and _TENSORS in document:
+        read_tensors(path)
 
 
 def holds(path: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -99,14 +109,11 @@ def read_document(path: Path) -> Any:
     Raises:
         ArtifactError: the file is missing or damaged.
     """
-    try:
-        with _opened(path) as handle:
-            document = _document(handle)
-        if isinstance(document, dict):
-            document.pop(_TENSORS, None)
-        return document
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise _damaged(path, error) from None
+    with _reading(path), _opened(path) as handle:
+        document = _document(handle)
+    if isinstance(document, dict):
+        document.pop(_TENSORS, None)
+    return document
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, list[int]]]]:
@@ -115,11 +122,16 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, list[i
     Raises:
         ArtifactError: the file is missing or damaged.
     """
+    with _reading(path), _opened(path) as handle:
+        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        return handle.metadata() or {}, {name: (it.get_dtype(), it.get_shape()) for name, it in parts.items()}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with _opened(path) as handle:
-            parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            return handle.metadata() or {}, {name: (it.get_dtype(), it.get_shape()) for name, it in parts.items()}
-    except (OSError, SafetensorError, ValueError) as error:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, RecursionError) as error:
         raise _damaged(path, error) from None
 
 

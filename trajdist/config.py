@@ -22,14 +22,14 @@ def _no_word(value: object) -> object:
     return value
 
 
-def _some(value: int) -> int:
+def _not_none(value: int) -> int:
     if value == 0:
         raise ValueError("input leaves nothing to train on, use -1 for all images")
     return value
 
 
 NUMBER = BeforeValidator(_no_word)
-NumSamples = Annotated[int, Field(ge=-1, json_schema_extra={"not": {"const": 0}}), AfterValidator(_some), NUMBER]
+NumSamples = Annotated[int, Field(ge=-1, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_none), NUMBER]
 PositiveInt = Annotated[int, Field(gt=0), NUMBER]
 NaturalInt = Annotated[int, Field(ge=0), NUMBER]
 # Of layers and batches: larger ones could not be allocated anyway.

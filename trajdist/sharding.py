@@ -348,10 +348,10 @@ def _shares(classes: Int64s, count: int, key: int) -> Int64s:
     random start. So all images are equally likely, and each class has its share, rounded down or up.
     """
     names, numbers = np.unique(classes, return_inverse=True)
-    turn = permute(np.arange(len(names)), len(names), key)
+    turn = permute(np.arange(len(names)), len(names), key64(key, 0))
     line = np.argsort(turn[numbers], kind="stable")
-    total, start = len(classes), mix64(np.array([key], np.uint64))[0] % np.uint64(len(classes))
-    return np.sort(line[(np.arange(count) * total + np.int64(start)) // count])
+    start = key64(key, 1) % len(classes)
+    return np.sort(line[(np.arange(count) * len(classes) + start) // count])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from trajdist.data.decode import decode, is_dim
+from trajdist.data.decode import DIM, decode, is_dim
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # Endings of pictures that are not read although users may expect it; files with any other ending need no mention.
@@ -121,7 +121,10 @@ def told_of_dim(source: ImageSource, numbers: Iterable[int]) -> str:
     """What to tell users if the images with these numbers can be read, and all of them are nearly black; else empty."""
     with suppress(Exception):  # Unreadable images are reported when it is their turn.
         if all(is_dim(source.load(number, None)) for number in numbers):
-            return "the first images are nearly black, as if from a 12-bit camera in 16-bit files: multiply them by 16"
+            return (
+                f"the first images are nearly black (no value above {DIM} of 255): if they are a 12-bit camera's "
+                "values in 16-bit files, multiply them by 16"
+            )
     return ""
 
 

@@ -20,12 +20,12 @@ from trajdist.errors import one_line
 Fit = Literal["squash", "crop"]
 # Pillow knows many more, and for some it runs other programs (Ghostscript for EPS, whatever a file is called).
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
-# Share of its range by which resampling may overshoot a float image.
-OVERSHOOT = 0.25
-# No value of a 12-bit camera is brighter if it is stored unscaled in 16 bits, and decoded to 8.
+# Share of its range by which resampling may overshoot a float image, at both ends.
+OVERSHOOT = 0.5
+# The brightest that a 12-bit camera's values become if they are stored unscaled in 16 bits.
 DIM = 16
-# Bump whenever decoding or resizing produces different pixels: it invalidates trajectory caches.
-TRANSFORM = 3
+# Bump whenever decoding or resizing produces different pixels, or refuses others: it invalidates trajectory caches.
+TRANSFORM = 4
 # Warning filters are process-global, hence the lock. It is held briefly: opening reads only the header.
 _OPENING = threading.Lock()
 
@@ -99,28 +99,39 @@ def _eight_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Scale grey levels of more than 8 bits to 0..255.
 
     16-bit types, and wider integers with values above 255, are scaled from 0..65535. Floats lie in 0..1 or in 0..255,
-    or overshoot that a little, as resampling does; those that are not finite become black.
+    or overshoot that as resampling does; those that are not finite become black.
 
     Raises:
-        ValueError: the values lie in another range, and would be clipped, or be nearly black.
+        ValueError: the values lie in another range and would be clipped, or a few floats lie above the others' 0..1.
     """
     # In place, as images may be large; float32 is exact for all integers that are not refused.
     values: npt.NDArray[np.floating] = pixels.astype(np.float64 if pixels.dtype.kind == "f" else np.float32)
     if pixels.dtype.kind == "f":
         np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = values.min(initial=0.0), values.max(initial=0.0)
-    if pixels.dtype.kind != "f":
-        values /= 257.0 if pixels.dtype.itemsize == 2 or high > 255 else 1.0
-        known = low >= 0 and high <= 2**16 - 1
-    elif low >= -OVERSHOOT and high <= 1 + OVERSHOOT:
-        values *= 255.0
-        known = True
+        _scale_floats(values)
     else:
-        # A hot pixel among values of 0..1 does not make them values of 0..255.
-        known = low >= -OVERSHOOT * 255 and high <= (1 + OVERSHOOT) * 255 and (values > DIM).mean() >= 0.01
-    if not known:
-        raise ValueError(f"its values lie in {low:.6g} to {high:.6g}: scale them to 0..1, or store 8 or 16 bits")
+        low, high = values.min(), values.max()
+        if low < 0 or high > 2**16 - 1:
+            raise ValueError(f"its integers lie in {low:.6g} to {high:.6g}: scale them to 0..65535")
+        if pixels.dtype.itemsize == 2 or high > 255:
+            values /= 257.0
     return np.rint(values, out=values).clip(0, 255, out=values).astype(np.uint8)
+
+
+def _scale_floats(values: npt.NDArray[np.floating]) -> None:
+    """Scale floats to 0..255, in place.
+
+    Raises:
+        ValueError: see :func:`_eight_bits`.
+    """
+    low, high = values.min(), values.max()
+    largest = 1.0 if high <= 1 + OVERSHOOT else 255.0
+    if low < -OVERSHOOT * largest or high > (1 + OVERSHOOT) * largest:
+        raise ValueError(f"its floats lie in {low:.6g} to {high:.6g}: scale them to 0..1 or 0..255")
+    # A hot pixel would make a picture of 0..1 black.
+    if largest > 1 and (values > 1 + OVERSHOOT).mean() < 0.01:
+        raise ValueError(f"nearly all of its floats lie in 0..1, but the largest is {high:.6g}: scale or clip them")
+    values *= 255.0 / largest
 
 
 def is_dim(image: Image.Image) -> bool:

@@ -35,7 +35,7 @@ class Truth(NamedTuple):
 
     Attributes:
         mask_SS: bool, resampled by nearest neighbour: a fair sample of the pixels, though thin defects may vanish.
-        regions_SS: float64, of :func:`trajdist.data.regions.region_shares`: of these nothing vanishes.
+        regions_SS: float64, of :func:`trajdist.data.regions.region_shares`, in which no region is lost.
     """
 
     mask_SS: Mask
@@ -110,8 +110,8 @@ class LabelledFolder(EncodedSource):
         return self._mask_path(index) is not None
 
     def mask(self, index: int, size: int, fit: Fit) -> Mask:
-        """The mask of :meth:`truth`."""
-        return self.truth(index, size, fit).mask_SS
+        """The mask of :meth:`truth`, without the work for its regions."""
+        return _nearest(self._cut_mask(index, fit), size)
 
     def truth(self, index: int, size: int, fit: Fit) -> Truth:
         """What is defective, resized like the loader resizes the image, so that the two align.
@@ -121,9 +121,14 @@ class LabelledFolder(EncodedSource):
         Raises:
             DataError: the mask or its image cannot be read, or the mask has another aspect ratio than its image.
         """
+        mask = self._cut_mask(index, fit)
+        return Truth(_nearest(mask, size), region_shares(np.asarray(mask) > 0, size))
+
+    def _cut_mask(self, index: int, fit: Fit) -> Image.Image:
+        """What is used of the mask, at its own size; a single black pixel if there is none."""
         path = self._mask_path(index)
         if path is None:
-            return Truth(np.zeros((size, size), np.bool_), np.zeros((size, size)))
+            return Image.new("L", (1, 1))
         with _reading("mask", path):
             mask = _read_mask(read_bytes(path, self._retries))
         image = self._root / self.name(index)
@@ -137,9 +142,7 @@ class LabelledFolder(EncodedSource):
             raise DataError(
                 f"the mask {str(path)!r} is {mask.width} x {mask.height} pixels but its image {width} x {height}{fix}"
             )
-        mask = cut_out(mask, fit)
-        marked_SS = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
-        return Truth(marked_SS, region_shares(np.asarray(mask) > 0, size))
+        return cut_out(mask, fit)
 
     def _mask_path(self, index: int) -> Path | None:
         kind, stem = self.kind(index), PurePath(self.name(index)).stem
@@ -164,6 +167,10 @@ def _reading(what: str, path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # Hostile bytes make decoders raise anything.
         raise DataError(f"the {what} {str(path)!r} cannot be read ({reason(error)}): restore it.") from None
+
+
+def _nearest(mask: Image.Image, size: int) -> Mask:
+    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
 
 
 def _files_in(folder: Path) -> frozenset[str]:

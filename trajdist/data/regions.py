@@ -12,25 +12,31 @@ Mask = npt.NDArray[np.bool_]
 Doubles = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.intp]
 
-# Runs are laid on the map in batches of this size, whatever the mask.
-BATCH = 4096
+# Rows of the mask that are laid on the map at a time.
+BAND = 256
 
 
 def region_shares(mask_HW: Mask, size: int) -> Doubles:
-    """Which part of a region lies on each pixel of a map as large as the mask: float64 ``[size, size]``.
+    """Which part of a region lies on each pixel of a map of the mask's area: float64 ``[size, size]``.
 
     Regions are 8-connected. Each adds up to 1, so the sum is their number. They are those of the mask at its own size:
     if the mask were resized first, a thin one would fall apart, or vanish.
     """
     row_R, start_R, stop_R = _runs(mask_HW)
     root_R = _regions(row_R, start_R, stop_R)
-    area_R = np.bincount(root_R, stop_R - start_R)[root_R] if len(root_R) else np.zeros(0)
+    shares_R = 1.0 / np.bincount(root_R, stop_R - start_R)[root_R]
+    down_HS, across_WS = (_overlaps(extent, size) for extent in mask_HW.shape)
+    left, right = start_R.min(initial=mask_HW.shape[1]), stop_R.max(initial=0)
     shares_SS = np.zeros((size, size))
-    for first in range(0, len(row_R), BATCH):
-        few = slice(first, first + BATCH)
-        down_RS = _overlaps(row_R[few], row_R[few] + 1, mask_HW.shape[0], size)
-        across_RS = _overlaps(start_R[few], stop_R[few], mask_HW.shape[1], size)
-        shares_SS += down_RS.T @ (across_RS / area_R[few, None])
+    for top in range(0, len(mask_HW), BAND):
+        band = slice(top, top + BAND)
+        first, last = np.searchsorted(row_R, (top, top + BAND))
+        if first == last:
+            continue
+        marked = mask_HW[band, left:right]
+        weights = np.zeros(marked.shape)
+        weights[marked] = np.repeat(shares_R[first:last], (stop_R - start_R)[first:last])
+        shares_SS += down_HS[band].T @ (weights @ across_WS[left:right])
     return shares_SS
 
 
@@ -52,7 +58,7 @@ def _regions(row_R: Numbers, start_R: Numbers, stop_R: Numbers) -> Numbers:
     above_R = (row_R - 1) * width
     from_R = np.searchsorted(row_R * width + stop_R, above_R + start_R, "left")
     to_R = np.searchsorted(row_R * width + start_R, above_R + stop_R, "right")
-    touching_R = np.maximum(to_R - from_R, 0)
+    touching_R = to_R - from_R
     lower = np.repeat(np.arange(len(row_R)), touching_R)
     upper = np.arange(len(lower)) - np.repeat(np.cumsum(touching_R) - touching_R, touching_R) + from_R[lower]
     root_R = np.arange(len(row_R))
@@ -64,7 +70,7 @@ def _regions(row_R: Numbers, start_R: Numbers, stop_R: Numbers) -> Numbers:
     return root_R
 
 
-def _overlaps(start_R: Numbers, stop_R: Numbers, extent: int, size: int) -> Doubles:
-    """How much of each stretch lies on each of ``size`` equal parts of ``extent`` pixels: ``[R, size]``, in pixels."""
+def _overlaps(extent: int, size: int) -> Doubles:
+    """How much of each of ``extent`` pixels lies on each of ``size`` equal parts of all of them: ``[extent, size]``."""
     edges = np.arange(size + 1) * extent / size
-    return np.diff(np.clip(edges - start_R[:, None], 0, (stop_R - start_R)[:, None]), axis=1)
+    return np.diff(np.clip(edges - np.arange(extent)[:, None], 0, 1), axis=1)

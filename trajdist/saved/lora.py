@@ -19,13 +19,11 @@ from torch import nn
 from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.config import Config, Lora
 from trajdist.errors import ArtifactError, ConfigError, TrainingError, first_problem, one_line
-from trajdist.files import copy_mode, is_file, read_json, sync_file, sync_folder, write_json
+from trajdist.files import copy_mode, read_json, sync_file, sync_folder, write_json
 from trajdist.models.registry import MODELS
 from trajdist.saved.bundle import load_model, untrained_model
-from trajdist.saved.rundir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunDir
+from trajdist.saved.rundir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_PREFIX, RunDir, check_has_adapter
 
-# The adapter's config names its base by this prefix and the base's fingerprint.
-BASE_PREFIX = "trajdist:"
 MEND = "restore it as the run wrote it."
 # The keys of domain_adaptation.lora that an adapter's config holds, and PEFT's names of them.
 PEFT_NAMES = {
@@ -174,18 +172,6 @@ def _settings_of(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
     return settings
 
 
-def check_is_there(folder: Path) -> None:
-    """Check that a folder has an adapter.
-
-    Raises:
-        ArtifactError: it has none.
-    """
-    if not is_file(folder / ADAPTER_CONFIG):
-        inside = [path for path in (folder / "adapter", folder / "phase2/adapter") if is_file(path / ADAPTER_CONFIG)]
-        fix = f"name {str(inside[0])!r}" if inside else "name a folder like RUN_DIR/phase2/adapter"
-        raise ArtifactError(f"the adapter {str(folder)!r} has no {ADAPTER_CONFIG}: {fix}.")
-
-
 def read_config(folder: Path, base_fingerprint: str) -> dict[str, Any]:
     """An adapter's config, as saved.
 
@@ -193,7 +179,7 @@ def read_config(folder: Path, base_fingerprint: str) -> dict[str, Any]:
         ArtifactError: there is none, it is damaged, or the adapter was trained on another base model, projection or
             backbone.
     """
-    check_is_there(folder)
+    check_has_adapter(folder)
     document = read_json(folder / ADAPTER_CONFIG)
     base = str(document.get("base_model_name_or_path")) if isinstance(document, dict) else json.dumps(document)
     if base != BASE_PREFIX + base_fingerprint:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from trajdist.errors import ArtifactError, os_errors
-from trajdist.files import exists, hold, is_held, read_object, user_path, write_bytes, write_json
+from trajdist.files import exists, hold, is_file, is_held, read_object, user_path, write_bytes, write_json
 
 # Required in every summary of a phase: its readers rely on them.
 FIGURES: tuple[str, ...] = ("images", "failures", "epochs", "steps", "seconds", "images_per_s", "first_loss")
 FIGURES += ("final_loss", "peak_memory_bytes", "memory_growth_bytes", "num_processes", "trained_parameters")
 # PEFT's names of the files of an adapter.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# In the config of an adapter, before the fingerprint of its base model.
+BASE_PREFIX = "trajdist:"
 
 
 class RunDir:
@@ -291,6 +293,18 @@ class RunDir:
 
     def write_summary(self, phase: str, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", {**self.read_summary(), phase: summary})
+
+
+def check_has_adapter(folder: Path) -> None:
+    """Check that a folder has an adapter.
+
+    Raises:
+        ArtifactError: it has none.
+    """
+    if not is_file(folder / ADAPTER_CONFIG):
+        inside = [path for path in (folder / "adapter", folder / "phase2/adapter") if is_file(path / ADAPTER_CONFIG)]
+        fix = f"name {str(inside[0])!r}" if inside else "name a folder like RUN_DIR/phase2/adapter"
+        raise ArtifactError(f"the adapter {str(folder)!r} has no {ADAPTER_CONFIG}: {fix}.")
 
 
 def _recording(file: Path) -> AbstractContextManager[None]:

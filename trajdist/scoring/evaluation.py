@@ -68,7 +68,7 @@ def count_pixels(job: Scoring, dataset: LabelledFolder) -> tuple[dict[str, Pixel
         truths = in_threads(truth_of, [slots.start + slot for slot in read], job.drawing_threads)
         for slot, truth in zip(read, truths, strict=True):
             position, map_SS = slots.start + slot, torch.from_numpy(map_of(job, maps_BHW[slot]))
-            pixels[dataset.kind(position)].update(map_SS, truth)
+            pixels[dataset.kind(position)].update(map_SS, *truth)
             if dataset.has_mask(position) and not truth.regions_SS.any():
                 unmarked.append(position)
 
@@ -219,7 +219,7 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
         table.add_section()
     for name, values in adapters.items():
         add(f"adapter {name}", f"best for {values['num_best']}", values)
-    if metrics["pixel_auroc"] is None:
+    if metrics["aupro"] is None:
         table.caption = "no mask (ground_truth/<defect>/<name>_mask.png) marks a pixel: there are no pixel metrics"
     return table
 

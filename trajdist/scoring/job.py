@@ -116,7 +116,7 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     """Start the processes and load the run; ``title`` is what the user called the images: their path.
 
     Raises:
-        ArtifactError: the run is not finished, or damaged.
+        ArtifactError: the run is not finished, or damaged, or the output folder is no folder.
         ConfigError: the options contradict each other.
         DataError: another process has found other images.
         TrainingError: the run does not fit into memory.
@@ -125,8 +125,7 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     processes = Processes(accelerator)
     _check_same_images(source, title, processes)
     console, where = make_console(processes.is_main), user_path(out)
-    if exists(where) and not is_folder(where):
-        raise ArtifactError(f"--out {str(where)!r} is not a folder: name one.")
+    processes.main_does(lambda: _check_is_folder(where))
     scorer = _load(run_dir, options, processes)
 
     workers = resolve_workers("auto", processes.local_world, processes.device.type)
@@ -143,6 +142,16 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     job = Scoring(run_dir, scorer, source, title, where, options, processes, loader_of, console, rates, thresholds)
     _announce(job)
     return job
+
+
+def _check_is_folder(out: Path) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        ArtifactError: the output folder is something else.
+    """
+    if exists(out) and not is_folder(out):
+        raise ArtifactError(f"--out {str(out)!r} is not a folder: name one.")
 
 
 def _check_same_images(source: ImageSource, title: str, processes: Processes) -> None:

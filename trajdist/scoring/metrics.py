@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from trajdist.data.labelled import Truth
+from trajdist.data.regions import Mask
 from trajdist.extraction.projection import Reduce
 from trajdist.scoring.histogram import Doubles, ScoreHistogram, lower_edges
 
@@ -146,12 +146,17 @@ class PixelScores:
     def __init__(self) -> None:
         self.clean, self.anomalous, self.regions = (ScoreHistogram() for _ in range(3))
 
-    def update(self, map_SS: torch.Tensor, truth: Truth) -> None:
-        """Add the anomaly map of an image, float ``[S, S]``, and its ground truth."""
-        mask_SS = torch.from_numpy(truth.mask_SS)
-        self.clean.update(map_SS, ~mask_SS)
-        self.anomalous.update(map_SS, mask_SS)
-        self.regions.update(map_SS, torch.from_numpy(truth.regions_SS))
+    def update(self, map_SS: torch.Tensor, mask_SS: Mask, regions_SS: Doubles | None = None) -> None:
+        """Add the anomaly map of an image, float ``[S, S]``, and its ground truth, of the same shape.
+
+        Args:
+            regions_SS: as :func:`trajdist.data.regions.region_shares` gives them; only :meth:`aupro` needs them.
+        """
+        mask = torch.from_numpy(mask_SS)
+        self.clean.update(map_SS, ~mask)
+        self.anomalous.update(map_SS, mask)
+        if regions_SS is not None:
+            self.regions.update(map_SS, torch.from_numpy(regions_SS))
 
     def __add__(self, other: PixelScores) -> PixelScores:
         total = PixelScores()

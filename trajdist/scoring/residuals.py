@@ -16,7 +16,7 @@ from trajdist.models.linear import laid_out, linear
 # Fraction of the mean variance added to each variance, so that entries almost constant on clean images do not dominate.
 SHRINKAGE = 0.1
 # One or two images hardly differ from their own mean: so that new ones do not score millions, a block's mean energy is
-# at least this per entry, and the spread at least this.
+# at least this per entry (a hundredth of what whitening aims at), and the spread at least this.
 FLOOR = 0.01
 # Fractions of the place's usual score and of the image's median that are subtracted: a compromise between ignoring the
 # context and letting a large defect raise its own baseline (docs/LOG.md).

@@ -23,7 +23,7 @@ from trajdist.errors import ArtifactError, ConfigError, DataError, one_line
 from trajdist.extraction.trajectory import TrajectoryExtractor, full_precision
 from trajdist.files import is_file, is_folder, user_path
 from trajdist.saved import bundle
-from trajdist.saved.rundir import RunDir
+from trajdist.saved.rundir import RunDir, check_has_adapter
 from trajdist.scoring import inputs, residuals
 from trajdist.scoring.detector import CellScores, Detector
 
@@ -189,6 +189,8 @@ def load(
         raise ArtifactError(f"{str(run_dir)!r} has no phase2/adapter: run Phase 2 first, or use --phase 1.")
     # Before the backbone is loaded, which takes longer.
     names = _names(adapters)
+    for folder in adapters:
+        check_has_adapter(folder)
     extractor = bundle.load_extractor(rundir.trajectory)
     document = bundle.read(rundir.trajectory, bundle.TrajectoryDocument)
     detectors = [_load_adapted(rundir, extractor, *item) for item in names.items()]
@@ -205,10 +207,10 @@ def own_adapters(rundir: RunDir) -> list[Path]:
     """
     if is_folder(rundir.adapter):
         return [rundir.adapter]
-    if "phase2" in rundir.read_summary() and not rundir.domains():
+    if is_file(rundir.calibration(2)):
         raise ArtifactError(
-            f"{str(rundir.adapter)!r} is gone: restore it, run the training command again to make it anew, or use "
-            "phase 1 to score without it."
+            f"the adapter {str(rundir.adapter)!r} is gone: restore it, run the training command again to make it "
+            "anew, or use phase 1 to do without it."
         )
     if domains := rundir.domains():
         raise ArtifactError(
@@ -263,12 +265,7 @@ def _names(adapters: list[Path]) -> dict[str, Path]:
 
     Raises:
         ConfigError: the same adapter twice.
-        ArtifactError: a folder without an adapter.
     """
-    if adapters:
-        from trajdist.saved import lora
-    for folder in adapters:
-        lora.check_is_there(folder)
     paths = {folder: _without(folder.resolve(), "adapter", "phase2") for folder in adapters}
     if len({folder.resolve() for folder in adapters}) < len(adapters):
         raise ConfigError(f"an adapter is named twice among {[str(folder) for folder in adapters]}: drop one.")

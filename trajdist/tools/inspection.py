@@ -14,7 +14,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from trajdist.artifacts import METADATA_KEY, read_header, read_tensors
+from trajdist.artifacts import METADATA_KEY, check_tensors, read_header
 from trajdist.errors import ArtifactError
 from trajdist.files import exists, is_file, read_object
 from trajdist.saved.rundir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunDir
@@ -26,7 +26,7 @@ MOST_FILES = 12
 
 
 def inspect(path: Path) -> Iterator[RenderableType]:
-    """Tables about ``path``; metadata are shown, tensors only checked. What is damaged hides nothing else.
+    """Tables about ``path``; metadata are shown, tensors checked if they can be. What is damaged hides nothing else.
 
     Raises:
         ArtifactError: it does not exist, is not trajdist's, or is damaged; after the tables of all that is whole.
@@ -177,7 +177,7 @@ def _inspect_tensors(path: Path, tensors: Mapping[str, tuple[str, list[int]]]) -
     for name, (kind, shape) in sorted(tensors.items()):
         table.add_row(_plain(name), kind, " x ".join(map(str, shape)) or "scalar")
     yield table
-    read_tensors(path)  # The header has been read; if the tensors are not those that were written, this says so.
+    check_tensors(path)
 
 
 def _document(path: Path, text: str) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _prepare(session: Session) -> Training:
     if not is_calibration_of(calibration, base_id):
         raise ArtifactError(
             f"{str(session.rundir.model)!r} is not the model that {str(calibration)!r} was made for: restore both, or "
-            "start over with --fresh."
+            "train Phase 1 again."
         )
     settings = session.config.domain_adaptation.lora
     with torch.random.fork_rng(devices=[]):

@@ -5,12 +5,14 @@ What is found in a run directory that is met again, what is done, and where:
 ========================================  ========================================  ================================
 a lock that is held                       refused                                   claim
 anything, with --fresh                    renamed, once per job of a launcher       session.open_session
-a STOP file, partial files                removed                                   claim
+a STOP file                               removed, which is told                    session.open_session
+partial files                             removed                                   claim
 config.yaml: a key that changes results   refused, if the run has made anything     _check_same_config
 run.json, but nothing made                its image sets are forgotten              claim
 run.json: num_processes                   sets the global batch                     selection.training_plan
 run.json: other images of a set           refused, if the phase has made anything   session.Session.selection
   of a finished phase                     refused                                   summary.is_done
+run.json: another subset than is drawn    trained on, as earlier versions drew it   selection.as_begun
 run.json: a set without max_holdout       as many are held out as when it began     session.Session.selection
   a domain with or without split_of       Phase 1's or its own are held out again   session.Session.selection
 Phase 1, but not its images in run.json   was adopted: not trained                  phases._was_adopted
@@ -18,7 +20,8 @@ no Phase 1, with phase1=DIR               copied; refused if an own one was begu
 another Phase 1 than that of phase1=DIR   refused                                   adoption.adopt_phase1
 summary.json: the phase                   done; may go on from its checkpoint       summary.is_done
   of several domains, now one             not done                                  summary.is_done
-  with files lost                         repeated, or refused below a Phase 2      summary.is_done
+  with files lost or damaged              repeated, or refused below a Phase 2      summary.is_done
+a model that was not calibrated           refused, in Phase 2                       adaptation._prepare
 trajectory.safetensors                    read, not measured                        passes.prepare_extractor
 contrast.safetensors                      read; for another base measured anew      passes.contrast_residuals
   with a checkpoint of Phase 2            read; for another base refused            passes.contrast_residuals

@@ -223,7 +223,7 @@ class Journal:
         """Continue from what :meth:`state` returned."""
         self.line, self.epoch, self.total = (Totals(**state[name]) for name in ("line", "epoch", "total"))
         self.first_loss, self.final_loss = state["first_loss"], state["final_loss"]
-        # The memory of an earlier process, as the state has it, says nothing about the growth of this one's.
+        # The means of an earlier process are in the state's format, but say nothing about the growth of this one.
         self.epoch_memory = []
         self._skipped.fill_(state["skipped"])
 

@@ -21,8 +21,8 @@ from trajdist.models.reconstruction import Reconstruction
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.training.optimization import linear_warmup
 
-# A place counts as defective if more than the first fraction of it is covered (of a thin defect, more than half of what
-# is covered where it covers most), and as clean if less than the second one is; places in between are ignored.
+# A place counts as defective if more than the first fraction of it is covered, or more than half as much as of the most
+# covered place, if that is less; as clean if less than the second fraction is. Places in between are ignored.
 COVERED, CLEAN = 0.1, 0.005
 # Initial slope and offset of the logistic curve, for scores of about 1.
 FIRST_SLOPE, FIRST_OFFSET = 4.0, -6.0

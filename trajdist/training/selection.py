@@ -169,8 +169,9 @@ def as_begun(selection: Selection, rundir: RunDir, config: Config, source: Image
     Raises:
         ArtifactError: the list of the subset is damaged.
     """
-    begun_with = known.get("subset") if isinstance(known, dict) else None
-    if begun_with is None or selection.members is None or begun_with == _hash(selection.members):
+    known = known if isinstance(known, dict) else {}
+    begun_with, same_set = known.get("subset"), known.get("fingerprint") == source.fingerprint
+    if begun_with is None or selection.members is None or not same_set or begun_with == _hash(selection.members):
         return selection
     members = _read_subset(rundir, selection.phase, begun_with, selection)
     return selection.of(members, Order(source.shard_sizes(), config.data.shuffle_window))

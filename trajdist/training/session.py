@@ -206,7 +206,8 @@ class Session:
             split_of = 1 if phase == 2 and self._shares_images_of_phase1(source) else None
         selection = draw_selection(self.config, phase, source, max_holdout, split_of)
         if begun:
-            selection = as_begun(selection, self.rundir, self.config, source, before)
+            drawn = selection
+            selection = self.processes.main_knows(lambda: as_begun(drawn, self.rundir, self.config, source, before))
         found = selection_facts(source, selection, max_holdout)
         if begun and before != found:
             raise self._other_images(set_name, before)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from trajdist.artifacts import read_tensors
+from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.config import SETS
 from trajdist.data.loader import processors, resolve_threads, resolve_workers
-from trajdist.errors import ArtifactError
-from trajdist.files import read_object
+from trajdist.errors import ArtifactError, os_errors
+from trajdist.files import is_file, read_object
 from trajdist.runtime.memory import peak_memory_bytes
-from trajdist.saved.rundir import RunDir
+from trajdist.saved.rundir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_PREFIX, RunDir
 from trajdist.training.doctor import Facts, diagnose, split
 from trajdist.training.job import Job
+from trajdist.training.passes import is_calibration_of
 from trajdist.training.session import Session
 
 
@@ -25,17 +26,19 @@ def is_done(session: Session, phase: int) -> bool:
         ArtifactError: its files are gone or damaged, and a later phase builds on them.
     """
     rundir = session.rundir
-    done, adapted, lost = session.processes.main_knows(
-        lambda: (rundir.read_summary().get(f"phase{phase}"), rundir.has_adapted(), _lost(rundir, phase))
+    done, adapted = session.processes.main_knows(
+        lambda: (rundir.read_summary().get(f"phase{phase}"), rundir.has_adapted())
     )
     if not done or ("domains" in done and not session.config.data.domains):
         return False
     is_base = phase == 1 and adapted
-    if lost and is_base:
-        raise ArtifactError(
-            f"{str(lost)!r} is gone or damaged, and Phase 2 is built on it: restore it, or start over with --fresh."
-        )
-    if lost:
+    if lost := session.processes.main_knows(lambda: _lost(rundir, phase)):
+        checkpoint = session.newest_checkpoint()
+        if is_base or (checkpoint and checkpoint.state["phase"] > phase):
+            raise ArtifactError(
+                f"{str(lost)!r} is gone or damaged, and Phase 2 is built on it: restore it, or start over with --fresh."
+            )
+        session.say(f"{str(lost)!r} is gone or damaged, and made again")
         return False
     session.check_images(SETS[phase])
     if done.get("validation", {}).get("stopped_early"):
@@ -54,13 +57,31 @@ def is_done(session: Session, phase: int) -> bool:
 
 
 def _lost(rundir: RunDir, phase: int) -> Path | None:
-    """A file that a phase made and that is missing or damaged, if any: it is made again, as scoring tells the user."""
+    """A file that a phase made and that is missing or damaged, if any.
+
+    Raises:
+        ArtifactError: a file cannot be read, which does not mean that it is damaged.
+    """
     for path in rundir.made(phase):
+        if not is_file(path):
+            return path
+        with os_errors(f"{str(path)!r} cannot be read", fix="make it readable"), open(path, "rb"):
+            pass
         try:
             read_tensors(path) if path.suffix == ".safetensors" else read_object(path)
         except ArtifactError:
             return path
-    return None
+    return None if phase == 1 or _is_calibrated(rundir) else rundir.adapter / ADAPTER_WEIGHTS
+
+
+def _is_calibrated(rundir: RunDir) -> bool:
+    """Whether the calibration of Phase 2 is that of its adapter: PEFT's file has no fingerprint of its own.
+
+    As :func:`trajdist.saved.lora.adapter_fingerprint` has it, but without importing PEFT, which takes seconds.
+    """
+    named = str(read_object(rundir.adapter / ADAPTER_CONFIG).get("base_model_name_or_path"))
+    tensors = read_tensors(rundir.adapter / ADAPTER_WEIGHTS)
+    return is_calibration_of(rundir.calibration(2), fingerprint(tensors, {"base": named.removeprefix(BASE_PREFIX)}))
 
 
 def _done_already(session: Session, done: dict[str, Any], why: str, but: str = "") -> Literal[True]:

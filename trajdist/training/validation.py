@@ -164,7 +164,7 @@ class _Counts:
 
         def count() -> None:
             for slot in slots:
-                self._pixels.update(maps_BSS[slot], self._labelled.truth(start + slot, self._size, self._fit))
+                self._pixels.update(maps_BSS[slot], self._labelled.mask(start + slot, self._size, self._fit))
                 self._images[self._labelled.kind(start + slot) == GOOD].update(scores_B[slot])
 
         self._processes.all_do(count)
