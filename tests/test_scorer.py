@@ -18,9 +18,10 @@ import torch
 from images import noise, write_images
 from outcome import read_rows
 from PIL import ExifTags, Image
+from safetensors.torch import save_file
 
 import trajdist
-from trajdist.artifacts import read_document, read_tensors, write_tensors
+from trajdist.artifacts import METADATA_KEY, read_document, read_tensors, write_tensors
 from trajdist.cli import main
 from trajdist.config_files import load_config
 from trajdist.data.sources import open_source
@@ -503,9 +504,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (lambda file: file.write_bytes(b""), "not a valid safetensors file"),
     "missing": (Path.unlink, "does not exist"),
     "text": (lambda file: file.write_text('{"kind": "calibration"}'), "not a valid safetensors file"),
-    "no document": (lambda file: write_tensors(file, read_tensors(file), None), "not a trajdist calibration"),
+    "no document": (lambda file: save_file(read_tensors(file), file), "not a trajdist calibration"),
     "another kind": (lambda file: write_tensors(file, read_tensors(file), {"kind": "model"}), "not a trajdist calib"),
-    "a list": (lambda file: write_tensors(file, read_tensors(file), ["calibration"]), "not a trajdist calibration"),
+    "a list": (
+        lambda file: save_file(read_tensors(file), file, {METADATA_KEY: '["calibration"]'}),
+        "not a trajdist calibration",
+    ),
     "a tensor too few": (lambda file: change(file, residual__spread=None), "lacks tensor 'spread'"),
     "a tensor too many": (lambda file: change(file, residual__extra=torch.ones(1)), "unknown tensor 'extra'"),
     "another grid": (lambda file: change(file, residual__usual_P=torch.zeros(49)), "usual_P"),
@@ -550,7 +554,7 @@ def test_weights_that_changed_after_the_calibration(copied):
     file = copied / "phase2" / "adapter" / "adapter_model.safetensors"
     tensors = read_tensors(file)
     name = sorted(tensors)[0]
-    write_tensors(file, {**tensors, name: tensors[name] + 1e-3}, read_document(file))
+    save_file({**tensors, name: tensors[name] + 1e-3}, file)
     with pytest.raises(ArtifactError, match=r"phase2/calibration\.safetensors' was made for another model"):
         trajdist.load(copied)
 

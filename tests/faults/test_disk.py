@@ -15,9 +15,9 @@ import pytest
 import torch
 from harness import arguments, assert_identical
 from images import write_images
+from safetensors.torch import save_file
 from test_stops import at_call, send
 
-from trajdist.artifacts import write_tensors
 from trajdist.cli import main
 from trajdist.files import write_json
 from trajdist.saved import bundle, checkpoint, lora
@@ -169,7 +169,7 @@ def test_a_hostile_state(change, stopped, tmp_path, capsys):
 def test_hostile_tensors(file, tensors, stopped, tmp_path, capsys):
     run_dir = shutil.copytree(stopped, tmp_path / "run")
     folder = run_dir / "checkpoints" / "step-00000005"
-    write_tensors(folder / file, tensors, None)
+    save_file(tensors, folder / file)
     reseal(folder)
     assert main(arguments(run_dir)) == 4
     assert "does not match the model: it belongs to another run" in capsys.readouterr().err
