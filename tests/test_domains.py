@@ -17,6 +17,7 @@ from outcome import assert_done
 from safetensors.torch import load_file
 
 from trajdist.cli import main
+from trajdist.errors import DataError
 from trajdist.extraction.trajectory import TrajectoryExtractor
 from trajdist.scoring import scorer
 from trajdist.tools.audit import audit
@@ -318,7 +319,7 @@ def test_the_plan_has_room_for_all(folders, base, tmp_path, capsys):
         (["data.domains.a/b.path=x"], 2, "data.domains"),
         (["data.domains.road.path=/nowhere"], 3, "data.domains.road.path='/nowhere' does not exist"),
         (["data.domains.more.num_epochs=2"], 3, "data.domains.more.path is not set"),
-        (["data.domains.road.num_samples=0"], 3, "data.domains.road.num_samples=0 leaves nothing"),
+        (["data.domains.road.num_samples=0"], 2, "data.domains.road.num_samples = 0 is not possible"),
         (["runtime.mixed_precision=fp16"], 2, "runtime.mixed_precision='fp16'"),
         (["data.domains.road.fit=crop"], 2, "data.domains.road.fit='crop', but the Phase 1"),
     ],
@@ -330,10 +331,14 @@ def test_mistakes_name_the_domain(overrides, code, says, folders, base, tmp_path
     assert error.count("\n") == 1
 
 
-def test_the_plan_names_the_domain_too(folders, base, tmp_path, capsys):
-    _, *rest = several(folders, tmp_path / "run", base, "data.domains.road.num_samples=0")
+def test_the_plan_names_the_domain_too(folders, base, tmp_path, capsys, monkeypatch):
+    def unreadable(*arguments: object) -> None:
+        raise DataError("the classes of data.domain.path cannot be read.")
+
+    monkeypatch.setattr("trajdist.planning.plan.draw_selection", unreadable)
+    _, *rest = several(folders, tmp_path / "run", base)
     assert main(["plan", *rest, "--no-probe"]) == 3
-    assert "data.domains.road.num_samples=0 leaves nothing" in capsys.readouterr().err
+    assert "the classes of data.domains.road.path cannot be read." in capsys.readouterr().err
 
 
 def test_labelled_images_are_of_one_domain(folders, base, tmp_path, capsys):

@@ -334,7 +334,7 @@ def test_what_is_no_size(text):
     [
         (["data.imagenet.path=/no/such/folder"], 3, "does not exist"),
         (["data.imagenet.path=null"], 3, "data.imagenet.path is not set"),
-        (["data.imagenet.num_samples=0"], 2, "num_samples=0"),
+        (["data.imagenet.num_samples=0"], 2, "num_samples = 0"),
         (["model.width=3"], 2, "model.width"),
         (["backbone.name=resnet19"], 2, "resnet18"),
     ],

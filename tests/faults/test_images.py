@@ -98,8 +98,8 @@ def test_more_processes_than_images(tmp_path):
 @pytest.mark.parametrize("name", ["imagenet", "domain"])
 def test_no_images_to_train_on(name, tmp_path, capsys):
     images = write_images(tmp_path / "images", 2)
-    assert main(arguments(images, tmp_path / "run", f"data.{name}.num_samples=0")) == 3
-    assert f"data.{name}.num_samples=0 leaves nothing to train on" in capsys.readouterr().err
+    assert main(arguments(images, tmp_path / "run", f"data.{name}.num_samples=0")) == 2
+    assert f"data.{name}.num_samples = 0 is not possible: input leaves nothing to train on" in capsys.readouterr().err
 
 
 def test_other_images_than_the_run_began_with(tmp_path, capsys):
