@@ -18,7 +18,7 @@ import torch
 import yaml
 from images import write_images
 from jobs import REPOSITORY, Finished, launch
-from outcome import read_lines, read_rows
+from outcome import flip_a_weight, read_lines, read_rows
 from safetensors.torch import load_file, save_file
 
 from trajdist.artifacts import METADATA_KEY, read_document, read_tensors
@@ -526,13 +526,6 @@ def cut(file: Path) -> None:
 def flip(file: Path) -> None:
     raw = bytearray(file.read_bytes())
     raw[12] ^= 0xFF
-    file.write_bytes(raw)
-
-
-def flip_a_weight(file: Path) -> None:
-    """One bit, so that the weight is another number and the file as good as before."""
-    raw = bytearray(file.read_bytes())
-    raw[-20] ^= 1
     file.write_bytes(raw)
 
 

@@ -58,7 +58,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     with _reading(path), _opened(path) as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         document = _document(handle)
-    if isinstance(document, dict) and document.get(_TENSORS) not in (None, fingerprint(tensors)):
+    written = document.get(_TENSORS) if isinstance(document, dict) else None
+    if written is not None and written != fingerprint(tensors):
         raise ArtifactError(f"{str(path)!r} is damaged: its tensors are not those that were written; restore it.")
     return tensors
 
