@@ -89,6 +89,53 @@ def test_masks_of_any_mode(root, mode):
     )
 
 
+@pytest.mark.parametrize("name", ["000.bmp", "000_mask.PNG", "000_mask.tif", "000.TIFF"])
+def test_masks_of_other_formats(root, name):
+    (root / "ground_truth/crack/000_mask.png").unlink()
+    save(root / "ground_truth/crack" / name, picture(60, 80)[1])
+    assert LabelledFolder(root, "DATASET").mask(0, 64, "squash").mean() == pytest.approx(1 / 8, abs=0.01)
+
+
+def test_a_mask_in_a_format_that_loses_is_none(root):
+    (root / "ground_truth/crack/000_mask.png").rename(root / "ground_truth/crack/000_mask.jpg")
+    with pytest.raises(DataError, match=r"crack/000\.png' has no mask: add '.*crack/000_mask\.png'"):
+        LabelledFolder(root, "DATASET")
+
+
+def test_a_folder_of_masks_is_taken_together(root):
+    (root / "ground_truth/crack/000_mask.png").unlink()
+    parts = np.zeros((2, 60, 80), np.uint8)
+    parts[0, :15, :20], parts[1, 30:, 40:] = 251, 7
+    for number, part in enumerate(parts):
+        save(root / f"ground_truth/crack/000/{number:03d}.png", part)
+    (root / "ground_truth/crack/000/.000.png").write_bytes(b"metadata of a file manager")
+    truth = LabelledFolder(root, "DATASET").truth(0, 60, "crop")
+    expected = Image.fromarray(parts.max(0)).crop((10, 0, 70, 60))
+    np.testing.assert_array_equal(truth.mask_SS, np.asarray(expected) > 0)
+    assert truth.regions_SS.sum() == pytest.approx(2)
+
+
+def test_a_folder_of_masks_that_do_not_fit(root):
+    (root / "ground_truth/crack/000_mask.png").unlink()
+    (root / "ground_truth/crack/000").mkdir()
+    folder = LabelledFolder(root, "DATASET")
+    with pytest.raises(DataError, match=r"crack/000' cannot be read \(ValueError: a folder without masks\)"):
+        folder.mask(0, 64, "squash")
+    for number, (height, width) in enumerate([(60, 80), (30, 40)]):
+        save(root / f"ground_truth/crack/000/{number}.png", picture(height, width)[1])
+    with pytest.raises(DataError, match=r"crack/000' cannot be read \(ValueError: 2 masks of different sizes\)"):
+        folder.mask(0, 64, "squash")
+
+
+def test_two_images_do_not_share_a_mask(root):
+    save(root / "test/crack/000.jpg", picture(60, 80)[0])
+    told = (
+        r"crack/000\.jpg' and '.*crack/000\.png' share the mask '.*crack/000_mask\.png': rename one image and give it"
+    )
+    with pytest.raises(DataError, match=told):
+        LabelledFolder(root, "DATASET")
+
+
 def test_a_mask_may_be_smaller_or_larger_than_its_image(root):
     folder = LabelledFolder(root, "DATASET")
     for height, width in ((30, 40), (15, 20), (600, 800), (31, 41)):

@@ -1,7 +1,8 @@
 """Labelled images in the layout of MVTec AD (Bergmann et al. 2019).
 
 ``test/good/*``, ``test/<defect>/*``, and the masks ``ground_truth/<defect>/<stem>_mask.png`` or ``<stem>.png``, whose
-non-zero pixels are defective. Without a folder ``ground_truth`` only whole images are labelled.
+non-zero pixels are defective. As in MVTec LOCO AD (Bergmann et al. 2022) ``<stem>`` may be a folder of masks, which are
+taken together. Without a folder ``ground_truth`` only whole images are labelled.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import reduce
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageChops
 
 from trajdist.data.base import EncodedSource
 from trajdist.data.decode import Fit, cut_out, open_image, reason, upright
@@ -25,6 +27,8 @@ from trajdist.errors import DataError, os_errors
 from trajdist.files import user_path
 
 GOOD = "good"
+# Formats without loss: in a JPEG pixels that are clean differ from zero.
+MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")
 # EXIF orientations that exchange width and height.
 LYING = {5, 6, 7, 8}
 LAYOUT = "test/good/*, test/<defect>/* and, if pixels are labelled, ground_truth/<defect>/<name>_mask.png"
@@ -56,7 +60,7 @@ class LabelledFolder(EncodedSource):
 
     Raises:
         DataError: not a local folder, no test folder, no good images, an image that is not directly in a class
-            folder, or a defect image without a mask although there is a folder ground_truth.
+            folder, or, if there is a folder ground_truth, a defect image without a mask of its own.
     """
 
     def __init__(self, path: str | Path, key: str, read_retries: int = 0) -> None:
@@ -82,8 +86,7 @@ class LabelledFolder(EncodedSource):
             # Where some processes see masks and others do not, defects would count as clean pixels.
             self.fingerprint = hashlib.sha256(f"{self.fingerprint} without masks".encode()).hexdigest()
         self._masks = {kind: _files_in(root / "ground_truth" / kind) for kind in self.kinds[1:]}
-        for index in range(len(self)):
-            self._mask_path(index)
+        self._refuse_shared_masks()
 
     def __len__(self) -> int:
         return len(self._images)
@@ -107,7 +110,7 @@ class LabelledFolder(EncodedSource):
 
     def has_mask(self, index: int) -> bool:
         """Whether there is a mask: not for good images, and for none without a folder ground_truth."""
-        return self._mask_path(index) is not None
+        return self.has_masks and self.kind(index) != GOOD
 
     def mask(self, index: int, size: int, fit: Fit) -> Mask:
         """The mask of :meth:`truth`, without the work for its regions."""
@@ -126,11 +129,11 @@ class LabelledFolder(EncodedSource):
 
     def _cut_mask(self, index: int, fit: Fit) -> Image.Image:
         """What is used of the mask, at its own size; a single black pixel if there is none."""
-        path = self._mask_path(index)
-        if path is None:
+        if not self.has_mask(index):
             return Image.new("L", (1, 1))
+        path = self._mask_path(index)
         with _reading("mask", path):
-            mask = _read_mask(read_bytes(path, self._retries))
+            mask = _united([_read_mask(read_bytes(part, self._retries)) for part in _mask_files(path)])
         image = self._root / self.name(index)
         with _reading("image", image):
             (width, height), turned = _upright_size(read_bytes(image, self._retries))
@@ -144,18 +147,28 @@ class LabelledFolder(EncodedSource):
             )
         return cut_out(mask, fit)
 
-    def _mask_path(self, index: int) -> Path | None:
+    def _mask_path(self, index: int) -> Path:
+        """The file or folder of masks of a defective image."""
         kind, stem = self.kind(index), PurePath(self.name(index)).stem
-        if kind == GOOD or not self.has_masks:
-            return None
         folder = self._root / "ground_truth" / kind
-        for name in (f"{stem}_mask.png", f"{stem}.png"):
+        for name in (*(f"{stem}{end}{extension}" for end in ("_mask", "") for extension in MASK_EXTENSIONS), stem):
             if name in self._masks[kind]:
-                return folder / name
+                return folder / self._masks[kind][name]
         wanted = str(folder / f"{stem}_mask.png")
         raise DataError(
             f"{self._shown(index)} has no mask: add {wanted!r}, or move ground_truth away to measure images only."
         )
+
+    def _refuse_shared_masks(self) -> None:
+        image_of: dict[Path, int] = {}
+        for index in filter(self.has_mask, range(len(self))):
+            path = self._mask_path(index)
+            if path in image_of:
+                raise DataError(
+                    f"{self._shown(image_of[path])} and {self._shown(index)} share the mask {str(path)!r}: "
+                    "rename one image and give it a mask of its own."
+                )
+            image_of[path] = index
 
     def _shown(self, index: int) -> str:
         return repr(str(self._root / self.name(index)))
@@ -173,12 +186,31 @@ def _nearest(mask: Image.Image, size: int) -> Mask:
     return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
 
 
-def _files_in(folder: Path) -> frozenset[str]:
-    """One listing: a stat per file is slow on network file systems."""
+def _files_in(folder: Path) -> dict[str, str]:
+    """Names by themselves and with their extensions in lower case.
+
+    One listing: a stat per file is slow on network file systems.
+    """
     if not os.path.isdir(folder):
-        return frozenset()
+        return {}
     with os_errors(f"the folder {str(folder)!r} cannot be listed", fix="make it readable", kind=DataError):
-        return frozenset(os.listdir(folder))
+        names = sorted(os.listdir(folder))
+    return {PurePath(name).stem + PurePath(name).suffix.lower(): name for name in names} | {
+        name: name for name in names
+    }
+
+
+def _mask_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return [each for each in sorted(path.iterdir()) if each.suffix.lower() in MASK_EXTENSIONS and each.name[0] != "."]
+
+
+def _united(masks: list[Image.Image]) -> Image.Image:
+    """What is marked in any of the masks."""
+    if len({mask.size for mask in masks}) != 1:
+        raise ValueError(f"{len(masks)} masks of different sizes" if masks else "a folder without masks")
+    return reduce(ImageChops.lighter, masks)
 
 
 def _upright_size(raw: bytes) -> tuple[tuple[int, int], bool]:
