@@ -27,6 +27,7 @@ from trajdist.cli import main
 from trajdist.data.trajectory_cache import CacheWriter, TrajectoryCache, look_up, padded
 from trajdist.errors import ConfigError
 from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.training import caching
 from trajdist.training.caching import open_writer
 
 SHAPE = (4, 3, 8)
@@ -259,6 +260,18 @@ def test_another_key_is_another_cache(tmp_path):
         for shape in ((4, 3, 8), (4, 8, 3))
     }
     assert len(folders) == 8
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_what_another_version_left_is_told_of(images, tmp_path, monkeypatch, capsys):
+    for transform in (1, 2):
+        monkeypatch.setattr(caching, "TRANSFORM", transform)
+        cached_run(images, tmp_path, str(transform))
+        told = capsys.readouterr().out.replace("\n", "")
+        assert told.count("is from another version of trajdist") == (0 if transform == 1 else 2), "one for each set"
+    left = [folder.name for folder in (tmp_path / "cache").iterdir() if f"{folder.name} is from another" in told]
+    keys = {name: json.loads((tmp_path / "cache" / name / "key.json").read_text()) for name in left}
+    assert [key["transform"] for key in keys.values()] == [1, 1]
 
 
 def test_it_travels_to_workers(cache):

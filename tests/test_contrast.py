@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +28,7 @@ from trajdist.sharding import DRAWING, VALIDATION, Selection, Slots
 from trajdist.training import loop
 from trajdist.training.objectives import CLEAN, COVERED, ContrastModel, DefectContrast, contrast_losses
 from trajdist.training.optimization import LOGISTIC_RATE, make_optimizer
+from trajdist.training.validation import Examiner
 
 CONTRAST = ("domain_adaptation.objective=contrast", "checkpoint.every_steps=2")
 DRAW = DefectDraw(4, seed=0, phase=2)
@@ -161,6 +163,32 @@ def test_stopped_and_resumed_it_is_the_same_to_the_bit(images, one_process, tmp_
     assert main(command) == 0
     for file in ("phase2/adapter/adapter_model.safetensors", "phase2/calibration.safetensors", "ledger.jsonl"):
         assert (tmp_path / "run" / file).read_bytes() == (one_process / file).read_bytes(), file
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_validations_with_other_defects_are_not_compared_with(images, tmp_path, monkeypatch, capsys):
+    """The run began with another version, whose defects were easier: its best epoch would never be reached again."""
+    validate = Examiner.validate
+
+    def easier(self: Examiner, weights: dict[str, torch.Tensor]):
+        found = validate(self, weights)
+        return {**found, "loss": found["loss"] - 10} if loop.DRAWN == 1 else found
+
+    command = arguments("run", images, tmp_path / "run", *batches(16, 1), *CONTRAST, "validation.every_epochs=1")
+    command += ["calibration.holdout_fraction=0.2", "data.num_workers=0"]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Examiner, "validate", easier)
+        earlier.setattr(loop, "DRAWN", 1)
+        assert main(command) == 0
+    before = load_file(tmp_path / "run" / "phase2" / "adapter" / "adapter_model.safetensors")
+    assert "draws other defects" not in capsys.readouterr().out
+    assert main([*command, "data.domain.num_epochs=4"]) == 0
+    assert "draws other defects than the one that the run began with" in " ".join(capsys.readouterr().out.split())
+    after = load_file(tmp_path / "run" / "phase2" / "adapter" / "adapter_model.safetensors")
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    best = json.loads((tmp_path / "run" / "summary.json").read_text())["phase2"]["validation"]["best"]
+    assert best["epoch"] > 2
+    assert best["loss"] > 0
 
 
 def test_the_whitening_is_that_of_the_base(one_process):

@@ -17,6 +17,9 @@ from trajdist.sharding import DRAWING, key64
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
+# Raised with every change of what is drawn or what counts as defective: losses of other versions do not compare.
+DRAWN = 2
+
 
 @dataclass(frozen=True)
 class DefectDraw:

@@ -274,6 +274,7 @@ class State(BaseModel):
     scaler: dict[str, int | float] | None
     file_sizes: dict[str, Annotated[int, Field(ge=0, lt=2**62)]]
     validated: Validated | None = None
+    drawn: int = 1
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

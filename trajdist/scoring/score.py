@@ -18,6 +18,7 @@ import torch
 from rich.table import Table
 
 from trajdist.artifacts import fingerprint
+from trajdist.data.decode import TRANSFORM
 from trajdist.data.loader import (
     ImageBatch,
     in_threads,
@@ -240,6 +241,7 @@ def _identity(job: Scoring) -> dict[str, Any]:
         "images": job.source.fingerprint,
         "files": job.source.stamp(),
         "num_images": len(job.source),
+        "transform": TRANSFORM,
         "detectors": [fingerprint(d.residual.state_dict(), {"name": d.name}) for d in job.scorer.detectors],
         "false_alarm_rates": job.rates,
         "thresholds": [str(threshold) for threshold in job.thresholds],
@@ -287,7 +289,8 @@ def _claim_out(job: Scoring) -> None:
         raise ArtifactError(
             f"--out {str(job.out)!r} is being written by another command: wait for it, or name another."
         )
-    if exists(marker) and (found := read_object(marker)) != identity:
+    # Folders without it are from before it was recorded.
+    if exists(marker) and (found := {"transform": TRANSFORM, **read_object(marker)}) != identity:
         raise ConfigError(f"--out {str(job.out)!r} {_difference(found, identity)}: name another folder.")
     write_json(marker, identity)
 
@@ -301,6 +304,7 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
         "num_images": f"holds the scores of {found['num_images']} images, and there are {wanted['num_images']} now",
         "images": "holds the scores of another set of as many images",
         "files": "holds the scores of images of the same names in another folder, or before they changed",
+        "transform": "was made by another version of trajdist, which turns images into pixels in another way",
         "detectors": "was made with another run, phase or adapter",
         "false_alarm_rates": f"was made for a false-alarm rate of {rates}, which is {asked} now",
         "thresholds": "was made with another calibration of the run",

@@ -36,6 +36,8 @@ def open_cache(session: Session, set_name: str, extractor: TrajectoryExtractor) 
     shape = (extractor.resolution**2, length, width)
     cache = TrajectoryCache(user_path(str(config.cache.dir)), key, len(session.sources[set_name]), shape)
     processes.all_do(cache.create)
+    for left in cache.others("transform"):
+        session.say(f"cache: {left} is from another version of trajdist and not read any more: remove it to free space")
     return cache
 
 

@@ -116,6 +116,10 @@ class Keeper:
         if "best" in kinds:
             self._best_weights = {name: tensors[f"best.{name}"] for name in weights}
 
+    def forget(self) -> None:
+        """Compare no later validation with those so far."""
+        self.best, self.stale, self._best_weights = None, 0, {}
+
 
 def is_better(found: Found, best: Found) -> bool:
     """Compare by the image AUROC on labelled images, of equal ones by the pixel AUROC, then by the held-out loss.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from trajdist.data.drawing import DRAWN
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import ArtifactError, ConfigError, StopRequested
 from trajdist.runtime.memory import empty_cache, memory_bytes, peak_memory_bytes
@@ -236,6 +237,7 @@ def save_checkpoint(job: Job, step: Step) -> None:
         "scaler": scaler.state_dict() if scaler is not None else None,
         "file_sizes": session.rundir.sync_records(),
         "validated": job.keeper.state(),
+        "drawn": DRAWN,
     }
     checkpoint = Checkpoint(job.trainable_weights(), optimizer_tensors(job.optimizer), state, job.keeper.tensors())
     job.writer.save(job.number_of(step), checkpoint)

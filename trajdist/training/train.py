@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trajdist.config import SETS, Config
+from trajdist.data.drawing import DRAWN
 from trajdist.data.labelled import LabelledFolder
 from trajdist.errors import ArtifactError, ConfigError, DataError
 from trajdist.extraction.trajectory import TrajectoryExtractor
@@ -277,6 +278,12 @@ def _restore(job: Job, checkpoint: Checkpoint) -> None:
     if scaler is not None and checkpoint.state["scaler"]:
         scaler.load_state_dict(checkpoint.state["scaler"])
     job.keeper.restore(checkpoint.state["validated"], checkpoint.kept, weights)
+    if checkpoint.state["drawn"] != DRAWN and job.task.defects and job.examiner.labelled is None:
+        job.keeper.forget()
+        job.session.say(
+            "this version of trajdist draws other defects than the one that the run began with: validations from now "
+            "on are not compared with those before"
+        )
     job.journal.restore(checkpoint.state["journal"])
     job.seconds_before = checkpoint.state["seconds"]
 
