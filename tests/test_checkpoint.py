@@ -14,14 +14,22 @@ from trajdist.artifacts import read_tensors
 from trajdist.errors import ArtifactError
 from trajdist.runtime.memory import memory_bytes, peak_memory_bytes, reset_peak_memory
 from trajdist.saved import checkpoint as writing
-from trajdist.saved.checkpoint import FILES, Checkpoint, CheckpointWriter, load_checkpoint, newest_checkpoint, verify
+from trajdist.saved.checkpoint import (
+    FILES,
+    Checkpoint,
+    CheckpointWriter,
+    State,
+    load_checkpoint,
+    newest_checkpoint,
+    verify,
+)
 
 CPU = torch.device("cpu")
 
 
 def write(folder: Path, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> Path:
     writer = CheckpointWriter(folder, keep=1)
-    writer.save(7, Checkpoint(model, optimizer, {}))
+    writer.save(7, Checkpoint(model, optimizer, State.model_construct()))
     writer.finish()
     path, problems = newest_checkpoint(folder)
     assert not problems
@@ -73,7 +81,7 @@ def test_a_file_that_is_not_what_was_in_memory_is_no_checkpoint(tmp_path, monkey
 
     monkeypatch.setattr(writing, "save_file", one_bit_else)
     writer = CheckpointWriter(tmp_path, keep=2)
-    writer.save(8, Checkpoint({"a": torch.ones(3)}, {"0.step": torch.ones(())}, {}))
+    writer.save(8, Checkpoint({"a": torch.ones(3)}, {"0.step": torch.ones(())}, State.model_construct()))
     with pytest.raises(ArtifactError, match=r"model\.safetensors does not read back"):
         writer.finish()
     assert newest_checkpoint(tmp_path)[0] == good
@@ -89,9 +97,9 @@ def test_what_goes_on_while_a_checkpoint_is_written_is_not_in_it(tmp_path, monke
 
     monkeypatch.setattr(writing, "save_file", count_on)
     writer = CheckpointWriter(tmp_path, keep=1)
-    writer.save(7, Checkpoint({"a": torch.ones(3)}, {"0.step": torch.ones(())}, {"journal": books}))
+    writer.save(7, Checkpoint({"a": torch.ones(3)}, {"0.step": torch.ones(())}, State.model_construct(journal=books)))
     writer.finish()
     path, problems = newest_checkpoint(tmp_path)
     assert not problems
     assert path is not None
-    assert json.loads((path / "state.json").read_text()) == {"journal": {"images": 1}}
+    assert json.loads((path / "state.json").read_text())["journal"] == {"images": 1}

@@ -35,7 +35,7 @@ from trajdist.data.sources import open_source
 from trajdist.errors import TrainingError
 from trajdist.scoring import job
 from trajdist.scoring.histogram import ScoreHistogram
-from trajdist.scoring.output import most_anomalous, picture_name
+from trajdist.scoring.output import most_anomalous, picture_name, scored_rows
 from trajdist.scoring.pictures import outline, overlay
 from trajdist.scoring.report import GALLERY, calmest_besides, mistakes
 from trajdist.scoring.residuals import upsample
@@ -296,7 +296,7 @@ def test_the_report_shows_each_image_once(scored):
 def test_the_calmest_besides_the_most_anomalous(tmp_path, count, score_of):
     rows = [{"image": f"{number}.png", "score": score_of(number)} for number in range(count)]
     write_rows(tmp_path, rows)
-    gallery = most_anomalous(tmp_path, GALLERY)
+    gallery = most_anomalous(scored_rows(tmp_path), GALLERY)
     calmest = calmest_besides(gallery, tmp_path)
     shown = [position for position, _ in [*gallery, *calmest]]
     assert len(shown) == len(set(shown)) == min(count, 2 * GALLERY)

@@ -160,6 +160,15 @@ def _damaged(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(f"{str(path)!r} is not a valid safetensors file ({reason}): restore it or make it again.")
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers on the CPU from this seed in the block; then they go on as before."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: it would also seed the GPUs, whose random state is not restored.
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 def load_state(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Load a state dict after checking names, shapes and dtypes against the module.
 

@@ -34,6 +34,11 @@ PositiveInt = Annotated[int, Field(gt=0), NUMBER]
 NaturalInt = Annotated[int, Field(ge=0), NUMBER]
 # Of layers and batches: larger ones could not be allocated anyway.
 Width = Annotated[int, Field(gt=0, le=65536), NUMBER]
+Layers = Annotated[int, Field(ge=0, le=256), NUMBER]
+Resolution = Annotated[int, Field(gt=0, le=1024), NUMBER]
+Subcells = Annotated[int, Field(gt=0, le=16), NUMBER]
+ImageSize = Annotated[int, Field(ge=16, le=16384), NUMBER]
+Seed = Annotated[int, Field(ge=0, lt=2**32), NUMBER]
 Fraction = Annotated[float, Field(ge=0, lt=1), NUMBER]
 # Infinity switches a limit off; an infinite rate or weight would make every loss infinite.
 Limit = Annotated[float, Field(gt=0), NUMBER]
@@ -97,7 +102,7 @@ class Data(Section):
     """Phase 2."""
     domains: dict[DomainName, ImageSet] = Field({}, json_schema_extra=FREE)
     """Several domains by name (`{road: {path: ...}}`), adapted to in one job; unset keys come from `data.domain`."""
-    image_size: Annotated[int, Field(ge=16, le=16384), NUMBER] = 224
+    image_size: ImageSize = 224
     """Height and width of the backbone's input, in pixels."""
     num_workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024), NUMBER] = Field("auto", json_schema_extra=FREE)
     """Decoding workers per training process; `auto`: one per spare core (at most 16), or threads if none is spare."""
@@ -154,13 +159,13 @@ class Model(Section):
     """Width of the hidden layers."""
     latent_dim: Width = 128
     """Width of the bottleneck that a whole trajectory is compressed to."""
-    num_layers: Annotated[int, Field(ge=0, le=256), NUMBER] = 2
+    num_layers: Layers = 2
     """Hidden layers in the encoder, and the same number in the decoder; an autoencoder with 0 is linear."""
-    num_heads: PositiveInt = 4
+    num_heads: Width = 4
     """Attention heads (transformer); must divide hidden_dim."""
     dropout: Fraction = 0.0
     """Dropout in the hidden layers during training."""
-    spatial_resolution: Annotated[int, Field(gt=0, le=1024), NUMBER] = 7
+    spatial_resolution: Resolution = 7
     """Grid cells per side: every block's feature map is pooled to this grid."""
     feature_dim: Width = 128
     """Channels that each block is projected to."""
@@ -171,7 +176,7 @@ class Trajectory(Section):
 
     projection: Literal["pca", "random"] = "pca"
     """`pca` whitens along the principal components; `random` projects onto random orthonormal directions."""
-    subcells: Annotated[int, Field(gt=0, le=16), NUMBER] = 1
+    subcells: Subcells = 1
     """If n > 1, blocks at least n times finer than the grid are used twice: as n x n sub-cells and as their mean."""
     statistics_images: PositiveInt = 10000
     """Maximum number of images in each statistics or calibration pass."""
@@ -318,7 +323,7 @@ class Config(Section):
     """Where the run writes all its output."""
     phase1: str | None = Field(None, json_schema_extra=FREE)
     """A run directory (or its phase1 folder) whose Phase 1 `adapt` builds on; null means run_dir's own."""
-    seed: Annotated[int, Field(ge=0, lt=2**32), NUMBER] = 0
+    seed: Seed = 0
     """Determines the order of the images, the initial weights and all noise."""
     data: Data = Data()
     """Images."""

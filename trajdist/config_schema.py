@@ -27,6 +27,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Every key of a config with dots, and its value as in JSON."""
+    return flatten(config.model_dump(mode="json"))
+
+
 def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str, bool]]:
     """Walk the schema: (dotted key, default, description, may change on resume) for every leaf."""
     for name, field in section.model_fields.items():

@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,28 +74,40 @@ def open_regular(path: str, flags: int) -> int:
     return descriptor
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: whatever happens, it is either complete or as it was before.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file for the block to write, which then replaces ``path``: it is either complete or as it was before.
 
     Raises:
-        ArtifactError: the file cannot be written.
+        OSError: the file cannot be written.
     """
     # A random name: process ids may coincide on machines that share a network folder.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
+        yield temporary
+        sync_file(temporary)
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically; see :func:`replacing`.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
         raise ArtifactError(
             f"{str(path)!r} cannot be written ({error.strerror}): free some space or make the folder writable; "
             "what was there before is untouched."
         ) from None
-    sync_folder(path.parent)
 
 
 def sha256(path: Path) -> str:

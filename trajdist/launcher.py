@@ -60,6 +60,35 @@ def unsupported() -> str:
     return ""
 
 
+def rank_and_world() -> tuple[int, int]:
+    """Rank and world size from the launcher's variables; ``(0, 1)`` unless all of them are set."""
+    values = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    return (int(values[0] or 0), int(values[1] or 1)) if all(values) else (0, 1)
+
+
+def slurm_problem(world: int) -> str:
+    """What is wrong if Slurm started several launchers but not all of them joined this run; usually empty.
+
+    Only the job step counts: an srun of a single task inside a larger allocation is fine.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if "SLURM_NODEID" not in os.environ or tasks == 1:
+        return ""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        joined = int(os.environ.get("GROUP_WORLD_SIZE") or 1)
+    elif "ACCELERATE_DYNAMO_BACKEND" in os.environ:  # Set by accelerate launch, even for a single process.
+        joined = world
+    else:
+        return ""
+    if joined >= tasks:
+        return ""
+    return (
+        f"Slurm started {tasks} launchers (SLURM_STEP_NUM_TASKS), but only {joined} joined this run of {world} "
+        f"process{'es' if world > 1 else ''}: use --multi_gpu --num_machines {tasks}, as launch/slurm.sbatch does "
+        "(--cpu starts a separate run on each machine), or start separate runs with one srun each."
+    )
+
+
 def is_elastic() -> bool:
     """Whether the parent process is torchrun's elastic agent, which ``accelerate launch`` uses as well."""
     return "TORCHELASTIC_RUN_ID" in os.environ

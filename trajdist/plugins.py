@@ -15,7 +15,11 @@ from importlib.metadata import EntryPoint, entry_points
 from trajdist.errors import ConfigError, one_line
 
 GROUP = "trajdist.models"
-BUILT_IN = ("autoencoder", "vae", "transformer")
+BUILT_IN = {
+    "autoencoder": "trajdist.models.autoencoder:Autoencoder",
+    "vae": "trajdist.models.vae:VariationalAutoencoder",
+    "transformer": "trajdist.models.transformer:Transformer",
+}
 
 
 def installed_models() -> dict[str, EntryPoint]:
@@ -36,12 +40,12 @@ def known_model(name: str) -> str:
 
 
 def load_model_class(name: str) -> object:
-    """Import the object that a package registered under ``name``.
+    """Import the model of this name: one of trajdist's own, or what a package registered.
 
     Raises:
         ConfigError: no package did, or it cannot be imported.
     """
-    entry = installed_models().get(name)
+    entry = EntryPoint(name, BUILT_IN[name], GROUP) if name in BUILT_IN else installed_models().get(name)
     if entry is None:
         raise ConfigError(f"model.type={name!r} is not installed: install the package that provides it.")
     try:

@@ -374,11 +374,6 @@ class PlaceDraw:
         return np.sort(np.argsort(lots, axis=1, kind="stable")[:, : self.count], axis=1)
 
 
-def in_order(epoch: int, positions: Int64s) -> Int64s:
-    """The source's own order, the same in every epoch."""
-    return positions
-
-
 def digest(indices: Int64s) -> int:
     """Order-independent digest of a set of images: the sum of their scrambled indices, 32 bits each.
 

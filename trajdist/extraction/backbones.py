@@ -110,7 +110,7 @@ class Backbone(nn.Module):
         names = [block.name for block in self.blocks]
         # Before BatchNorm is folded: it identifies the original network.
         self.fingerprint = fingerprint(state or self.network.state_dict(), {"blocks": names})
-        fold_batchnorm(self.network, names, lambda: self._outputs(names, image_size))
+        fold_batchnorm(self.network, names, lambda: list(self._run_once(names, image_size).values()))
         use_fast_linear(self.network)
         for tensor in (*self.network.parameters(), *self.network.buffers()):
             if tensor.ndim == 4:  # ``network.to(memory_format=...)`` fails if any tensor has five dimensions.
@@ -196,9 +196,6 @@ class Backbone(nn.Module):
             side = math.isqrt(shape[1]) if layout == "BNC" else shape[2]
             found.append(Block(name, channels, layout, side))
         return found
-
-    def _outputs(self, names: list[str], image_size: int) -> list[torch.Tensor]:
-        return list(self._run_once(names, image_size).values())
 
     @torch.inference_mode()
     def _run_once(

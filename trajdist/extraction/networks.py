@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trajdist.artifacts import read_tensors
+from trajdist.artifacts import read_tensors, seeded
 from trajdist.errors import ArtifactError, ConfigError, one_line
 from trajdist.extraction.folding import fold_padding
 from trajdist.files import is_file, user_path
@@ -47,9 +47,7 @@ def build_network(name: str, weights: str, seed: int, image_size: int) -> Built:
         ConfigError: an unknown name, a missing package, or weights that cannot be downloaded or found.
         ArtifactError: a weight file that is damaged or belongs to another network.
     """
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: it would also seed the GPUs, whose random state is not restored.
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         if name == "efficientnet_lite0":
             built = _efficientnet_lite0(weights)
         elif name.startswith("timm:"):

@@ -1,4 +1,4 @@
-"""Sequence models by name. A new one is a file beside this one and a line in ``MODELS`` (and in ``plugins.BUILT_IN``).
+"""Sequence models by name. A new one is a file beside this one and a line in ``plugins.BUILT_IN``.
 
 A model in another package is registered by that package: see :mod:`trajdist.plugins`.
 """
@@ -10,17 +10,9 @@ from typing import cast
 
 from torch import nn
 
-from trajdist.models.autoencoder import Autoencoder
-from trajdist.models.transformer import Transformer
-from trajdist.models.vae import VariationalAutoencoder
 from trajdist.plugins import load_model_class
 
 Builder = Callable[..., nn.Module]
-MODELS: dict[str, Builder] = {
-    "autoencoder": Autoencoder,
-    "vae": VariationalAutoencoder,
-    "transformer": Transformer,
-}
 
 
 def build_model(
@@ -54,7 +46,7 @@ def build_model(
     Raises:
         ConfigError: no installed package registers the model, or its package cannot be imported.
     """
-    builder = MODELS[kind] if kind in MODELS else cast(Builder, load_model_class(kind))
+    builder = cast(Builder, load_model_class(kind))
     return builder(
         length=length,
         width=width,

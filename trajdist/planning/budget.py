@@ -5,15 +5,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 
-import psutil
 import torch
 from torch import nn
 
 from trajdist.config import Config
 from trajdist.planning.footprint import Peaks, Rehearsal, build_modules, bytes_of
 from trajdist.runtime.allocator import trim
+from trajdist.runtime.memory import memory_bytes
 from trajdist.training.optimization import make_optimizer
 
+CPU = torch.device("cpu")
 FLOAT = 4
 # Accelerate's loader fetches the next batch before it yields the current one.
 BATCHES_HELD = 2
@@ -43,19 +44,19 @@ def measure_bases(config: Config, phases: list[int]) -> dict[int, int]:
     extractor, model = modules.extractor, modules.model
     # The first step of an optimizer imports torch's compiler.
     tiny = nn.Linear(2, 2)
-    optimizer = make_optimizer(tiny, 1e-3, 0.0, torch.device("cpu"))
+    optimizer = make_optimizer(tiny, 1e-3, 0.0, CPU)
     tiny(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     weights = sum(bytes_of(module) for module in (extractor.backbone, extractor.projection, model))
     gc.collect()
     # Building the backbone left free memory in the heap: batches will reuse it, and they are counted separately.
     trim()
-    bases = {phases[0]: _resident_bytes() - weights}
+    bases = {phases[0]: memory_bytes(CPU) - weights}
     for phase in phases[1:]:
-        before = _resident_bytes()
+        before = memory_bytes(CPU)
         import trajdist.saved.lora  # noqa: F401
 
-        bases[phase] = bases[phases[0]] + _resident_bytes() - before
+        bases[phase] = bases[phases[0]] + memory_bytes(CPU) - before
     return bases
 
 
@@ -66,10 +67,6 @@ def saved_copies(config: Config) -> int:
 
 def _keeps_best(config: Config) -> bool:
     return config.validation.every_epochs > 0 and config.validation.keep == "best"
-
-
-def _resident_bytes() -> int:
-    return int(psutil.Process().memory_info().rss)
 
 
 class Budget:

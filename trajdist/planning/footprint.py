@@ -308,7 +308,7 @@ def build_modules(config: Config, phase: int) -> Modules:
     weights = "none" if config.backbone.weights == "DEFAULT" else config.backbone.weights
     backbone = config.backbone.model_copy(update={"weights": weights})
     extractor = bundle.new_extractor(config.model_copy(update={"backbone": backbone}))
-    model = bundle.untrained_model(config.model, *extractor.projection.valid_LD.shape)
+    model = bundle.new_model(config.model, *extractor.projection.valid_LD.shape)
     if phase == 1:
         return Modules(extractor, model)
     # PEFT takes longer to import than torch, and Phase 1 does not need it.

@@ -81,20 +81,17 @@ class PlannedTraining:
     selection: Selection
 
 
-def _draw(config: Config, phase: int, source: ImageSource) -> Selection:
-    return draw_selection(config, phase, source, config.trajectory.statistics_images)
-
-
 def _planned(config: Config, sources: dict[str, ImageSource], phase: int) -> list[PlannedTraining]:
     """All trainings that a phase runs at once."""
-    if phase == 1 or not config.data.domains:
-        source = sources[SETS[phase]]
-        return [PlannedTraining("", config, source, _draw(config, phase, source))]
+    own = {"": (config, SETS[phase])}
+    if phase == 2 and config.data.domains:
+        own = {name: (domain_config(config, name), f"domains.{name}") for name in config.data.domains}
     trainings = []
-    for name in config.data.domains:
-        own, source = domain_config(config, name), sources[f"domains.{name}"]
+    for name, (settings, set_name) in own.items():
+        source = sources[set_name]
         with naming(name):
-            trainings.append(PlannedTraining(name, own, source, _draw(own, phase, source)))
+            selection = draw_selection(settings, phase, source, settings.trajectory.statistics_images)
+        trainings.append(PlannedTraining(name, settings, source, selection))
     return trainings
 
 

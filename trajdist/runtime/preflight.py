@@ -6,7 +6,6 @@ tell who is missing, and it works even if one process has a GPU and another has 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -24,7 +23,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from trajdist import __version__, launcher
 from trajdist.config import Config
-from trajdist.config_schema import flatten
+from trajdist.config_schema import flat
 from trajdist.data.base import ImageSource
 from trajdist.errors import ConfigError, TrainingError, one_line
 from trajdist.runtime.memory import lacks_memory
@@ -68,11 +67,10 @@ def check_processes_agree(config: Config, sources: Mapping[str, ImageSource]) ->
         TrainingError: processes that do not show up in time.
         SystemExit: on the other processes, with the exit code of the main one.
     """
-    rank, world = _rank_and_world(os.environ)
-    sentence, init_method = launcher.unsupported() or slurm_problem(os.environ, world), None
+    rank, world = launcher.rank_and_world()
+    sentence, init_method = launcher.unsupported() or launcher.slurm_problem(world), None
     if not sentence and world > 1:
         meeting = Meeting(rank, world, min(config.runtime.timeout_s, ARRIVAL_S))
-        meeting.show("config", _flat(config))
         meeting.show("facts", _facts(config, sources, world))
         meeting.gather("facts")
         sentence = meeting.verdict(next(_differences(meeting), "") if rank == 0 else "")
@@ -82,35 +80,6 @@ def check_processes_agree(config: Config, sources: Mapping[str, ImageSource]) ->
     if sentence:
         raise SystemExit(ConfigError.exit_code)
     return init_method
-
-
-def _rank_and_world(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Rank and world size from the launcher's variables; ``(0, 1)`` unless all of them are set."""
-    values = [environment.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
-    return (int(values[0] or 0), int(values[1] or 1)) if all(values) else (0, 1)
-
-
-def slurm_problem(environment: Mapping[str, str], world: int) -> str:
-    """What is wrong if Slurm started several launchers but not all of them joined this run; usually empty.
-
-    Only the job step counts: an srun of a single task inside a larger allocation is fine.
-    """
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or 1)
-    if "SLURM_NODEID" not in environment or tasks == 1:
-        return ""
-    if "TORCHELASTIC_RUN_ID" in environment:
-        joined = int(environment.get("GROUP_WORLD_SIZE") or 1)
-    elif "ACCELERATE_DYNAMO_BACKEND" in environment:  # Set by accelerate launch, even for a single process.
-        joined = world
-    else:
-        return ""
-    if joined >= tasks:
-        return ""
-    return (
-        f"Slurm started {tasks} launchers (SLURM_STEP_NUM_TASKS), but only {joined} joined this run of {world} "
-        f"process{'es' if world > 1 else ''}: use --multi_gpu --num_machines {tasks}, as launch/slurm.sbatch does "
-        "(--cpu starts a separate run on each machine), or start separate runs with one srun each."
-    )
 
 
 class Meeting:
@@ -174,13 +143,17 @@ class Meeting:
         """The value of a process that has published one."""
         return json.loads(self._store.get(self._key(what, rank)))
 
-    def gather(self, what: str) -> None:
-        """Wait until every process has published a value.
+    def gather(self, what: str, ranks: range | None = None) -> None:
+        """Wait until these processes have published a value; None for all of them.
 
         Raises:
             TrainingError: the deadline has passed; it names the missing processes.
         """
-        self._expect(what, self.ranks)
+        ranks = ranks or self.ranks
+        # The main process, which may host the store, reports first; the others report only if it does not.
+        patience_s = 0.0 if self._rank == 0 else FAREWELL_S
+        if not self._come(what, ranks, self._deadline_s + patience_s):
+            self._complain(what, ranks)
 
     def verdict(self, sentence: str) -> str:
         """The main process's sentence, on every process; empty if nothing is wrong.
@@ -193,7 +166,7 @@ class Meeting:
         if self._rank == 0:
             self.show("verdict", sentence)
         else:
-            self._expect("verdict", range(1))
+            self.gather("verdict", range(1))
             sentence = self.see("verdict", 0)
             self.show("heard", True)
         if sentence and self._rank == 0:
@@ -217,12 +190,6 @@ class Meeting:
             return False
         return True
 
-    def _expect(self, what: str, ranks: range) -> None:
-        # The main process, which may host the store, reports first; the others report only if it does not.
-        patience_s = 0.0 if self._rank == 0 else FAREWELL_S
-        if not self._come(what, ranks, self._deadline_s + patience_s):
-            self._complain(what, ranks)
-
     def _complain(self, what: str, ranks: range) -> NoReturn:
         missing = [rank for rank in ranks if not self._has([self._key(what, rank)])]
         raise TrainingError(
@@ -236,12 +203,9 @@ def _without_prefix(store: Any) -> Any:
     return store
 
 
-def _key(set_name: str) -> str:
-    return "validation.path" if set_name == "validation" else f"data.{set_name}.path"
-
-
 def _facts(config: Config, sources: Mapping[str, ImageSource], world: int) -> dict[str, Any]:
     """What must be the same everywhere, and the host. The first difference in this order is the one reported."""
+    keys = {name: "validation.path" if name == "validation" else f"data.{name}.path" for name in sources}
     return {
         "host": socket.gethostname(),
         "crowd": crowd(),
@@ -251,51 +215,37 @@ def _facts(config: Config, sources: Mapping[str, ImageSource], world: int) -> di
         "python": ".".join(platform.python_version_tuple()[:2]),
         "WORLD_SIZE": world,
         "device": device_type(),
-        "config": _hash(_flat(config)),
+        "config": flat(config),
         # Processes that adapt to domains in another order would sum other things.
         "order of data.domains": list(config.data.domains),
         "mixed precision": precision(config.runtime.mixed_precision),
-        **{f"number of images in {_key(name)}": len(source) for name, source in sources.items()},
-        **{f"list of images in {_key(name)}": source.fingerprint[:12] for name, source in sources.items()},
+        **{f"number of images in {keys[name]}": len(source) for name, source in sources.items()},
+        **{f"list of images in {keys[name]}": source.fingerprint[:12] for name, source in sources.items()},
     }
 
 
-def _flat(config: Config) -> dict[str, Any]:
-    return flatten(config.model_dump(mode="json"))
-
-
-def _hash(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
 def _differences(meeting: Meeting) -> Iterator[str]:
-    """A sentence for each process without a GPU of its own, or that differs from the main one: the first difference."""
+    """Sentences about each process without a GPU of its own, or that differs from the main one."""
     expected = meeting.see("facts", 0)
     for rank in meeting.ranks:
         facts = meeting.see("facts", rank)
         if facts.get("crowd"):
             yield facts["crowd"]
-        found = next(_differing(facts, expected), None)
-        if found == "config":
-            configs = meeting.see("config", rank), meeting.see("config", 0)
-            key = next(_differing(*configs))
-            yield _sentence(
-                rank, facts["host"], f"config {key}", configs[0].get(key), configs[1].get(key), SAME_COMMAND
-            )
-        elif found:
-            fix = FIXES.get(found.partition(" in ")[0], SAME_COMMAND)
-            yield _sentence(rank, facts["host"], found, facts.get(found), expected.get(found), fix)
+        for field, mine, theirs in _differing(facts, expected):
+            fix = FIXES.get(field.partition(" in ")[0], SAME_COMMAND)
+            yield f"process {rank} on {facts['host']}: {field} is {mine!r}, process 0 has {theirs!r}: {fix}."
 
 
-def _differing(values: dict[str, Any], expected: dict[str, Any]) -> Iterator[str]:
-    """The keys whose values differ, those of ``expected`` first; what is about a machine may differ."""
+def _differing(values: dict[str, Any], expected: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The fields that differ, those of ``expected`` first, and both values; what is about a machine may differ."""
     for key in expected | values:
-        if key not in ("host", "crowd") and values.get(key) != expected.get(key):
-            yield key
-
-
-def _sentence(rank: int, host: str, field: str, value: object, expected: object, fix: str) -> str:
-    return f"process {rank} on {host}: {field} is {value!r}, process 0 has {expected!r}: {fix}."
+        mine, theirs = values.get(key), expected.get(key)
+        if key in ("host", "crowd") or mine == theirs:
+            continue
+        if key == "config":
+            yield from ((f"config {name}", *pair) for name, *pair in _differing(values[key], expected[key]))
+        else:
+            yield key, mine, theirs
 
 
 def check_all_reduce(processes: Processes) -> None:
@@ -307,7 +257,7 @@ def check_all_reduce(processes: Processes) -> None:
         ConfigError: Accelerate did not see all processes.
         TrainingError: a wrong sum, or the backend's own error.
     """
-    expected = _rank_and_world(os.environ)[1]
+    expected = launcher.rank_and_world()[1]
     if processes.world < expected:
         # Without a GPU, Accelerate treats each process as a job of its own, unless it is told to use the CPU.
         fix = NO_GPU if "LOCAL_RANK" in os.environ else "set LOCAL_RANK as well, or start them by accelerate launch"

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import glob
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from trajdist.artifacts import fingerprint, load_state, read_document, read_tensors, write_tensors
-from trajdist.config import Config, Model
+from trajdist.config import Config, Fraction, ImageSize, Layers, Model, Resolution, Seed, Subcells, Width
 from trajdist.errors import ArtifactError, ConfigError, first_problem
 from trajdist.extraction.backbones import Backbone, build_backbone
 from trajdist.extraction.projection import Projection
@@ -44,15 +44,15 @@ class TrajectoryDocument(Document):
     weights: str
     # Only in older files, and ignored: the blocks that they selected are stored as well.
     patterns: list[str] = Field([], exclude=True)
-    seed: int = Field(ge=0, lt=2**32)
-    image_size: int = Field(ge=16, le=16384)
+    seed: Seed
+    image_size: ImageSize
     fit: Literal["squash", "crop"]
     projection: Literal["pca", "random"]
     blocks: list[str] = Field(min_length=1, max_length=4096)
     channels: list[int] = Field(min_length=1, max_length=4096)
-    spatial_resolution: int = Field(gt=0, le=1024)
-    feature_dim: int = Field(gt=0, le=65536)
-    subcells: int = Field(1, gt=0, le=64)
+    spatial_resolution: Resolution
+    feature_dim: Width
+    subcells: Subcells = 1
     backbone_fingerprint: str
     num_images: int = Field(ge=0)
 
@@ -64,11 +64,11 @@ class ModelDocument(Document):
     type: Annotated[str, AfterValidator(known_model)]
     length: int = Field(gt=0, le=4096)
     width: int = Field(gt=0, le=65536)
-    hidden_dim: int = Field(gt=0, le=65536)
-    latent_dim: int = Field(gt=0, le=65536)
-    num_layers: int = Field(ge=0, le=256)
-    num_heads: int = Field(gt=0, le=4096)
-    dropout: float = Field(ge=0, lt=1)
+    hidden_dim: Width
+    latent_dim: Width
+    num_layers: Layers
+    num_heads: Width
+    dropout: Fraction
     trajectory_fingerprint: str
 
 
@@ -207,15 +207,10 @@ def model_document(config: Config, extractor: TrajectoryExtractor) -> ModelDocum
     )
 
 
-def untrained_model(settings: Model, length: int, width: int) -> nn.Module:
-    """The sequence model of a config, for trajectories of ``length`` steps and ``width`` channels."""
-    sizes = settings.model_dump(exclude={"type", "spatial_resolution", "feature_dim"})
+def new_model(settings: Model | ModelDocument, length: int, width: int) -> nn.Module:
+    """An untrained sequence model for trajectories of ``length`` steps and ``width`` channels."""
+    sizes = settings.model_dump(include={"hidden_dim", "latent_dim", "num_layers", "num_heads", "dropout"})
     return build_model(settings.type, length=length, width=width, **sizes)
-
-
-def new_model(document: ModelDocument) -> nn.Module:
-    settings: dict[str, Any] = document.model_dump(exclude={"format", "kind", "type", "trajectory_fingerprint"})
-    return build_model(document.type, **settings)
 
 
 def save_model(path: Path, model: nn.Module, document: ModelDocument) -> None:
@@ -230,7 +225,7 @@ def load_model(path: Path) -> tuple[nn.Module, ModelDocument]:
     """
     document = read(path, ModelDocument)
     with torch.device("meta"):
-        model = new_model(document)
+        model = new_model(document, document.length, document.width)
     load_state(model, read_tensors(path), path)
     return model, document
 

@@ -20,8 +20,8 @@ from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.config import Config, Lora
 from trajdist.errors import ArtifactError, ConfigError, TrainingError, first_problem, one_line
 from trajdist.files import copy_mode, read_json, sync_file, sync_folder, write_json
-from trajdist.models.registry import MODELS
-from trajdist.saved.bundle import load_model, untrained_model
+from trajdist.plugins import BUILT_IN
+from trajdist.saved.bundle import load_model, new_model
 from trajdist.saved.rundir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_PREFIX, RunDir, check_has_adapter
 
 MEND = "restore it as the run wrote it."
@@ -61,15 +61,10 @@ def attach(model: nn.Module, settings: Lora, base_fingerprint: str) -> PeftModel
 
 def _peft_config(settings: Lora, linear: list[str], base_fingerprint: str) -> LoraConfig:
     """The settings as PEFT's; ``linear`` are the linear layers of the model."""
-    return LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT computes with floats although it declares an int.
-        lora_dropout=settings.dropout,
-        target_modules=linear if settings.target_modules == "all-linear" else settings.target_modules,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-        base_model_name_or_path=BASE_PREFIX + base_fingerprint,
-    )
+    named: dict[str, Any] = {name: getattr(settings, key) for key, name in PEFT_NAMES.items()}
+    if settings.target_modules == "all-linear":
+        named["target_modules"] = linear
+    return LoraConfig(**named, base_model_name_or_path=BASE_PREFIX + base_fingerprint)
 
 
 def check_targets(config: Config) -> None:
@@ -81,10 +76,10 @@ def check_targets(config: Config) -> None:
     Raises:
         ConfigError: as :func:`attach` does.
     """
-    if config.model.type not in MODELS:
+    if config.model.type not in BUILT_IN:
         return
     with torch.device("meta"):
-        attach(untrained_model(config.model, 1, config.model.feature_dim), config.domain_adaptation.lora, "")
+        attach(new_model(config.model, 1, config.model.feature_dim), config.domain_adaptation.lora, "")
 
 
 def base_state(adapted: PeftModel) -> dict[str, torch.Tensor]:

@@ -92,8 +92,7 @@ def _conclude(
         more = ", ..." if len(unmarked) > SHOWN else ""
         job.console.print(
             f"{counted(len(unmarked), 'defective image')} with a mask that marks nothing in what is scored ({named}"
-            f"{more}): all their pixels count as clean",
-            markup=False,
+            f"{more}): all their pixels count as clean"
         )
     images, alarms, unreadable = count_images(job, dataset)
     metrics = measure(images, alarms, pixels) | {
@@ -178,21 +177,19 @@ def measure(
 
 
 def _measure_images(images: Curve) -> dict[str, Any]:
-    best_f1 = images.best_f1()
     return {
         "image_auroc": images.area(),
         "image_ap": images.average_precision(),
-        "image_f1_max": best_f1 and best_f1[0],
+        "image_f1_max": images.best_f1(),
     }
 
 
 def _measure_kind(images: Curve, pixels: PixelScores) -> dict[str, Any]:
     pixel_curve = pixels.curve()
-    pixel_f1 = pixel_curve.best_f1()
     return _measure_images(images) | {
         "pixel_auroc": pixel_curve.area(),
         "pixel_ap": pixel_curve.average_precision(),
-        "pixel_f1_max": pixel_f1 and pixel_f1[0],
+        "pixel_f1_max": pixel_curve.best_f1(),
         "aupro": pixels.aupro(),
         "binning_error": max(images.tied_share, pixel_curve.tied_share) / 2,
     }

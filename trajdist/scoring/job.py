@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 from trajdist.data.base import FIRST_IMAGES, ImageSource, told_of_dim
 from trajdist.data.loader import (
     MOST_READERS,
+    ImageBatch,
     SlotDataset,
     build_loader,
     processors,
@@ -69,7 +69,6 @@ class Scoring:
     out: Path
     options: Options
     processes: Processes
-    loader_of: Callable[[Plan, int, Int64s], Any]
     console: Console
     rates: list[float]
     thresholds: list[float]
@@ -91,6 +90,15 @@ class Scoring:
         world = self.processes.world
         # A few images get a smaller batch, so that no time goes into empty slots.
         return Plan.once(num_images, min(self.options.batch_size, -(-num_images // world)), world)
+
+    def loader(self, plan: Plan, cursor: int, order: Int64s) -> DataLoader[ImageBatch]:
+        """This process's batches of the images at these positions, from the cursor on."""
+        device = self.processes.device.type
+        workers = resolve_workers("auto", self.processes.local_world, device)
+        threads = resolve_threads("auto", workers)
+        dataset = SlotDataset(self.source, partial(picked, order), self.scorer.size, self.scorer.fit, threads=threads)
+        loader = build_loader(dataset, plan, cursor=cursor, num_workers=workers, pin_memory=device == "cuda")
+        return self.processes.shard(loader)
 
     @cached_property
     def map_range(self) -> tuple[float, float]:
@@ -128,18 +136,9 @@ def open_scoring(run_dir: str, source: ImageSource, title: str, out: str, option
     processes.main_does(lambda: _check_is_folder(where))
     scorer = _load(run_dir, options, processes)
 
-    workers = resolve_workers("auto", processes.local_world, processes.device.type)
-
-    def loader_of(plan: Plan, cursor: int, order: Int64s) -> Any:
-        threads = resolve_threads("auto", workers)
-        dataset = SlotDataset(source, partial(picked, order), scorer.size, scorer.fit, threads=threads)
-        pin_memory = processes.device.type == "cuda"
-        loader = build_loader(dataset, plan, cursor=cursor, num_workers=workers, pin_memory=pin_memory)
-        return processes.shard(loader)
-
     rates = [options.false_alarm_rate or supported_rate(detector) for detector in scorer.detectors]
     thresholds = [detector.images.threshold(rate) for detector, rate in zip(scorer.detectors, rates, strict=True)]
-    job = Scoring(run_dir, scorer, source, title, where, options, processes, loader_of, console, rates, thresholds)
+    job = Scoring(run_dir, scorer, source, title, where, options, processes, console, rates, thresholds)
     _announce(job)
     return job
 

@@ -18,7 +18,7 @@ import torch
 
 from trajdist.data.regions import Mask
 from trajdist.extraction.projection import Reduce
-from trajdist.scoring.histogram import Doubles, ScoreHistogram, lower_edges
+from trajdist.scoring.histogram import Doubles, ScoreHistogram
 
 Points = list[tuple[float, float]]
 
@@ -42,12 +42,10 @@ class Curve:
     """Weight of both classes at each threshold, from the strictest to the loosest.
 
     Attributes:
-        thresholds_T: float64, descending; a score >= threshold is classified as anomalous.
         anomalous_T: float64, anomalous weight from this threshold up to the previous one.
         clean_T: float64, likewise for clean weight.
     """
 
-    thresholds_T: Doubles
     anomalous_T: Doubles
     clean_T: Doubles
 
@@ -94,14 +92,12 @@ class Curve:
             return None
         return float(self.precision_T @ self.anomalous_T / self.anomalous_T.sum())
 
-    def best_f1(self) -> tuple[float, float] | None:
-        """The largest F1 and its threshold (the strictest in case of ties); None without anomalous scores."""
+    def best_f1(self) -> float | None:
+        """The largest F1 of all thresholds; None without anomalous scores."""
         if not self.anomalous_T.any():
             return None
         called_T = (self.anomalous_T + self.clean_T).cumsum()
-        f1_T = 2 * self.anomalous_T.cumsum() / (called_T + self.anomalous_T.sum())
-        best = int(f1_T.argmax())
-        return float(f1_T[best]), float(self.thresholds_T[best])
+        return float((2 * self.anomalous_T.cumsum() / (called_T + self.anomalous_T.sum())).max())
 
     def roc_points(self) -> Points:
         """Up to :data:`POINTS` (false positive rate, recall) from (0, 0) to (1, 1); empty without both classes."""
@@ -122,8 +118,7 @@ class Curve:
 def curve(anomalous: ScoreHistogram, clean: ScoreHistogram) -> Curve:
     """The curve of two histograms, one threshold per non-empty bin."""
     bins_T = (anomalous + clean).counts_K.nonzero().flatten().flip(0)
-    anomalous_T, clean_T = (histogram.counts_K[bins_T].numpy() for histogram in (anomalous, clean))
-    return Curve(lower_edges(bins_T).double().numpy(), anomalous_T, clean_T)
+    return Curve(anomalous.counts_K[bins_T].numpy(), clean.counts_K[bins_T].numpy())
 
 
 def _running_share(weights_T: Doubles) -> Doubles:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -18,15 +18,13 @@ import numpy as np
 
 from trajdist.artifacts import fingerprint
 from trajdist.errors import ArtifactError, os_errors
-from trajdist.files import exists, open_regular, sync_contents, write_at
+from trajdist.files import exists, open_regular, replacing, sync_contents, write_at
 from trajdist.scoring.pictures import Floats
 
 Row = dict[str, Any]
 # Required in every row: its readers rely on them.
 REQUIRED = frozenset(("image", "score", "p_value", "is_anomalous"))
 Placed = tuple[int, Row]
-# Whether the row at a position is among those asked for.
-Wanted = Callable[[int, Row], bool]
 
 
 def read_rows(out: Path) -> Iterator[Row]:
@@ -78,11 +76,10 @@ def keep_rows(out: Path, count: int) -> None:
 
 def replace_rows(out: Path, rows: Mapping[int, Row]) -> None:
     """Replace the rows at these positions, atomically."""
-    old, new = out / "scores.jsonl", out / ".scores.jsonl.tmp"
-    with open(old, encoding="utf-8") as lines, open(new, "w", encoding="utf-8") as handle:
+    path = out / "scores.jsonl"
+    with replacing(path) as new, open(path, encoding="utf-8") as lines, open(new, "w", encoding="utf-8") as handle:
         for position, line in enumerate(lines):
             handle.write(json.dumps(rows[position]) + "\n" if position in rows else line)
-    os.replace(new, old)
 
 
 def failed_positions(out: Path) -> list[int]:
@@ -90,24 +87,19 @@ def failed_positions(out: Path) -> list[int]:
     return [position for position, row in enumerate(read_rows(out)) if row["score"] is None]
 
 
-def anything(position: int, row: Row) -> bool:
-    """Every row is wanted."""
-    return True
+def scored_rows(out: Path) -> Iterator[Placed]:
+    """Position and row of the images that could be read."""
+    return (item for item in enumerate(read_rows(out)) if item[1]["score"] is not None)
 
 
-def scored_rows(out: Path, wanted: Wanted = anything) -> Iterator[Placed]:
-    """Position and row of the wanted images that could be read."""
-    return (item for item in enumerate(read_rows(out)) if item[1]["score"] is not None and wanted(*item))
+def most_anomalous(rows: Iterable[Placed], count: int) -> list[Placed]:
+    """Those with the largest scores, in constant memory."""
+    return heapq.nlargest(count, rows, key=lambda item: item[1]["score"])
 
 
-def most_anomalous(out: Path, count: int, wanted: Wanted = anything) -> list[Placed]:
-    """Position and row of the wanted images with the largest scores, in constant memory."""
-    return heapq.nlargest(count, scored_rows(out, wanted), key=lambda item: item[1]["score"])
-
-
-def least_anomalous(out: Path, count: int, wanted: Wanted = anything) -> list[Placed]:
-    """Position and row of the wanted images with the smallest scores."""
-    return heapq.nsmallest(count, scored_rows(out, wanted), key=lambda item: item[1]["score"])
+def least_anomalous(rows: Iterable[Placed], count: int) -> list[Placed]:
+    """Those with the smallest scores."""
+    return heapq.nsmallest(count, rows, key=lambda item: item[1]["score"])
 
 
 def unreadable(out: Path, most: int) -> tuple[list[Row], int]:

@@ -11,7 +11,7 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,8 @@ class ReportData:
     blocks: Sequence[str] = ()
     map_scale: MapScale | None = None
     mistakes: Sequence[Picture] = ()
-    most_anomalous: Sequence[Picture] = field(default=())
-    least_anomalous: Sequence[Picture] = field(default=())
+    most_anomalous: Sequence[Picture] = ()
+    least_anomalous: Sequence[Picture] = ()
     best_adapters: Sequence[str] = ()
     unreadable: Sequence[tuple[str, str]] = ()
     num_unreadable: int = 0

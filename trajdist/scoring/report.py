@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from trajdist.scoring.page import (
     write_report,
 )
 from trajdist.scoring.score import Scored, map_of, score_batch
-from trajdist.sharding import Slots
+from trajdist.sharding import Slots, picked
 
 TABLE_ROWS, GALLERY, UNREADABLE = 10_000, 12, 100
 
@@ -50,7 +51,7 @@ class Labels:
 
 def report(job: Scoring, labels: Labels | None = None) -> None:
     """Write ``report.html`` of a finished scoring; the main process calls it."""
-    top = most_anomalous(job.out, TABLE_ROWS)
+    top = most_anomalous(scored_rows(job.out), TABLE_ROWS)
     gallery = top[:GALLERY]
     bottom = calmest_besides(gallery, job.out)
     wrong = mistakes(job.out, labels.dataset) if labels and np.isfinite(job.thresholds[0]) else []
@@ -92,11 +93,10 @@ def _title(job: Scoring) -> str:
 def mistakes(out: Path, dataset: LabelledFolder) -> list[Placed]:
     """Missed defects, lowest scores first, and false alarms, highest first: half of a gallery each, if there are."""
 
-    def is_good(position: int) -> bool:
-        return dataset.kind(position) == GOOD
+    def wrong(called: bool) -> Iterator[Placed]:
+        return (it for it in scored_rows(out) if it[1]["is_anomalous"] == called == (dataset.kind(it[0]) == GOOD))
 
-    missed = least_anomalous(out, GALLERY, lambda position, row: not row["is_anomalous"] and not is_good(position))
-    alarms = most_anomalous(out, GALLERY, lambda position, row: row["is_anomalous"] and is_good(position))
+    missed, alarms = least_anomalous(wrong(False), GALLERY), most_anomalous(wrong(True), GALLERY)
     alarms = alarms[: max(GALLERY // 2, GALLERY - len(missed))]
     return missed[: GALLERY - len(alarms)] + alarms
 
@@ -104,7 +104,7 @@ def mistakes(out: Path, dataset: LabelledFolder) -> list[Placed]:
 def calmest_besides(gallery: list[Placed], out: Path) -> list[Placed]:
     """The least anomalous images that are not in ``gallery``, so that no image is shown twice."""
     shown = {position for position, _ in gallery}
-    others = [item for item in least_anomalous(out, GALLERY + len(gallery)) if item[0] not in shown]
+    others = [item for item in least_anomalous(scored_rows(out), GALLERY + len(gallery)) if item[0] not in shown]
     return others[:GALLERY]
 
 
@@ -151,7 +151,7 @@ def _score_again(job: Scoring, positions: list[int]) -> dict[int, Scored]:
     numbers = np.array(sorted(set(positions)), np.int64)
     images = SlotDataset(
         job.source,
-        lambda epoch, slots: numbers[slots],
+        partial(picked, numbers),
         job.scorer.size,
         job.scorer.fit,
         threads=job.drawing_threads,
@@ -160,7 +160,7 @@ def _score_again(job: Scoring, positions: list[int]) -> dict[int, Scored]:
     # In batches of the user's size, which is known to fit the device.
     for start in range(0, len(numbers), job.options.batch_size):
         part = numbers[start : start + job.options.batch_size].tolist()
-        batch = images.__getitems__(Slots(0, start, start + len(part), len(part)))
+        batch = images[Slots(0, start, start + len(part), len(part))]
         found |= {scored.position: scored for scored in score_batch(job, batch, part)}
     return found
 

@@ -6,6 +6,7 @@ Shape suffixes: B images, H W grid, L steps, S pixels per side.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from trajdist.scoring.output import (
     picture_name,
     read_rows,
     replace_rows,
+    scored_rows,
     unreadable,
 )
 from trajdist.screen import on_screen
@@ -100,7 +102,7 @@ def _walk(job: Scoring, order: Int64s, cursor: int, store: Store) -> None:
     """Score the images at these positions in batches; the main process stores each step's rows, in input order."""
     plan = job.plan(len(order))
     with Progress(job.console, "scoring", plan.num_images, cursor) as progress:
-        for step, batch in zip(plan.steps(cursor), job.loader_of(plan, cursor, order), strict=True):
+        for step, batch in zip(plan.steps(cursor), job.loader(plan, cursor, order), strict=True):
             slots = plan.micro_batch(step, 0, job.processes.rank)
             scored = list(score_batch(job, batch, order[slots.start : slots.stop].tolist()))
             _draw_all(job, scored)
@@ -327,20 +329,19 @@ def tell_unreadable(job: Scoring) -> None:
     more = f"; and {count - SHOWN} more, see scores.jsonl" if count > SHOWN else ""
     if count == len(job.source):
         raise DataError(f"none of the {count} images of {job.images_title!r} could be read: {named}{more}.")
-    job.console.print(f"{count} of {len(job.source)} images could not be read: {named}{more}", markup=False)
+    job.console.print(f"{count} of {len(job.source)} images could not be read: {named}{more}")
 
 
 def score_table(job: Scoring) -> Table:
     """What the main process prints at the end."""
-    alarms = sum(bool(row["is_anomalous"]) for row in read_rows(job.out))
-    failed = sum(row["score"] is None for row in read_rows(job.out))
-    title = f"{counted(len(job.source), 'image')}, {alarms} anomalous, {failed} unreadable"
+    verdicts = Counter(row["is_anomalous"] for row in read_rows(job.out))  # None if an image could not be read.
+    title = f"{counted(len(job.source), 'image')}, {verdicts[True]} anomalous, {verdicts[None]} unreadable"
     table = Table(title=title, title_justify="left")
     table.add_column("most anomalous", overflow="fold")
     for column in ("score", "p-value"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
-    for _, row in most_anomalous(job.out, 10):
+    for _, row in most_anomalous(scored_rows(job.out), 10):
         alarm = "anomalous" if row["is_anomalous"] else ""
         table.add_row(on_screen(row["image"]), f"{row['score']:.3f}", told_p_value(row["p_value"]), alarm)
     return table

@@ -27,7 +27,7 @@ from trajdist.saved.rundir import RunDir
 from trajdist.screen import on_screen
 from trajdist.sharding import Int64s, Selection, digest
 from trajdist.tables import counted
-from trajdist.training.selection import recall_selection
+from trajdist.training.selection import recall_facts, recall_selection
 
 CHUNK = 2**16
 LARGEST_LINE = 2**24
@@ -220,8 +220,7 @@ def _phases(rundir: RunDir, config: Config) -> Iterator[tuple[int, PhaseAudit]]:
 
 def _names_of_set(rundir: RunDir, config: Config, phase: int) -> Callable[[int], str]:
     """Names of images by number, from the set if it can still be opened, which is done when a name is first wanted."""
-    known = rundir.recall(SETS[phase])
-    expected = known.get("fingerprint") if isinstance(known, dict) else None
+    known = recall_facts(rundir, SETS[phase])
 
     @cache
     def source() -> ImageSource | None:
@@ -230,7 +229,7 @@ def _names_of_set(rundir: RunDir, config: Config, phase: int) -> Callable[[int],
             found = open_source(path, key, Access.of(config.data))
         except UserError:
             return None
-        return found if found.fingerprint == expected else None
+        return found if known and found.fingerprint == known.fingerprint else None
 
     def name_of(image: int) -> str:
         opened = source()

@@ -12,10 +12,9 @@ from __future__ import annotations
 import io
 import json
 import logging
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from torch import nn
 
 from trajdist import __version__
 from trajdist.errors import ConfigError, TrainingError, one_line, os_errors
-from trajdist.files import is_folder, sync_file, sync_folder
+from trajdist.files import is_folder, replacing
 from trajdist.scoring import residuals
 from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.detector import CellScores, Detector
@@ -113,27 +112,14 @@ def export(scorer: Scorer, kind: str, path: Path) -> Export:
     document = {"version": __version__, "size": scorer.size, "fit": scorer.fit, "input": "uint8 [B, 3, S, S], RGB"}
     document |= {"outputs": list(OUTPUTS), "detector": detector.name, "clean_images": detector.images.count}
     writers = {"onnx": _write_onnx, "torch": _write_torch}
-    # An earlier export stays until this one has been verified.
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with _writing(path):
-            with suppress(FileExistsError):
-                path.parent.mkdir(parents=True)
+    with os_errors(f"{str(path)!r} cannot be written", fix="free some space or name another"):
+        with suppress(FileExistsError):
+            path.parent.mkdir(parents=True)
+        # An earlier export stays until this one has been verified.
+        with replacing(path) as part:
             part.touch()  # Exporting takes long: find out first whether the folder can be written.
             run = writers[kind](module, trial_images(scorer.size, 2), part, json.dumps(document))
-        found = _verify(scorer, run, path)
-        with _writing(path):
-            sync_file(part)
-            part.replace(path)
-    finally:
-        with suppress(OSError):
-            part.unlink()
-    sync_folder(path.parent)
-    return found
-
-
-def _writing(path: Path) -> AbstractContextManager[None]:
-    return os_errors(f"{str(path)!r} cannot be written", fix="free some space or name another")
+            return _verify(scorer, run, path)
 
 
 def _verify(scorer: Scorer, run: Callable[[torch.Tensor], Arrays], path: Path) -> Export:

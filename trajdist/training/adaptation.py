@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
+from trajdist.artifacts import seeded
 from trajdist.data.drawing import DefectDraw
 from trajdist.errors import ArtifactError
 from trajdist.extraction.trajectory import TrajectoryExtractor
@@ -114,8 +113,7 @@ def _prepare(session: Session) -> Training:
             "train Phase 1 again."
         )
     settings = session.config.domain_adaptation.lora
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(session.config.seed, 2))
+    with seeded(seed_of(session.config.seed, 2)):
         adapted = lora.attach(base, settings, base_id)
     objective = reconstruction(session.config, extractor)
     task = Task(adapted, objective, settings.learning_rate, settings.weight_decay, base_id)

@@ -40,7 +40,7 @@ from typing import Any
 
 from trajdist.config import SETS, Config
 from trajdist.config_files import dump_yaml, read_yaml
-from trajdist.config_schema import fields, flatten
+from trajdist.config_schema import fields, flat, flatten
 from trajdist.errors import ArtifactError, ConfigError
 from trajdist.files import exists
 from trajdist.runtime.processes import device_type
@@ -78,7 +78,7 @@ def _check_same_config(rundir: RunDir, config: Config) -> None:
     """Refuse changed keys: a run may be resumed with other workers, logs or more epochs, but not another model."""
     if not exists(rundir.config) or not rundir.has_begun():
         return
-    before, now = flatten(read_yaml(rundir.config)), flatten(config.model_dump(mode="json"))
+    before, now = flatten(read_yaml(rundir.config)), flat(config)
     for key, default, _, may_change in fields():
         # A key that did not exist in the version that began the run counts as its default.
         began = before.get(key, default)

@@ -19,6 +19,7 @@ from trajdist.training.feed import Branch
 from trajdist.training.journal import Journal
 from trajdist.training.keeper import Keeper
 from trajdist.training.objectives import Task
+from trajdist.training.optimization import trainable_weights
 from trajdist.training.session import Session
 from trajdist.training.validation import Examiner
 
@@ -100,8 +101,3 @@ class Job:
         weights = self.trainable_weights()
         for name, weight in self.keeper.final(weights).items():
             weights[name].copy_(weight)
-
-
-def trainable_weights(model: nn.Module) -> Tensors:
-    """The trainable weights of a model without wrappers, by name."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

@@ -20,7 +20,7 @@ from trajdist.errors import DataError, TrainingError
 from trajdist.files import exists
 from trajdist.models.losses import Losses
 from trajdist.runtime.processes import Processes
-from trajdist.saved.checkpoint import Totals
+from trajdist.saved.checkpoint import Books, Totals
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Plan, Selection, Step
 from trajdist.training.session import Session
@@ -207,25 +207,25 @@ class Journal:
             self.first_loss = self.final_loss
         return line
 
-    def state(self) -> dict[str, Any]:
-        """All totals, ready for JSON. To be called right after a flush."""
-        return {
-            "line": vars(self.line),
-            "epoch": vars(self.epoch),
-            "total": vars(self.total),
-            "first_loss": self.first_loss,
-            "final_loss": self.final_loss,
-            "epoch_memory": self.epoch_memory,
-            "skipped": int(self._skipped),
-        }
+    def state(self) -> Books:
+        """All totals. To be called right after a flush."""
+        return Books(
+            line=self.line,
+            epoch=self.epoch,
+            total=self.total,
+            first_loss=self.first_loss,
+            final_loss=self.final_loss,
+            epoch_memory=self.epoch_memory,
+            skipped=int(self._skipped),
+        )
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Books) -> None:
         """Continue from what :meth:`state` returned."""
-        self.line, self.epoch, self.total = (Totals(**state[name]) for name in ("line", "epoch", "total"))
-        self.first_loss, self.final_loss = state["first_loss"], state["final_loss"]
+        self.line, self.epoch, self.total = state.line, state.epoch, state.total
+        self.first_loss, self.final_loss = state.first_loss, state.final_loss
         # The means of an earlier process are in the state's format, but say nothing about the growth of this one.
         self.epoch_memory = []
-        self._skipped.fill_(state["skipped"])
+        self._skipped.fill_(state.skipped)
 
     def _ledger_record(self, step: Step, start: int, sums: Totals, missing: list[int]) -> dict[str, Any]:
         return {

@@ -91,23 +91,23 @@ class Keeper:
         kept = "best" if self._best_weights else "last"
         return {"best": self.best, "last": self.last, "kept": kept, "stopped_early": self.exhausted}
 
-    def state(self) -> Found:
-        """Everything but the tensors, ready for JSON."""
-        return {"epoch": self.epoch, "stale": self.stale, "best": self.best, "last": self.last}
+    def state(self) -> Validated:
+        """Everything but the tensors."""
+        return Validated(epoch=self.epoch, stale=self.stale, best=self.best, last=self.last)
 
     def tensors(self) -> Tensors:
         """The average and the best weights, as ``average.NAME`` and ``best.NAME``."""
         kinds = {"average": self._average, "best": self._best_weights}
         return {f"{kind}.{name}": tensor for kind, tensors in kinds.items() for name, tensor in tensors.items()}
 
-    def restore(self, state: Found | None, tensors: Mapping[str, torch.Tensor], weights: Tensors) -> None:
+    def restore(self, state: Validated | None, tensors: Mapping[str, torch.Tensor], weights: Tensors) -> None:
         """Continue from what :meth:`state` and :meth:`tensors` returned; a ``state`` of None resets it.
 
         Raises:
             ArtifactError: the tensors belong to another model.
         """
-        state = state or Validated(epoch=0, stale=0, best=None, last=None).model_dump()
-        self.epoch, self.stale, self.best, self.last = (state[key] for key in ("epoch", "stale", "best", "last"))
+        state = state or Validated(epoch=0, stale=0, best=None, last=None)
+        self.epoch, self.stale, self.best, self.last = state.epoch, state.stale, state.best, state.last
         kinds = ["average"] * self.averages + ["best"] * (self._keeps_best and self.best is not None)
         expected = {f"{kind}.{name}": weight.shape for kind in kinds for name, weight in weights.items()}
         check_shapes(tensors, expected, "what this run keeps")

@@ -17,7 +17,7 @@ from trajdist.data.drawing import DRAWN
 from trajdist.data.loader import ImageBatch
 from trajdist.errors import ArtifactError, ConfigError, StopRequested
 from trajdist.runtime.memory import empty_cache, memory_bytes, peak_memory_bytes
-from trajdist.saved.checkpoint import Checkpoint, optimizer_tensors
+from trajdist.saved.checkpoint import Checkpoint, State, optimizer_tensors
 from trajdist.sharding import Step, seed_of
 from trajdist.training.job import Job
 from trajdist.training.journal import means
@@ -224,21 +224,21 @@ def save_checkpoint(job: Job, step: Step) -> None:
     session, scaler = job.session, job.session.accelerator.scaler
     if not session.processes.is_main:
         return
-    state = {
-        "base": job.task.base,
-        "phase": job.phase,
-        "cursor": job.plan.cursor_after(step),
-        "step": step.index + 1,
-        "global_batch": job.plan.global_batch,
-        "num_processes": session.processes.world,
-        "seconds": job.seconds(),
-        "stages": job.clock.seconds(),
-        "journal": job.journal.state(),
-        "scaler": scaler.state_dict() if scaler is not None else None,
-        "file_sizes": session.rundir.sync_records(),
-        "validated": job.keeper.state(),
-        "drawn": DRAWN,
-    }
+    state = State(
+        base=job.task.base,
+        phase=job.phase,
+        cursor=job.plan.cursor_after(step),
+        step=step.index + 1,
+        global_batch=job.plan.global_batch,
+        num_processes=session.processes.world,
+        seconds=job.seconds(),
+        stages=job.clock.seconds(),
+        journal=job.journal.state(),
+        scaler=scaler.state_dict() if scaler is not None else None,
+        file_sizes=session.rundir.sync_records(),
+        validated=job.keeper.state(),
+        drawn=DRAWN,
+    )
     checkpoint = Checkpoint(job.trainable_weights(), optimizer_tensors(job.optimizer), state, job.keeper.tensors())
     job.writer.save(job.number_of(step), checkpoint)
     session.write_status()

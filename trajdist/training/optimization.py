@@ -11,19 +11,25 @@ import math
 import torch
 from torch import nn
 
+from trajdist.saved.checkpoint import Tensors
+
 # Learning rate of the logistic curve of the contrast, relative to the adapter's.
 LOGISTIC_RATE = 10.0
+
+
+def trainable_weights(model: nn.Module) -> Tensors:
+    """The trainable weights of a model without wrappers, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def make_optimizer(
     model: nn.Module, learning_rate: float, weight_decay: float, device: torch.device
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019); no decay for biases, gains, depth embeddings and the logistic curve."""
-    weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    logistic = [weight for name, weight in weights if name == "logistic"]
-    weights = [(name, weight) for name, weight in weights if name != "logistic"]
-    decayed = [weight for name, weight in weights if weight.ndim >= 2 and "depth_" not in name]
-    others = [weight for name, weight in weights if weight.ndim < 2 or "depth_" in name]
+    weights = trainable_weights(model)
+    logistic = [weights.pop("logistic")] if "logistic" in weights else []
+    decayed = [weight for name, weight in weights.items() if weight.ndim >= 2 and "depth_" not in name]
+    others = [weight for name, weight in weights.items() if weight.ndim < 2 or "depth_" in name]
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},

@@ -198,9 +198,8 @@ def contrast_residuals(clean: CleanImages, model: nn.Module, base: str) -> Resid
         ArtifactError: the file is damaged or was made for another model.
     """
     session = clean.session
-    path, checkpoint = session.rundir.contrast, session.newest_checkpoint()
+    path, begun = session.rundir.contrast, session.checkpoint_phase() == clean.selection.phase
     detector = clean.detector(model)
-    begun = checkpoint is not None and checkpoint.state["phase"] == clean.selection.phase
     # Before the first checkpoint, Phase 1 may have been trained further since these were measured.
     if not session.processes.main_knows(lambda: exists(path) and (begun or is_calibration_of(path, base))):
         detector.residual.fit(_residual_moments(clean, detector))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from trajdist.artifacts import seeded
 from trajdist.config import SETS, Config
 from trajdist.data.base import ImageSource
 from trajdist.errors import ConfigError, StopRequested, TrainingError
@@ -133,9 +132,8 @@ def phase1(session: Session) -> None:
     selection = session.selection(1)
     extractor = prepare_extractor(session, selection)
     document = bundle.model_document(session.config, extractor)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(session.config.seed, 1))
-        model = bundle.new_model(document)
+    with seeded(seed_of(session.config.seed, 1)):
+        model = bundle.new_model(document, document.length, document.width)
     settings = session.config.train
     objective = reconstruction(session.config, extractor)
     task = Task(model, objective, settings.learning_rate, settings.weight_decay, base=document.trajectory_fingerprint)

@@ -7,15 +7,16 @@ import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trajdist.config import SETS, Config
 from trajdist.config_files import read_yaml
-from trajdist.config_schema import flatten
+from trajdist.config_schema import flat, flatten
 from trajdist.data.base import ImageSource
-from trajdist.errors import ArtifactError, UserError
+from trajdist.errors import ArtifactError, UserError, first_problem
 from trajdist.files import open_regular, user_path, write_bytes
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Int64s, Order, Plan, Selection
@@ -43,16 +44,16 @@ class Phase1Images:
         folder = rundir.path if config.phase1 is None else user_path(config.phase1)
         first = RunDir(folder.parent if folder.name == "phase1" else folder)
         try:
-            known, made = first.recall(SETS[1]), flatten(read_yaml(first.config))
+            known, made = recall_facts(first, SETS[1]), flatten(read_yaml(first.config))
         except UserError:
             return cls()
-        if not isinstance(known, dict):
+        if known is None:
             return cls()
-        return cls(made.get("data.imagenet.path"), _split_by(known.get("num_images"), known.get("fingerprint"), made))
+        return cls(made.get("data.imagenet.path"), _split_by(known.num_images, known.fingerprint, made))
 
     def are(self, source: ImageSource, config: Config) -> bool:
         """Whether a phase with this set and config would hold out the same images."""
-        return self.split == _split_by(len(source), source.fingerprint, flatten(config.model_dump()))
+        return self.split == _split_by(len(source), source.fingerprint, flat(config))
 
     def may_be_among(self, path: str | None) -> bool:
         """Whether the set at ``path`` has the same name, or one of the two is a folder around the other."""
@@ -61,6 +62,46 @@ class Phase1Images:
         folders = [os.path.realpath(user_path(each)) for each in (self.path, path)]
         around = all(map(os.path.isdir, folders)) and os.path.commonpath(folders) in folders
         return self.path == path or around
+
+
+class SetFacts(BaseModel):
+    """What run.json says of an image set: to refuse a different one, and to redraw the same order without the set.
+
+    Attributes:
+        max_holdout: how many images could be held out at most; None if it made no difference, or was not known yet.
+        split_of: the phase whose split the set's phase took over.
+        shard_sizes: if the order goes by shards.
+        subset: hash of the list of a stratified subset.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+    num_images: int = Field(gt=0, lt=2**40)
+    fingerprint: str = ""
+    max_holdout: int | None = Field(None, gt=0)
+    split_of: int | None = Field(None, ge=1, le=1)
+    shard_sizes: list[Annotated[int, Field(ge=0)]] = []
+    subset: str | None = None
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> SetFacts:
+        if self.shard_sizes and sum(self.shard_sizes) != self.num_images:
+            raise ValueError(f"its shard_sizes do not add up to {self.num_images}")
+        return self
+
+
+def recall_facts(rundir: RunDir, set_name: str) -> SetFacts | None:
+    """What run.json says of a set; None if nothing.
+
+    Raises:
+        ArtifactError: run.json is damaged.
+    """
+    known = rundir.recall(set_name)
+    try:
+        return None if known is None else SetFacts.model_validate(known)
+    except ValidationError as error:
+        field, why = first_problem(error)
+        where = f"{set_name}.{field}".rstrip(".")
+        raise ArtifactError(f"{str(rundir.path / 'run.json')!r} is damaged ({where}: {why}).") from None
 
 
 def _split_by(num_images: Any, fingerprint: Any, keys: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -98,18 +139,16 @@ def training_plan(config: Config, selection: Selection, reference_world: int, wo
     return Plan(selection.num_train, settings.num_epochs, global_batch, world, settings.batch_size)
 
 
-def selection_facts(source: ImageSource, selection: Selection, max_holdout: int | None) -> dict[str, Any]:
-    """What a run records about a set, to refuse a different one and to redraw the same order without the set."""
-    known: dict[str, Any] = {"num_images": len(source), "fingerprint": source.fingerprint}
-    if selection.num_holdout == max_holdout:
-        known["max_holdout"] = max_holdout
-    if selection.split_of is not None:
-        known["split_of"] = selection.split_of
-    if selection.member_sizes is not None:
-        known["shard_sizes"] = source.shard_sizes()
-    if selection.stratified and selection.members is not None:
-        known["subset"] = _hash(selection.members)
-    return known
+def selection_facts(source: ImageSource, selection: Selection, max_holdout: int | None) -> SetFacts:
+    """What a run records about a set."""
+    return SetFacts(
+        num_images=len(source),
+        fingerprint=source.fingerprint,
+        max_holdout=max_holdout if selection.num_holdout == max_holdout else None,
+        split_of=1 if selection.split_of else None,
+        shard_sizes=source.shard_sizes() if selection.member_sizes is not None else [],
+        subset=_hash(selection.members) if selection.stratified and selection.members is not None else None,
+    )
 
 
 def keep_subset(rundir: RunDir, set_name: str, selection: Selection) -> None:
@@ -126,41 +165,17 @@ def recall_selection(rundir: RunDir, config: Config, phase: int) -> Selection | 
     Raises:
         ArtifactError: run.json or the list of the subset is damaged.
     """
-    known = rundir.recall(SETS[phase])
+    known = recall_facts(rundir, SETS[phase])
     if known is None:
         return None
-    total = known.get("num_images") if isinstance(known, dict) else None
-    if not isinstance(total, int) or not 0 < total < 2**40:
-        raise _damaged(rundir, f"{SETS[phase]} has no number of images")
-    sizes = known.get("shard_sizes", [])
-    if not isinstance(sizes, list) or not all(isinstance(size, int) and 0 <= size <= total for size in sizes):
-        raise _damaged(rundir, f"{SETS[phase]}.shard_sizes are not sizes")
-    if sizes and sum(sizes) != total:
-        raise _damaged(rundir, f"{SETS[phase]}.shard_sizes do not add up to {total}")
-    max_holdout = known.get("max_holdout")
-    if max_holdout is not None and (type(max_holdout) is not int or max_holdout < 1):
-        raise _damaged(rundir, f"{SETS[phase]}.max_holdout={max_holdout!r} is not a number of images")
-    split_of = recorded_split(rundir, phase, known)
-    order = Order(sizes, config.data.shuffle_window)
-    selection = _draw(config, phase, total, order, max_holdout, split_of)
+    order = Order(known.shard_sizes, config.data.shuffle_window)
+    selection = _draw(config, phase, known.num_images, order, known.max_holdout, known.split_of)
     return (
-        selection.of(_read_subset(rundir, phase, known["subset"], selection), order) if "subset" in known else selection
+        selection if known.subset is None else selection.of(_read_subset(rundir, phase, known.subset, selection), order)
     )
 
 
-def recorded_split(rundir: RunDir, phase: int, known: dict[str, Any]) -> int | None:
-    """The phase whose split a phase took over, from what run.json says of its set; None if it has its own.
-
-    Raises:
-        ArtifactError: run.json is damaged.
-    """
-    split_of = known.get("split_of")
-    if split_of is None or (type(split_of) is int and split_of == 1):
-        return split_of
-    raise _damaged(rundir, f"{SETS[phase]}.split_of={split_of!r} is not a phase with a split of its own")
-
-
-def as_begun(selection: Selection, rundir: RunDir, config: Config, source: ImageSource, known: object) -> Selection:
+def as_begun(selection: Selection, rundir: RunDir, config: Config, source: ImageSource, known: SetFacts) -> Selection:
     """The selection with the subset that a run has begun with: earlier versions drew others by class.
 
     Args:
@@ -169,11 +184,10 @@ def as_begun(selection: Selection, rundir: RunDir, config: Config, source: Image
     Raises:
         ArtifactError: the list of the subset is damaged.
     """
-    known = known if isinstance(known, dict) else {}
-    begun_with, same_set = known.get("subset"), known.get("fingerprint") == source.fingerprint
-    if begun_with is None or selection.members is None or not same_set or begun_with == _hash(selection.members):
+    same_set = known.fingerprint == source.fingerprint
+    if known.subset is None or selection.members is None or not same_set or known.subset == _hash(selection.members):
         return selection
-    members = _read_subset(rundir, selection.phase, begun_with, selection)
+    members = _read_subset(rundir, selection.phase, known.subset, selection)
     return selection.of(members, Order(source.shard_sizes(), config.data.shuffle_window))
 
 
@@ -187,10 +201,6 @@ def _read_subset(rundir: RunDir, phase: int, expected: object, selection: Select
     if members.dtype != np.int64 or members.shape != (selection.num_train,) or _hash(members) != expected:
         raise ArtifactError(f"{str(path)!r} is damaged: it is not the subset that run.json names.")
     return members
-
-
-def _damaged(rundir: RunDir, what: str) -> ArtifactError:
-    return ArtifactError(f"{str(rundir.path / 'run.json')!r} is damaged: {what}.")
 
 
 def _hash(members: Int64s) -> str:

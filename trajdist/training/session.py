@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from trajdist import launcher
 from trajdist.config import SETS, Config, ImageSet, domain_config
 from trajdist.config_files import dump_yaml
-from trajdist.config_schema import flatten
+from trajdist.config_schema import flat
 from trajdist.data.base import FIRST_IMAGES, ImageSource, told_of_dim
 from trajdist.data.decode import Fit
 from trajdist.data.drawing import DefectDraw
@@ -31,7 +32,7 @@ from trajdist.runtime.stopping import StopFlag
 from trajdist.runtime.trackers import Trackers, check_installed
 from trajdist.runtime.watchdog import Watchdog
 from trajdist.saved import bundle
-from trajdist.saved.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from trajdist.saved.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, read_state
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.training.claiming import claim, how_to_start_over, reference_world_of
@@ -40,7 +41,7 @@ from trajdist.training.selection import (
     as_begun,
     draw_selection,
     keep_subset,
-    recorded_split,
+    recall_facts,
     selection_facts,
 )
 
@@ -173,17 +174,14 @@ class Session:
         Raises:
             DataError: it holds other images.
         """
-        source, known = self.sources[set_name], self.processes.main_knows(lambda: self.rundir.recall(set_name))
-        if not isinstance(known, dict) or "fingerprint" not in known:
-            return
-        if (known.get("num_images"), known["fingerprint"]) != (len(source), source.fingerprint):
-            raise self._other_images(set_name, known)
+        source, known = self.sources[set_name], self.processes.main_knows(lambda: recall_facts(self.rundir, set_name))
+        if known and (known.num_images, known.fingerprint) != (len(source), source.fingerprint):
+            raise self._other_images(set_name, known.num_images)
 
-    def _other_images(self, set_name: str, known: object) -> DataError:
+    def _other_images(self, set_name: str, before: int) -> DataError:
         path, now = self.settings(set_name).path, len(self.sources[set_name])
-        count = known.get("num_images") if isinstance(known, dict) else known
         return DataError(
-            f"data.{set_name}.path={path!r} holds {now} images, the run began with {count} (or their names changed): "
+            f"data.{set_name}.path={path!r} holds {now} images, the run began with {before} (or their names changed): "
             f"restore them, or {how_to_start_over(self.rundir, set_name == SETS[2])}."
         )
 
@@ -195,27 +193,26 @@ class Session:
         """
         set_name = SETS[phase]
         source = self.sources[set_name]
-        before = self.processes.main_knows(lambda: self.rundir.recall(set_name))
-        begun = before is not None and self._has_begun(phase)
+        before = self.processes.main_knows(lambda: recall_facts(self.rundir, set_name))
+        begun = before if before and self._has_begun(phase) else None
         max_holdout: int | None = self.config.trajectory.statistics_images
-        if begun and isinstance(before, dict):
+        if begun:
             # Earlier versions held out more, and other images than Phase 1: their runs go on with what they trained on.
-            max_holdout = max_holdout if "max_holdout" in before else None
-            split_of = recorded_split(self.rundir, phase, before)
+            max_holdout, split_of = max_holdout if begun.max_holdout else None, begun.split_of
         else:
             split_of = 1 if phase == 2 and self._shares_images_of_phase1(source) else None
         selection = draw_selection(self.config, phase, source, max_holdout, split_of)
         if begun:
             drawn = selection
-            selection = self.processes.main_knows(lambda: as_begun(drawn, self.rundir, self.config, source, before))
+            selection = self.processes.main_knows(lambda: as_begun(drawn, self.rundir, self.config, source, begun))
         found = selection_facts(source, selection, max_holdout)
-        if begun and before != found:
-            raise self._other_images(set_name, before)
+        if begun and begun != found:
+            raise self._other_images(set_name, begun.num_images)
         if self.processes.is_main:
             if before is None:
                 self._tell_of_dim(set_name, selection)
             keep_subset(self.rundir, set_name, selection)
-            self.rundir.remember(set_name, found, replace=True)
+            self.rundir.remember(set_name, found.model_dump(exclude_defaults=True), replace=True)
         return selection
 
     def _shares_images_of_phase1(self, source: ImageSource) -> bool:
@@ -232,8 +229,7 @@ class Session:
         """Whether a phase has produced anything from its images."""
         if self.processes.main_knows(lambda: any(self.rundir.path.glob(f"phase{phase}/**/*.safetensors"))):
             return True
-        checkpoint = self.newest_checkpoint()
-        return checkpoint is not None and checkpoint.state["phase"] == phase
+        return self.checkpoint_phase() == phase
 
     def loader(
         self,
@@ -277,18 +273,28 @@ class Session:
         return self.processes.shard(loader)
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """The newest intact checkpoint, chosen by the main process, which reports damaged ones; None without any.
+        """The newest intact checkpoint; None without any.
 
         Raises:
             ArtifactError: it was not written by trajdist.
         """
+        path = self._newest()
+        return None if path is None else load_checkpoint(path)
+
+    def checkpoint_phase(self) -> int:
+        """The phase of the newest intact checkpoint; 0 without any. Raises what :meth:`newest_checkpoint` raises."""
+        path = self._newest()
+        return 0 if path is None else read_state(path).phase
+
+    def _newest(self) -> Path | None:
+        """The folder of the newest intact checkpoint, chosen by the main process, which reports damaged ones."""
         path = None
         if self.processes.is_main:
             path, problems = newest_checkpoint(self.rundir.checkpoints)
             for problem in problems:
                 self.say(problem)
-        path = self.processes.broadcast(path)
-        return None if path is None else load_checkpoint(path)
+        found: Path | None = self.processes.broadcast(path)
+        return found
 
 
 def _why(error: BaseException) -> str:
@@ -354,8 +360,7 @@ def open_session(config: Config, sources: dict[str, ImageSource], fresh: bool, p
     stop = StopFlag(rundir.stop_file, watches_file=processes.is_main)
     watchdog = Watchdog(processes, stop, runtime.timeout_s)
     reference_world = processes.main_knows(lambda: reference_world_of(rundir))
-    flat = flatten(config.model_dump(mode="json"))
-    trackers = Trackers(config.logging.trackers if processes.is_main else [], rundir, flat, console.print)
+    trackers = Trackers(config.logging.trackers if processes.is_main else [], rundir, flat(config), console.print)
     return Session(
         config, sources, accelerator, processes, rundir, stop, watchdog, console, reference_world, profile, trackers
     )

@@ -33,8 +33,7 @@ def is_done(session: Session, phase: int) -> bool:
         return False
     is_base = phase == 1 and adapted
     if lost := session.processes.main_knows(lambda: _lost(rundir, phase)):
-        checkpoint = session.newest_checkpoint()
-        if is_base or (checkpoint and checkpoint.state["phase"] > phase):
+        if is_base or session.checkpoint_phase() > phase:
             raise ArtifactError(
                 f"{str(lost)!r} is gone or damaged, and Phase 2 is built on it: restore it, or start over with --fresh."
             )
@@ -47,11 +46,11 @@ def is_done(session: Session, phase: int) -> bool:
     is_so = f"phase {phase} is done ({epochs} epochs)"
     if wanted <= epochs:
         return _done_already(session, done, is_so)
-    checkpoint = None if is_base else session.newest_checkpoint()
-    if checkpoint and checkpoint.state["phase"] == phase:
+    saved = 0 if is_base else session.checkpoint_phase()
+    if saved == phase:
         session.say(f"phase {phase} has {epochs} epochs and continues to {wanted}")
         return False
-    built_on = phase == 1 and (adapted or checkpoint)
+    built_on = phase == 1 and (adapted or saved)
     reason = "Phase 2 is built on these" if built_on else "there is no checkpoint to resume from"
     return _done_already(session, done, is_so, f"; for {wanted} epochs start over with --fresh: {reason}")
 

@@ -26,12 +26,12 @@ from trajdist.sharding import PlaceDraw, Plan, Selection
 from trajdist.tables import counted
 from trajdist.training.caching import open_cache, open_writer
 from trajdist.training.feed import Feed, Stream
-from trajdist.training.job import Job, trainable_weights
+from trajdist.training.job import Job
 from trajdist.training.journal import Journal
 from trajdist.training.keeper import Keeper
 from trajdist.training.loop import fit, walk
 from trajdist.training.objectives import ReconstructionError, Task
-from trajdist.training.optimization import make_optimizer
+from trajdist.training.optimization import make_optimizer, trainable_weights
 from trajdist.training.passes import CleanImages
 from trajdist.training.selection import training_plan
 from trajdist.training.session import Session
@@ -142,7 +142,7 @@ def _make_job(training: Training, extractor: TrajectoryExtractor, feed: Feed, cl
     if checkpoint:
         _restore(job, checkpoint)
         if len(feed.streams) == 1:  # All jobs share one clock.
-            clock.restore(checkpoint.state["stages"])
+            clock.restore(checkpoint.state.stages)
     return job
 
 
@@ -215,14 +215,14 @@ def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None
         ArtifactError: the checkpoint belongs to another model, or to Phase 2 while this is Phase 1.
     """
     checkpoint = session.newest_checkpoint()
-    if checkpoint and checkpoint.state["phase"] > phase:
+    if checkpoint and checkpoint.state.phase > phase:
         raise ArtifactError(
             f"{str(session.rundir.path)!r} has a Phase 2, but its Phase 1 is not finished and would start over: "
             "name another run_dir, or start over with --fresh."
         )
-    if checkpoint and checkpoint.state["phase"] < phase:
+    if checkpoint and checkpoint.state.phase < phase:
         checkpoint = None
-    elif checkpoint and checkpoint.state["base"] != base:
+    elif checkpoint and checkpoint.state.base != base:
         raise ArtifactError(
             f"the checkpoints in {str(session.rundir.checkpoints)!r} belong to other weights than this run's: "
             "restore the phase1 folder, or start over with --fresh."
@@ -231,7 +231,7 @@ def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None
         if phase == 2 and checkpoint is None:
             _set_aside_unfinished(session)
         before = session.rundir.records_after(1) if phase == 2 else {}
-        session.rundir.rewind_records(checkpoint.state["file_sizes"] if checkpoint else before)
+        session.rundir.rewind_records(checkpoint.state.file_sizes if checkpoint else before)
     session.processes.wait()
     return checkpoint
 
@@ -249,10 +249,10 @@ def _cursor_of(checkpoint: Checkpoint, plan: Plan, set_name: str) -> int:
         ArtifactError: the checkpoint was made with another global batch.
         ConfigError: fewer epochs are wanted than are done.
     """
-    cursor = int(checkpoint.state["cursor"])
-    if checkpoint.state["global_batch"] != plan.global_batch or not plan.is_between_steps(cursor):
+    cursor = checkpoint.state.cursor
+    if checkpoint.state.global_batch != plan.global_batch or not plan.is_between_steps(cursor):
         raise ArtifactError(
-            f"the checkpoint at {cursor:,} images was made with steps of {checkpoint.state['global_batch']} images, "
+            f"the checkpoint at {cursor:,} images was made with steps of {checkpoint.state.global_batch} images, "
             f"this run takes {plan.global_batch}: restore the checkpoints folder, or start over with --fresh."
         )
     if cursor > plan.total_images:
@@ -275,21 +275,21 @@ def _restore(job: Job, checkpoint: Checkpoint) -> None:
         for name, weight in weights.items():
             weight.copy_(checkpoint.model[name])
     restore_optimizer(job.optimizer, checkpoint.optimizer)
-    if scaler is not None and checkpoint.state["scaler"]:
-        scaler.load_state_dict(checkpoint.state["scaler"])
-    job.keeper.restore(checkpoint.state["validated"], checkpoint.kept, weights)
-    if checkpoint.state["drawn"] != DRAWN and job.task.defects and job.examiner.labelled is None:
+    if scaler is not None and checkpoint.state.scaler:
+        scaler.load_state_dict(checkpoint.state.scaler)
+    job.keeper.restore(checkpoint.state.validated, checkpoint.kept, weights)
+    if checkpoint.state.drawn != DRAWN and job.task.defects and job.examiner.labelled is None and job.keeper.best:
         job.keeper.forget()
         job.session.say(
             "this version of trajdist draws other defects than the one that the run began with: validations from now "
             "on are not compared with those before"
         )
-    job.journal.restore(checkpoint.state["journal"])
-    job.seconds_before = checkpoint.state["seconds"]
+    job.journal.restore(checkpoint.state.journal)
+    job.seconds_before = checkpoint.state.seconds
 
 
 def _announcement(phase: int, plan: Plan, cursor: int, model: nn.Module, world: int) -> str:
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    trained = sum(weight.numel() for weight in trainable_weights(model).values())
     text = (
         f"phase {phase}: {plan.num_images:,} images x {counted(plan.num_epochs, 'epoch')}, {trained:,} weights, "
         f"{plan.global_batch:,} images per step ({counted(world, 'process', 'processes')} x {plan.slots} images x "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from trajdist.errors import TrainingError
 from trajdist.runtime.trackers import Picture
 from trajdist.saved.checkpoint import Tensors
 from trajdist.scoring import pictures, residuals
+from trajdist.scoring.detector import CellScores
 from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.metrics import PixelScores, curve
-from trajdist.sharding import VALIDATION, in_order
+from trajdist.sharding import VALIDATION, picked
 from trajdist.training.journal import FIXED_POINT, fixed_point
 from trajdist.training.objectives import Task, reconstructing
 from trajdist.training.passes import CleanImages, clean_batches, fit_detector, pass_plan
@@ -121,12 +123,11 @@ class Examiner:
         detector = clean.detector(reconstructing(self.model))
         fit_detector(clean, detector, self.task.whitened)
         counts = _Counts(labelled, session)
-        plan = pass_plan(session, "validation", len(labelled))
-        batches: Iterable[ImageBatch] = clean_batches(session, "validation", in_order, len(labelled), "validation")
+        plan, order = pass_plan(session, "validation", len(labelled)), partial(picked, np.arange(len(labelled)))
+        batches: Iterable[ImageBatch] = clean_batches(session, "validation", order, len(labelled), "validation")
         for step, batch in zip(plan.steps(), batches, strict=True):
-            cells_BHW = detector.score(clean.extractor(batch.images)).cells_BHW
             start = plan.micro_batch(step, 0, session.processes.rank).start
-            counts.add(start, cells_BHW, batch.weights)
+            counts.add(start, detector.score(clean.extractor(batch.images)), batch.weights)
         return counts.conclude()
 
     def _few_images(self) -> pictures.Pixels:
@@ -156,10 +157,9 @@ class _Counts:
         self._images = {True: ScoreHistogram(), False: ScoreHistogram()}
         self._pixels = PixelScores()
 
-    def add(self, start: int, cells_BHW: torch.Tensor, weights_B: torch.Tensor) -> None:
+    def add(self, start: int, found: CellScores, weights_B: torch.Tensor) -> None:
         """Add a batch whose first image has index ``start``; a mask that cannot be read ends all processes."""
-        maps_BSS = residuals.upsample(cells_BHW, self._size).cpu()
-        scores_B = residuals.image_scores(cells_BHW.flatten(1)).cpu()
+        maps_BSS, scores_B = residuals.upsample(found.cells_BHW, self._size).cpu(), found.images_B.cpu()
         slots = weights_B.nonzero().flatten().tolist()
 
         def count() -> None:
