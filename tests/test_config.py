@@ -311,6 +311,8 @@ def test_a_pattern_that_the_shell_has_expanded_is_refused():
     shards = [f"data.imagenet.path=/data/{number:03}.tar" for number in range(3)]
     with pytest.raises(ConfigError, match=r"000\.tar' and .*001\.tar' both set data\.imagenet\.path.*quote"):
         load_config("debug", shards)
+    domains = ["data.domain.path=null", *(f"data.domains.pcb{n}.path=/visa/pcb{n}/train/good" for n in (1, 2))]
+    assert list(load_config("debug", domains).data.domains) == ["pcb1", "pcb2"], "other keys"
     # Scripts put their own overrides last.
     assert load_config("debug", ["data.domain.path=null", "data.domain.path=here"]).data.domain.path == "here"
     assert load_config("debug", ["data.domain.path=there", "data.domain.path=here"]).data.domain.path == "here"

@@ -494,3 +494,31 @@ def test_a_labelled_set_is_not_trained_on(parts, above, tmp_path, capsys):
     path = f"data.imagenet.path={tmp_path / 'all' / above}"
     assert main(["train", "debug", path, f"run_dir={tmp_path / 'run'}"]) == 3
     assert str(tmp_path / "all/set/train/good") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("folders", "path", "told"),
+    [
+        (("tin/test_public/good", "tin/test_public/ground_truth/bad"), "", r"contains '.*test_public', .* images\.$"),
+        (("01/train/ok", "01/test/ok", "01/test/ko"), "01", r"contains '.*01/test', .*, as in '.*01/train/ok'\.$"),
+        (("01/train/ok", "01/test/ok", "01/test/ko"), "01/test", r" is a labelled set, .*, as in '.*01/train/ok'\.$"),
+        (
+            ("a/Data/Images/Normal", "a/Data/Images/Anomaly", "a/Data/Masks/Anomaly"),
+            "a",
+            r"as in '.*/Images/Normal'\.$",
+        ),
+        (("Images/Normal", "Images/Anomaly"), "Images", r" is a labelled set, .*, as in '.*/Images/Normal'\.$"),
+    ],
+)
+def test_labelled_sets_in_other_layouts_are_not_trained_on(folders, path, told, tmp_path):
+    for folder in folders:
+        write_images(tmp_path / "sets" / folder, 1)
+    with pytest.raises(DataError, match=told):
+        open_sets({"domain": str(tmp_path / "sets" / path)}, Access())
+    assert len(open_sets({"domain": str(tmp_path / "sets" / folders[0])}, Access())["domain"]) == 1
+
+
+def test_classes_that_are_named_good_and_bad_are_no_labelled_set(tmp_path):
+    for folder in ("train/good", "train/bad"):
+        write_images(tmp_path / folder, 1)
+    assert len(open_sets({"imagenet": str(tmp_path)}, Access())["imagenet"]) == 2

@@ -89,6 +89,17 @@ def test_masks_of_any_mode(root, mode):
     )
 
 
+def test_good_images_may_be_in_a_folder_ok(root):
+    (root / "test/good").rename(root / "test/ok")
+    folder = LabelledFolder(root, "DATASET")
+    assert folder.kinds == ["good", "crack", "hole"]
+    assert [(folder.name(index), folder.kind(index)) for index in (2, 3)] == [
+        ("test/ok/000.png", "good"),
+        ("test/ok/001.png", "good"),
+    ]
+    assert not folder.has_mask(2)
+
+
 @pytest.mark.parametrize("name", ["000.bmp", "000_mask.PNG", "000_mask.tif", "000.TIFF"])
 def test_masks_of_other_formats(root, name):
     (root / "ground_truth/crack/000_mask.png").unlink()

@@ -682,6 +682,15 @@ def test_masks_are_not_scored(debug_run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_masks_further_down_are_not_scored(debug_run, tmp_path, capsys):
+    for part in ("test_public/good", "test_public/ground_truth/bad"):
+        write_images(tmp_path / "set" / part, 2)
+    assert score(debug_run, tmp_path / "set", tmp_path / "out") == 3
+    told = capsys.readouterr().err
+    assert f"contains {str(tmp_path / 'set' / 'test_public')!r}, a labelled set, and its masks would be scored" in told
+    assert "such as" not in told
+
+
 def test_a_lack_of_memory_is_one_sentence(debug_run, images, tmp_path, capsys, monkeypatch, fresh_accelerate):
     def allocate(*_):
         raise RuntimeError(

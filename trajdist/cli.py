@@ -252,8 +252,9 @@ def _score(arguments: argparse.Namespace) -> int:
     from trajdist.data.sources import open_source, refuse_masks
     from trajdist.data.storage import Access
 
-    refuse_masks(arguments.images, "IMAGES", "scored")
-    with _scoring(arguments, open_source(arguments.images, "IMAGES", Access(retries=3))) as job:
+    source = open_source(arguments.images, "IMAGES", Access(retries=3))
+    refuse_masks(source, f"IMAGES={arguments.images!r}", "scored")
+    with _scoring(arguments, source) as job:
         from trajdist.scoring.report import report
         from trajdist.scoring.score import score, score_table
 
@@ -336,8 +337,8 @@ def _pack(arguments: argparse.Namespace) -> int:
     from trajdist.tools.pack import pack
     from trajdist.tools.preparation import Options
 
-    refuse_masks(arguments.source, "SOURCE", "packed")
     source = open_source(arguments.source, "SOURCE", Access(retries=3))
+    refuse_masks(source, f"SOURCE={arguments.source!r}", "packed")
     if not isinstance(source, EncodedSource):
         raise DataError(f"SOURCE={arguments.source!r} has no image files to pack: name a folder of images.")
     options = Options(arguments.shard_size, arguments.short_side, arguments.quality)

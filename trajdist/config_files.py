@@ -40,8 +40,9 @@ def load_config(source: str | Path | None = None, overrides: Iterable[str] = ())
 def _refuse_expanded_paths(overrides: list[str]) -> None:
     """Refuse a pattern that the shell has expanded, as in ``key=/data/{000..127}.tar``: the last one would win."""
     for one, other in itertools.pairwise(overrides):
-        key = one.partition("=")[0]
-        if one != other and key.endswith(".path") and DIGITS.sub("", one) == DIGITS.sub("", other):
+        (key, _, path), (other_key, _, other_path) = one.partition("="), other.partition("=")
+        alike = path != other_path and DIGITS.sub("", path) == DIGITS.sub("", other_path)
+        if alike and key == other_key and key.endswith(".path"):
             raise ConfigError(
                 f"{one!r} and {other!r} both set {key}, as if the shell had expanded braces: quote the pattern, or "
                 "name one path."

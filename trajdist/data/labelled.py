@@ -1,8 +1,9 @@
 """Labelled images in the layout of MVTec AD (Bergmann et al. 2019).
 
-``test/good/*``, ``test/<defect>/*``, and the masks ``ground_truth/<defect>/<stem>_mask.png`` or ``<stem>.png``, whose
-non-zero pixels are defective. As in MVTec LOCO AD (Bergmann et al. 2022) ``<stem>`` may be a folder of masks, which are
-taken together. Without a folder ``ground_truth`` only whole images are labelled.
+``test/good/*`` (or ``test/ok/*``, as in BTAD), ``test/<defect>/*``, and the masks
+``ground_truth/<defect>/<stem>_mask.png`` or ``<stem>.png``, whose non-zero pixels are defective. As in MVTec LOCO AD
+(Bergmann et al. 2022) ``<stem>`` may be a folder of masks, which are taken together. Without a folder ``ground_truth``
+only whole images are labelled.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class LabelledFolder(EncodedSource):
         for index in range(len(self)):
             if len(PurePath(self.name(index)).parts) != 3:
                 raise DataError(f"{self._shown(index)} is not directly in a class folder: the layout is {LAYOUT}.")
+        self._good = next((name for name in (GOOD, "ok") if os.path.isdir(root / "test" / name)), GOOD)
         present = {self.kind(index) for index in range(len(self))}
         if GOOD not in present:
             raise DataError(
@@ -105,8 +107,9 @@ class LabelledFolder(EncodedSource):
         return self._images.stamp()
 
     def kind(self, index: int) -> str:
-        """The class folder: "good" or the name of the defect."""
-        return PurePath(self.name(index)).parts[1]
+        """ "good" or the name of the defect."""
+        folder = PurePath(self.name(index)).parts[1]
+        return GOOD if folder == self._good else folder
 
     def has_mask(self, index: int) -> bool:
         """Whether there is a mask: not for good images, and for none without a folder ground_truth."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,26 @@ from trajdist.files import user_path
 
 # Files whose sizes and times a thread asks for in a row.
 PART = 1000
+# Folders of clean images in labelled sets.
+CLEAN = ("train/good", "train/ok", "Normal", "Images/Normal", "Data/Images/Normal")
 # In a scoring's output folder: the file that identifies it, and the folder of its pictures.
 SCORED, PICTURES = "scoring.json", "maps"
+
+
+class Listing(NamedTuple):
+    """The images below a folder, and what else there is.
+
+    Attributes:
+        names: sorted, relative to the folder.
+        others: number of other files by ending.
+        masks, defects: the first folder, from the top, with masks or with defective images beside clean ones; empty
+            if there is none.
+    """
+
+    names: list[str]
+    others: Counter[str]
+    masks: str
+    defects: str
 
 
 def open_source(path: str | None, key: str, access: Access | None = None) -> ImageSource:
@@ -62,7 +81,7 @@ def _shards_of(path: str, key: str, retries: int) -> list[str]:
         is_shards = path.endswith(".tar") and (os.path.exists(local) or has_pattern(path))
         return _expanded(str(local), key, retries) if is_shards else []
     shards = sorted(str(shard) for shard in local.glob("[!.]*.tar") if os.path.isfile(shard))
-    if shards and _list_images(local)[0]:
+    if shards and _list_images(local).names:
         raise DataError(
             f"{key}={path!r} holds images as well as tar files: name {str(local / '*.tar')!r} for the shards, or move "
             "the tar files away."
@@ -81,18 +100,23 @@ def _expanded(path: str, key: str, retries: int) -> list[str]:
 
 
 class ImageFolder(EncodedSource):
-    """All image files below a folder, with or without class folders, sorted by path; or one image file."""
+    """All image files below a folder, with or without class folders, sorted by path; or one image file.
+
+    Attributes:
+        root: the folder.
+        masks, defects: as :class:`Listing` has them.
+    """
 
     def __init__(self, root: Path, key: str, read_retries: int = 0) -> None:
         if not os.path.exists(root):  # False as well where a folder above is closed to this user.
             raise DataError(f"{key}={str(root)!r} does not exist, or may not be read: name a folder of images.")
-        self._root = root if os.path.isdir(root) else root.parent
+        self.root = root if os.path.isdir(root) else root.parent
         self._retries = read_retries
-        names, others = _list_images(root) if self._root is root else _single(root)
-        if not names:
+        found = _list_images(root) if self.root is root else _single(root)
+        if not found.names:
             raise DataError(f"{key}={str(root)!r} holds no images: files that end in {', '.join(EXTENSIONS)} count.")
-        _tell_left_out(f"{key}={str(root)!r}", others)
-        self._names = Names(names)
+        _tell_left_out(f"{key}={str(root)!r}", found.others)
+        self._names, self.masks, self.defects = Names(found.names), found.masks, found.defects
         self.fingerprint = self._names.fingerprint
 
     def __len__(self) -> int:
@@ -102,7 +126,7 @@ class ImageFolder(EncodedSource):
         return self._names[index]
 
     def read(self, index: int) -> bytes:
-        return read_bytes(self._root / self.name(index), self._retries)
+        return read_bytes(self.root / self.name(index), self._retries)
 
     def classes(self) -> npt.NDArray[np.int64] | None:
         """One class per folder that holds images; None if there is only one."""
@@ -110,13 +134,13 @@ class ImageFolder(EncodedSource):
 
     def version(self, index: int) -> int:
         try:
-            stat = os.stat(self._root / self.name(index))
+            stat = os.stat(self.root / self.name(index))
         except OSError:
             return 0
         return version_of(stat.st_size, stat.st_mtime_ns)
 
     def stamp(self) -> str:
-        digest = hashlib.sha256(os.fsencode(self._root.resolve()))
+        digest = hashlib.sha256(os.fsencode(self.root.resolve()))
         parts = (range(start, min(start + PART, len(self))) for start in range(0, len(self), PART))
         # A network file system takes up to a millisecond to answer, but many can be asked at a time.
         with ThreadPoolExecutor(THREADS) as threads:
@@ -128,7 +152,7 @@ class ImageFolder(EncodedSource):
         facts = []
         for index in part:
             try:
-                stat = os.stat(os.path.join(self._root, self.name(index)))
+                stat = os.stat(os.path.join(self.root, self.name(index)))
             except OSError:
                 facts.append("none|")
             else:
@@ -136,19 +160,31 @@ class ImageFolder(EncodedSource):
         return "".join(facts).encode()
 
 
-def _single(file: Path) -> tuple[list[str], Counter[str]]:
+def _single(file: Path) -> Listing:
     """A file that is named explicitly may have the ending of any picture format."""
     is_picture = file.suffix.lower() in {*EXTENSIONS, *OTHER_PICTURES}
-    return [file.name] if is_picture else [], Counter()
+    return Listing([file.name] if is_picture else [], Counter(), "", "")
 
 
-def _list_images(root: Path) -> tuple[list[str], Counter[str]]:
-    """Images below ``root``, sorted, and a count of the other files by ending; linked folders are followed, once.
+def _holds_masks(subfolders: list[str]) -> bool:
+    """As a category of MVTec AD or BTAD does, or of VisA."""
+    return "ground_truth" in subfolders or {"Images", "Masks"} <= set(subfolders)
+
+
+def _holds_defects(folder: str, subfolders: list[str]) -> bool:
+    """Clean and defective images, in the same sets."""
+    is_test = os.path.basename(os.path.abspath(folder)) == "test" and not {"good", "ok"}.isdisjoint(subfolders)
+    return is_test or {"Normal", "Anomaly"} <= set(subfolders)
+
+
+def _list_images(root: Path) -> Listing:
+    """List what is below a folder; linked folders are followed, once.
 
     Pictures that a scoring drew are left out: its output folder may lie among the images.
     """
     names: list[str] = []
     others: Counter[str] = Counter()
+    masks, defects = "", ""
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise_unreadable):
         stat = os.stat(folder)
@@ -158,6 +194,8 @@ def _list_images(root: Path) -> tuple[list[str], Counter[str]]:
         seen.add((stat.st_dev, stat.st_ino))
         drawn = PICTURES if SCORED in files else None
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != drawn)
+        masks = masks or (folder if _holds_masks(subfolders) else "")
+        defects = defects or (folder if _holds_defects(folder, subfolders) else "")
         relative = os.path.relpath(folder, root)
         prefix = "" if relative == "." else relative + os.sep
         for name in (name for name in files if not name.startswith(".")):
@@ -165,7 +203,7 @@ def _list_images(root: Path) -> tuple[list[str], Counter[str]]:
                 names.append(prefix + name)
             else:
                 others[os.path.splitext(name)[1].lower()] += 1
-    return sorted(names), others
+    return Listing(sorted(names), others, masks, defects)
 
 
 def _tell_left_out(folder: str, others: Counter[str]) -> None:
@@ -188,50 +226,37 @@ def open_sets(wanted: Mapping[str, str | None], access: Access) -> dict[str, Ima
     """Open several sets to train on, given as ``{"imagenet": path}``, for the keys ``data.imagenet.path`` and so on.
 
     Raises:
-        DataError: one cannot be opened, or is a labelled set, whose defects and masks are not clean images.
+        DataError: one cannot be opened, or holds a labelled set, whose defects and masks are not clean images.
     """
+    sources = {name: open_source(path, f"data.{name}.path", access) for name, path in wanted.items()}
     for name, path in wanted.items():
-        _refuse_labelled(path, f"data.{name}.path")
-    return {name: open_source(path, f"data.{name}.path", access) for name, path in wanted.items()}
+        _refuse_labelled(sources[name], f"data.{name}.path={path!r}")
+    return sources
 
 
-def _refuse_labelled(path: str | None, key: str) -> None:
-    if not path:
+def _refuse_labelled(source: ImageSource, given: str) -> None:
+    if not isinstance(source, ImageFolder) or not (labelled := source.masks or source.defects):
         return
-    folder = os.path.expanduser(path)
-    if labelled := _find_labelled(folder):
-        good = os.path.join(labelled, "train", "good")
-        what = "is" if labelled == folder else f"contains {labelled!r},"
-        raise DataError(
-            f"{key}={path!r} {what} a labelled set (it has test/good or ground_truth), and its defects would be "
-            f"trained on: name its clean images, as in {good!r}."
-        )
+    what = "is" if os.path.samefile(labelled, source.root) else f"contains {labelled!r},"
+    around = (labelled, os.path.dirname(labelled))
+    clean = [path for folder in around for part in CLEAN if os.path.isdir(path := os.path.join(folder, part))]
+    raise DataError(
+        f"{given} {what} a labelled set, and its defects or masks would be trained on: name a folder of clean images"
+        f"{f', as in {clean[0]!r}' if clean else ''}."
+    )
 
 
-def refuse_masks(path: str, key: str, use: str) -> None:
-    """Refuse the root of a labelled set where images are wanted; ``use`` is what is done to them, such as "scored".
+def refuse_masks(source: ImageSource, given: str, use: str) -> None:
+    """Refuse masks where images are wanted; ``use`` is what is done to them, such as "scored".
 
     Raises:
-        DataError: it has a folder of masks, which would count as images.
+        DataError: there is a folder of masks, which would count as images.
     """
-    folder = os.path.expanduser(path)
-    if os.path.isdir(os.path.join(folder, "ground_truth")):
-        raise DataError(
-            f"{key}={path!r} is a labelled set, and its masks would be {use} as images: name a folder of images in it, "
-            f"such as {os.path.join(folder, 'test')!r} (trajdist evaluate takes the set as it is)."
-        )
-
-
-def _find_labelled(folder: str) -> str | None:
-    """The folder itself if it is a labelled set in MVTec layout, or the first such folder in it; None without any."""
-    if not os.path.isdir(folder):
-        return None
-    try:
-        inside = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
-    except OSError:  # Reported when the images are listed.
-        return None
-    return next((each for each in (folder, *inside) if _is_labelled(each)), None)
-
-
-def _is_labelled(folder: str) -> bool:
-    return any(os.path.isdir(os.path.join(folder, *part)) for part in (("test", "good"), ("ground_truth",)))
+    if not isinstance(source, ImageFolder) or not (labelled := source.masks):
+        return
+    where = "is" if os.path.samefile(labelled, source.root) else f"contains {labelled!r},"
+    test = os.path.join(labelled, "test")
+    raise DataError(
+        f"{given} {where} a labelled set, and its masks would be {use} as images: name a folder of images in it"
+        f"{f', such as {test!r} (trajdist evaluate takes the set as it is)' if os.path.isdir(test) else ''}."
+    )

@@ -25,6 +25,7 @@ from trajdist.saved import bundle
 from trajdist.scoring.detector import Detector
 from trajdist.scoring.residuals import PlaceMoments, ResidualModel, roots
 from trajdist.sharding import Plan, Selection
+from trajdist.tables import counted
 from trajdist.training.journal import BadImages, check_bad
 from trajdist.training.selection import Phase1Images
 from trajdist.training.session import Session
@@ -168,7 +169,7 @@ def clean_batches(
     """
     processes, plan = session.processes, pass_plan(session, set_name, num_images)
     bad_images = BadImages(session.rundir, processes)
-    session.say(f"{title}: {num_images:,} images")
+    session.say(f"{title}: {counted(num_images, 'image')}")
     trim()
     loader = session.loader(set_name, index_at, plan, defects=defects, fit=fit, scattered=scattered)
     with Progress(session.console, title, num_images) as progress:
