@@ -17,6 +17,8 @@ from typing import Any
 
 from trajdist.errors import ArtifactError, os_errors
 
+GIB = 2**30
+
 # Far more than trajdist writes; a malicious file must not fill the memory.
 LARGEST_JSON = 2**26
 

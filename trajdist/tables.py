@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-GIB = 2**30
+from trajdist.files import GIB
+
 # Rows of a table: by name, what makes the text of a cell out of a phase's figures.
 Cells = dict[str, Callable[[dict[str, Any]], str]]
 

@@ -15,7 +15,7 @@ from outcome import assert_done
 
 from trajdist.cli import main
 
-STATISTICS = "trajdist.training.passes:update_moments"
+STATISTICS = "trajdist.training.extractors:update_moments"
 STEP = "trajdist.training.loop:update"
 WRITING = "trajdist.saved.checkpoint:_manifest"
 BETWEEN_PHASES = "trajdist.training.adaptation:shared_extractor"

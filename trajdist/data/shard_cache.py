@@ -17,7 +17,7 @@ from pathlib import Path
 
 from trajdist.data.storage import PIECE, Version, read_exactly
 from trajdist.errors import os_errors
-from trajdist.tables import GIB
+from trajdist.files import GIB
 
 # Files with other names in the folder are not ours.
 NAME = "[0-9a-f]" * 24

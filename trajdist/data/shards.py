@@ -28,9 +28,8 @@ from trajdist.data.shard_cache import ShardCache
 from trajdist.data.shard_index import BLOCK, ShardIndex, load_index
 from trajdist.data.storage import THREADS, Access, Version
 from trajdist.errors import DataError, UserError
-from trajdist.files import user_path
+from trajdist.files import GIB, user_path
 from trajdist.screen import LINE_EVERY_S, on_screen
-from trajdist.tables import GIB
 
 SHOWN = 5
 T = TypeVar("T")

@@ -28,9 +28,8 @@ import torch
 
 from trajdist.artifacts import fingerprint
 from trajdist.errors import ArtifactError, ConfigError, one_line
-from trajdist.files import read_object, sync_contents, write_at, write_json
+from trajdist.files import GIB, read_object, sync_contents, write_at, write_json
 from trajdist.sharding import Int64s
-from trajdist.tables import GIB
 
 PAGE, VERSION_BYTES = 4096, 8
 # While batches are queued, sync only after this many bytes of records.

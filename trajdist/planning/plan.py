@@ -18,13 +18,14 @@ from trajdist.data.base import ImageSource
 from trajdist.data.loader import resolve_workers
 from trajdist.data.trajectory_cache import TrajectoryCache
 from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.files import GIB
 from trajdist.planning import probe
 from trajdist.planning.budget import FLOAT, Budget, measure_bases, saved_copies
 from trajdist.planning.footprint import Rehearsal, build_modules
 from trajdist.planning.probe import Rates
 from trajdist.runtime.processes import device_type, supported_precision
 from trajdist.sharding import Plan, Selection
-from trajdist.tables import GIB, Cells, counted, format_seconds, phase_table
+from trajdist.tables import Cells, counted, format_seconds, phase_table
 from trajdist.training.selection import draw_selection, training_plan
 from trajdist.training.session import naming
 

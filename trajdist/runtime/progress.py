@@ -12,8 +12,9 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 from rich.text import Text
 
+from trajdist.files import GIB
 from trajdist.screen import LINE_EVERY_S, lines_on_screen
-from trajdist.tables import GIB, format_seconds
+from trajdist.tables import format_seconds
 
 
 class _Console(Console):

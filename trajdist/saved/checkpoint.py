@@ -69,7 +69,8 @@ class Books(BaseModel):
     total: Totals
     first_loss: float | None
     final_loss: float | None
-    epoch_memory: list[float]
+    # Only in older files, and ignored: it says nothing about the memory of the process that resumes.
+    epoch_memory: list[float] = Field([], exclude=True)
     skipped: int = Field(0, ge=0)
 
 

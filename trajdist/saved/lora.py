@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from torch import nn
 from trajdist.artifacts import fingerprint, read_tensors
 from trajdist.config import Config, Lora
 from trajdist.errors import ArtifactError, ConfigError, TrainingError, first_problem, one_line
-from trajdist.files import copy_mode, read_json, sync_file, sync_folder, write_json
+from trajdist.files import copy_mode, read_json, read_object, sync_file, sync_folder, write_json
 from trajdist.plugins import BUILT_IN
 from trajdist.saved.bundle import load_model, new_model
 from trajdist.saved.rundir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_PREFIX, RunDir, check_has_adapter
@@ -175,14 +174,14 @@ def read_config(folder: Path, base_fingerprint: str) -> dict[str, Any]:
             backbone.
     """
     check_has_adapter(folder)
-    document = read_json(folder / ADAPTER_CONFIG)
-    base = str(document.get("base_model_name_or_path")) if isinstance(document, dict) else json.dumps(document)
+    document = read_object(folder / ADAPTER_CONFIG)
+    base = str(document.get("base_model_name_or_path"))
     if base != BASE_PREFIX + base_fingerprint:
         raise ArtifactError(
             f"the adapter {str(folder)!r} was trained on another base ({base[:28]}..., this one is "
             f"{BASE_PREFIX}{base_fingerprint[:19]}...): use it with the Phase 1 it was trained on."
         )
-    return dict(document)
+    return document
 
 
 def merged(adapted: nn.Module) -> nn.Module:

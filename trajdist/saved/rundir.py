@@ -20,6 +20,8 @@ FIGURES += ("final_loss", "peak_memory_bytes", "memory_growth_bytes", "num_proce
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # In the config of an adapter, before the fingerprint of its base model.
 BASE_PREFIX = "trajdist:"
+# In run.json: where Phase 2 begins in the metrics and the ledger.
+AFTER_PHASE1 = "records_after_phase1"
 
 
 class RunDir:
@@ -175,16 +177,17 @@ class RunDir:
         if facts.get(key) is None or (replace and facts[key] != value):
             write_json(self.path / "run.json", {**facts, key: value})
 
-    def records_after(self, phase: int) -> dict[str, int]:
-        """The sizes of the metrics and ledger in bytes when a phase was done, by name; empty if it is not.
+    def records_after_phase1(self) -> dict[str, int]:
+        """The sizes of the metrics and ledger in bytes when Phase 1 was done, by name; empty if it is not.
 
         Raises:
             ArtifactError: run.json is damaged.
         """
-        key = f"records_after_phase{phase}"
-        sizes = self.recall(key) or {}
+        sizes = self.recall(AFTER_PHASE1) or {}
         if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
-            raise ArtifactError(f"{str(self.path / 'run.json')!r} is damaged: {key}={sizes!r} are not file sizes.")
+            raise ArtifactError(
+                f"{str(self.path / 'run.json')!r} is damaged: {AFTER_PHASE1}={sizes!r} are not file sizes."
+            )
         return sizes
 
     def forget(self, *keys: str) -> None:

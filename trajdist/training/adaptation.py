@@ -16,10 +16,12 @@ from trajdist.saved.card import adapter_card
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import seed_of
 from trajdist.training.adoption import adopt_phase1
+from trajdist.training.calibrating import calibrate, contrast_residuals, is_calibration_of
 from trajdist.training.doctor import smaller
+from trajdist.training.extractors import shared_extractor
 from trajdist.training.job import Job
 from trajdist.training.objectives import ContrastModel, DefectContrast, Task, reconstructing
-from trajdist.training.passes import CleanImages, calibrate, contrast_residuals, is_calibration_of, shared_extractor
+from trajdist.training.passes import CleanImages
 from trajdist.training.session import Session, with_keys_of
 from trajdist.training.summary import combine, finish, is_done, summarise
 from trajdist.training.train import Training, reconstruction, train

@@ -7,9 +7,8 @@ import os
 from trajdist.data.decode import TRANSFORM
 from trajdist.data.trajectory_cache import CacheWriter, TrajectoryCache
 from trajdist.extraction.trajectory import TrajectoryExtractor
-from trajdist.files import user_path
+from trajdist.files import GIB, user_path
 from trajdist.saved.bundle import trajectory_fingerprint
-from trajdist.tables import GIB
 from trajdist.training.session import Session
 
 

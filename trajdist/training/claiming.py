@@ -22,12 +22,13 @@ summary.json: the phase                   done; may go on from its checkpoint   
   of several domains, now one             not done                                  summary.is_done
   with files lost or damaged              repeated, or refused below a Phase 2      summary.is_done
 a model that was not calibrated           refused, in Phase 2                       adaptation._prepare
-trajectory.safetensors                    read, not measured                        passes.prepare_extractor
-contrast.safetensors                      read; for another base measured anew      passes.contrast_residuals
-  with a checkpoint of Phase 2            read; for another base refused            passes.contrast_residuals
+trajectory.safetensors                    read, not measured                        extractors.prepare_extractor
+contrast.safetensors                      read; for another base measured anew      calibrating.contrast_residuals
+  with a checkpoint of Phase 2            read; for another base refused            calibrating.contrast_residuals
 a damaged checkpoint                      set aside for the one before it           checkpoint.newest_checkpoint
 a checkpoint of the phase                 resumed; cuts metrics and ledger          train._checkpoint_of
   of other weights, steps or more epochs  refused                                   train._checkpoint_of, _cursor_of
+  of a version that drew other defects    its validations are not compared with     train._restore
   of an epoch that is not validated       validated first                           loop.resume
 one of Phase 2, with Phase 1 to do        refused                                   train._checkpoint_of
 one of Phase 1 after its end, in Phase 2  set aside; cuts metrics and ledger        train._checkpoint_of

@@ -215,7 +215,6 @@ class Journal:
             total=self.total,
             first_loss=self.first_loss,
             final_loss=self.final_loss,
-            epoch_memory=self.epoch_memory,
             skipped=int(self._skipped),
         )
 
@@ -223,8 +222,6 @@ class Journal:
         """Continue from what :meth:`state` returned."""
         self.line, self.epoch, self.total = state.line, state.epoch, state.total
         self.first_loss, self.final_loss = state.first_loss, state.final_loss
-        # The means of an earlier process are in the state's format, but say nothing about the growth of this one.
-        self.epoch_memory = []
         self._skipped.fill_(state.skipped)
 
     def _ledger_record(self, step: Step, start: int, sums: Totals, missing: list[int]) -> dict[str, Any]:

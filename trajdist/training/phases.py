@@ -16,9 +16,11 @@ from trajdist.saved.rundir import RunDir
 from trajdist.sharding import seed_of
 from trajdist.tables import summary_table
 from trajdist.training.adaptation import phase2
+from trajdist.training.calibrating import calibrate
 from trajdist.training.doctor import smaller
+from trajdist.training.extractors import prepare_extractor
 from trajdist.training.objectives import Task
-from trajdist.training.passes import CleanImages, calibrate, prepare_extractor
+from trajdist.training.passes import CleanImages
 from trajdist.training.session import Session, open_session
 from trajdist.training.summary import finish, is_done, summarise
 from trajdist.training.train import Training, reconstruction, train

@@ -11,10 +11,10 @@ from trajdist.data.loader import processors, resolve_threads, resolve_workers
 from trajdist.errors import ArtifactError, os_errors
 from trajdist.files import is_file, read_object
 from trajdist.runtime.memory import peak_memory_bytes
-from trajdist.saved.rundir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_PREFIX, RunDir
+from trajdist.saved.rundir import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AFTER_PHASE1, BASE_PREFIX, RunDir
+from trajdist.training.calibrating import is_calibration_of
 from trajdist.training.doctor import Facts, diagnose, split
 from trajdist.training.job import Job
-from trajdist.training.passes import is_calibration_of
 from trajdist.training.session import Session
 
 
@@ -140,7 +140,9 @@ def finish(session: Session, phase: int, summary: dict[str, Any]) -> None:
     """Write the phase's summary, which marks it as done. All processes must call it."""
 
     def record() -> None:
-        session.rundir.remember(f"records_after_phase{phase}", session.rundir.sync_records(), replace=True)
+        sizes = session.rundir.sync_records()
+        if phase == 1:
+            session.rundir.remember(AFTER_PHASE1, sizes, replace=True)
         session.rundir.write_summary(f"phase{phase}", summary)
 
     session.processes.main_does(record)

@@ -230,7 +230,7 @@ def _checkpoint_of(session: Session, phase: int, base: str) -> Checkpoint | None
     if session.processes.is_main:
         if phase == 2 and checkpoint is None:
             _set_aside_unfinished(session)
-        before = session.rundir.records_after(1) if phase == 2 else {}
+        before = session.rundir.records_after_phase1() if phase == 2 else {}
         session.rundir.rewind_records(checkpoint.state.file_sizes if checkpoint else before)
     session.processes.wait()
     return checkpoint

@@ -28,9 +28,10 @@ from trajdist.scoring.detector import CellScores
 from trajdist.scoring.histogram import ScoreHistogram
 from trajdist.scoring.metrics import PixelScores, curve
 from trajdist.sharding import VALIDATION, picked
+from trajdist.training.calibrating import fit_detector
 from trajdist.training.journal import FIXED_POINT, fixed_point
 from trajdist.training.objectives import Task, reconstructing
-from trajdist.training.passes import CleanImages, clean_batches, fit_detector, pass_plan
+from trajdist.training.passes import CleanImages, clean_batches, pass_plan
 from trajdist.training.session import Session
 
 NUM_PICTURES = 4
