@@ -30,7 +30,7 @@ from trajdist.saved import bundle
 from trajdist.saved.rundir import RunDir
 from trajdist.sharding import Order, Selection, Step
 from trajdist.tools.audit import audit
-from trajdist.training import adaptation, adoption, loop, passes, phases, session
+from trajdist.training import adaptation, adoption, extractors, loop, phases, session
 from trajdist.training.job import Job
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -215,7 +215,7 @@ def test_a_start_that_came_to_nothing_fixes_nothing(subset, tmp_path, monkeypatc
     path = f"data.imagenet.path={tmp_path / 'images'}"
     command = ["train", "debug", PLAIN, f"run_dir={tmp_path / 'run'}", path, *subset]
     with monkeypatch.context() as patched:
-        patched.setattr(passes, "measure", stop)
+        patched.setattr(extractors, "measure", stop)
         assert main(command) == StopRequested.exit_code
     RunDir(tmp_path / "run").remember("num_processes", 5, replace=True)
     assert main([*command, "data.imagenet.num_samples=16"]) == 0
