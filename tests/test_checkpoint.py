@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,13 @@ from trajdist.runtime.memory import memory_bytes, peak_memory_bytes, reset_peak_
 from trajdist.saved import checkpoint as writing
 from trajdist.saved.checkpoint import (
     FILES,
+    KEPT,
+    Books,
     Checkpoint,
     CheckpointWriter,
     State,
+    Tensors,
+    Totals,
     load_checkpoint,
     newest_checkpoint,
     verify,
@@ -27,9 +34,9 @@ from trajdist.saved.checkpoint import (
 CPU = torch.device("cpu")
 
 
-def write(folder: Path, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> Path:
+def write(folder: Path, model: Tensors, optimizer: Tensors, kept: Tensors | None = None) -> Path:
     writer = CheckpointWriter(folder, keep=1)
-    writer.save(7, Checkpoint(model, optimizer, State.model_construct()))
+    writer.save(7, Checkpoint(model, optimizer, State.model_construct(), kept or {}))
     writer.finish()
     path, problems = newest_checkpoint(folder)
     assert not problems
@@ -73,7 +80,7 @@ def test_a_file_that_is_not_what_was_in_memory_is_no_checkpoint(tmp_path, monkey
     """Hashes of what lies on the disk cannot know that the disk took something else than it was given."""
     good = write(tmp_path, {"a": torch.zeros(3)}, {"0.step": torch.ones(())})
 
-    def one_bit_else(tensors: dict[str, torch.Tensor], path: Path, **options: object) -> None:
+    def one_bit_else(tensors: Tensors, path: Path, **options: object) -> None:
         save_file(tensors, path, **options)
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
@@ -88,18 +95,59 @@ def test_a_file_that_is_not_what_was_in_memory_is_no_checkpoint(tmp_path, monkey
 
 
 def test_what_goes_on_while_a_checkpoint_is_written_is_not_in_it(tmp_path, monkeypatch):
-    """Training counts on in the same books."""
-    books = {"images": 1}
+    """Training goes on in the same books and the same weights."""
+    books = Books(line=Totals.zero(), epoch=Totals.zero(), total=Totals.zero(), first_loss=1.0, final_loss=None)
+    model, optimizer, kept = ({name: torch.ones(3)} for name in ("a", "0.step", "best.a"))
 
-    def count_on(tensors: dict[str, torch.Tensor], path: Path, **options: object) -> None:
-        books["images"] += 1
+    def train_on(tensors: Tensors, path: Path, **options: object) -> None:
+        books.total.images += 1
+        for live in (model, optimizer, kept):
+            next(iter(live.values())).add_(1)
         save_file(tensors, path, **options)
 
-    monkeypatch.setattr(writing, "save_file", count_on)
+    monkeypatch.setattr(writing, "save_file", train_on)
     writer = CheckpointWriter(tmp_path, keep=1)
-    writer.save(7, Checkpoint({"a": torch.ones(3)}, {"0.step": torch.ones(())}, State.model_construct(journal=books)))
+    writer.save(7, Checkpoint(model, optimizer, State.model_construct(journal=books), kept))
     writer.finish()
     path, problems = newest_checkpoint(tmp_path)
     assert not problems
     assert path is not None
-    assert json.loads((path / "state.json").read_text())["journal"] == {"images": 1}
+    assert json.loads((path / "state.json").read_text())["journal"]["total"]["images"] == 0
+    for name in ("model", "optimizer", "kept"):
+        (value,) = read_tensors(path / f"{name}.safetensors").values()
+        assert value.tolist() == [1.0] * 3, name
+
+
+@contextmanager
+def noting_syncs() -> Iterator[list[object]]:
+    """What is made to survive a power cut in the block, as numbers that renames do not change, and the renames."""
+    noted: list[object] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noting_fsync(descriptor: int) -> None:
+        noted.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def noting_rename(path: Path, target: Path) -> Path:
+        noted.append(target)
+        return rename(path, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", noting_fsync)
+        patch.setattr(Path, "rename", noting_rename)
+        yield noted
+
+
+def assert_appeared_synced(folder: Path, noted: list[object]) -> None:
+    """After a power cut at any time, a folder that was renamed is whole or not there; after the last sync, it is."""
+    renamed = noted.index(folder)
+    before, after = noted[:renamed], noted[renamed:]
+    assert [path.name for path in (folder, *folder.iterdir()) if path.stat().st_ino not in before] == []
+    assert folder.parent.stat().st_ino in after
+
+
+def test_a_checkpoint_survives_a_power_cut(tmp_path):
+    with noting_syncs() as noted:
+        path = write(tmp_path, {"a": torch.ones(3)}, {"0.step": torch.ones(())}, {"best.a": torch.ones(3)})
+    assert {file.name for file in path.iterdir()} == {*FILES, KEPT, "manifest.json"}
+    assert_appeared_synced(path, noted)
