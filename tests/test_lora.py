@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from test_checkpoint import assert_appeared_synced, noting_syncs
 from torch import nn
 
 from trajdist.artifacts import fingerprint
@@ -244,6 +246,34 @@ def test_an_adapter_that_cannot_be_saved_leaves_nothing_behind(debug_run, tmp_pa
     with pytest.raises(ArtifactError, match="cannot be written"):
         lora.save_proven(run, adapted, base)
     assert sorted(path.name for path in (run.path / "phase2").iterdir()) == ["adapter", "calibration.safetensors"]
+
+
+def test_an_adapter_that_does_not_read_back_is_refused(debug_run, tmp_path, monkeypatch):
+    """The disk took something else than it was given, which is a valid adapter, too."""
+    run = RunDir(shutil.copytree(debug_run, tmp_path / "run"))
+    save = lora.save_adapter
+
+    def one_bit_else(adapted: PeftModel, folder: Path) -> None:
+        save(adapted, folder)
+        path = folder / "adapter_model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(lora, "save_adapter", one_bit_else)
+    base = bundle.base_fingerprint(*bundle.load_model(run.model))
+    before = {path.name: path.read_bytes() for path in run.adapter.iterdir()}
+    with pytest.raises(TrainingError, match="gives other outputs than the trained one"):
+        lora.save_proven(run, load(run.path, device="cpu").detectors[0].model, base)
+    assert {path.name: path.read_bytes() for path in run.adapter.iterdir()} == before
+
+
+def test_an_adapter_survives_a_power_cut(debug_run, tmp_path):
+    run = RunDir(shutil.copytree(debug_run, tmp_path / "run"))
+    adapted, base = load(run.path, device="cpu").detectors[0].model, bundle.load_model(run.model)
+    with noting_syncs() as noted:
+        lora.save_proven(run, adapted, bundle.base_fingerprint(*base))
+    assert_appeared_synced(run.adapter, noted)
 
 
 def test_a_base_that_changed_in_training_is_refused(debug_run, tmp_path):
