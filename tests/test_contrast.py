@@ -14,6 +14,7 @@ from outcome import assert_done
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from test_loop import arguments, assert_same_training, batches, records
+from torch import nn
 
 from trajdist.cli import main
 from trajdist.config import Lora
@@ -21,13 +22,14 @@ from trajdist.data.drawing import DefectDraw, draw_defect
 from trajdist.data.loader import ImageBatch, SlotDataset
 from trajdist.data.sources import open_source
 from trajdist.errors import StopRequested
+from trajdist.models.reconstruction import Reconstruction
 from trajdist.models.registry import build_model
 from trajdist.saved.lora import attach
 from trajdist.scoring.residuals import ResidualModel
 from trajdist.sharding import DRAWING, VALIDATION, Selection, Slots
 from trajdist.training import loop
 from trajdist.training.objectives import CLEAN, COVERED, ContrastModel, DefectContrast, contrast_losses
-from trajdist.training.optimization import LOGISTIC_RATE, make_optimizer
+from trajdist.training.optimization import make_optimizer
 from trajdist.training.validation import Examiner
 
 CONTRAST = ("domain_adaptation.objective=contrast", "checkpoint.every_steps=2")
@@ -148,9 +150,11 @@ def test_two_processes_are_one(images, one_process, tmp_path):
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_stopped_and_resumed_it_is_the_same_to_the_bit(images, one_process, tmp_path, monkeypatch):
-    finish_step, begun = loop.finish_step, []
+    finish_step, begun, rates = loop.finish_step, [], []
 
     def stopping(job, step):
+        if job.phase == 2:
+            rates.append([group["lr"] for group in job.optimizer.param_groups])
         if job.phase == 2 and step.index == 1 and not begun:
             begun.append(step)
             job.session.stop.ask("the test wants it")
@@ -161,6 +165,8 @@ def test_stopped_and_resumed_it_is_the_same_to_the_bit(images, one_process, tmp_
     assert main(command) == StopRequested.exit_code
     assert begun
     assert main(command) == 0
+    # The logistic curve, which follows the adapter, learns ten times as fast.
+    assert [logistic / adapter for adapter, logistic in rates] == pytest.approx([10.0] * 4)
     for file in ("phase2/adapter/adapter_model.safetensors", "phase2/calibration.safetensors", "ledger.jsonl"):
         assert (tmp_path / "run" / file).read_bytes() == (one_process / file).read_bytes(), file
 
@@ -204,6 +210,23 @@ def test_the_adapter_is_plain_peft(one_process):
     assert all(line["recon"] > 0 and line["loss"] != line["recon"] for line in lines)
 
 
+def test_a_perfect_reconstruction_has_a_gradient():
+    """A score is a root, whose slope at zero is infinite."""
+    copier = nn.Linear(8, 8, bias=False)
+    nn.init.eye_(copier.weight)
+
+    def copied(trajectories_NLD: torch.Tensor) -> Reconstruction:
+        return Reconstruction(copier(trajectories_NLD.flatten(1)).view_as(trajectories_NLD), torch.zeros(1, 1))
+
+    model = ContrastModel(copied, ResidualModel([4, 4], resolution=4), torch.arange(8))
+    coverage = (torch.arange(16) < 3).float()[None]
+    batch = ImageBatch(torch.empty(0), torch.ones(1), torch.zeros(()), [], coverage=coverage)
+    trajectories = torch.randn(2, 4, 4, 2, 4)
+    DefectContrast(torch.ones(2, 4, dtype=torch.bool))(model, trajectories, batch, 0.0).loss.sum().backward()
+    assert copier.weight.grad.isfinite().all()
+    assert model.logistic.grad.any()
+
+
 def test_it_learns_what_reconstruction_hides():
     """A base that reconstructs the defects' direction is blind to them; the adapter must stop reconstructing it."""
     torch.manual_seed(0)
@@ -218,8 +241,10 @@ def test_it_learns_what_reconstruction_hides():
     adapted = attach(base, Lora(rank=4, alpha=8), "")
     valid_LD = torch.ones(2, 4, dtype=torch.bool)
     model = ContrastModel(adapted, ResidualModel([4, 4], resolution=4), torch.arange(8))
-    optimizer = make_optimizer(model, 0.01, 0.0, torch.device("cpu"))
-    assert [group.get("rate", 1.0) for group in optimizer.param_groups] == [1.0, LOGISTIC_RATE]
+    optimizer = make_optimizer(model, 0.01, 0.25, torch.device("cpu"))
+    decay = {weight: group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
+    assert decay.pop(model.logistic) == 0.0
+    assert list(decay.values()) == [0.25] * 4, "A and B of both layers"
 
     def batch() -> tuple[torch.Tensor, ImageBatch]:
         clean = torch.randn(8, 16, 8)

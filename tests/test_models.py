@@ -15,7 +15,7 @@ from trajdist.models.losses import gaussian_kl, trajectory_losses
 from trajdist.models.reconstruction import Reconstruction
 from trajdist.models.registry import build_model
 from trajdist.models.transformer import attend
-from trajdist.training.optimization import linear_warmup, warmup_cosine
+from trajdist.training.optimization import linear_warmup, make_optimizer, warmup_cosine
 
 KINDS = ("autoencoder", "vae", "transformer")
 
@@ -155,6 +155,16 @@ def test_half_precision_outputs_are_compared_in_float32():
     losses = trajectory_losses(answer, torch.full((1, 1, 1), 1.001), torch.ones(1, 1), 1, 1.0)
     assert losses.loss.dtype == torch.float32
     assert losses.loss.item() == pytest.approx(1e-6, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrices_decay_and_nothing_else_does(kind):
+    """Neither biases and gains nor the embeddings of depth, which are matrices too."""
+    model = build(kind)
+    groups = make_optimizer(model, 1e-3, 0.25, torch.device("cpu")).param_groups
+    decay = {weight: group["weight_decay"] for group in groups for weight in group["params"]}
+    for name, weight in model.named_parameters():
+        assert decay[weight] == (0.25 if name.endswith(".weight") and "norm" not in name else 0.0), name
 
 
 def test_warmup_cosine():
