@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from trajdist.runtime.clock import Clock
 from trajdist.saved import bundle
 from trajdist.saved.checkpoint import newest_checkpoint
 from trajdist.saved.rundir import RunDir
+from trajdist.training import job as training_job
 from trajdist.training import journal, loop, objectives, session
 from trajdist.training.journal import BadImages
 
@@ -99,6 +101,39 @@ def test_accumulation_in_one_process(images, one_process, tmp_path, fresh_accele
     assert main(arguments("train", images, tmp_path / "run", *batches(4, 4))) == 0
     phase1 = [line["loss"] for line in records(one_process, "step") if line["phase"] == 1]
     torch.testing.assert_close(losses(tmp_path / "run"), phase1, rtol=1e-5, atol=1e-6)
+
+
+def test_random_numbers_differ_by_step_process_and_micro_batch(images, tmp_path, monkeypatch, fresh_accelerate):
+    """Otherwise all would draw the same dropout and the same samples of a VAE."""
+    add_gradients, seeds = loop.add_gradients, []
+
+    def noted(*arguments):
+        seeds.append(torch.initial_seed())
+        return trajectory_losses(*arguments)
+
+    def of_two_processes(job, *rest):
+        for rank in (1, 0):
+            job.session.processes.rank = rank
+            add_gradients(job, *rest)
+
+    monkeypatch.setattr(objectives, "trajectory_losses", noted)
+    monkeypatch.setattr(loop, "add_gradients", of_two_processes)
+    assert main(arguments("train", images, tmp_path / "run", *batches(4, 2), "data.imagenet.num_epochs=1")) == 0
+    assert len(seeds) == 3 * 2 * 2
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_checkpoints_are_saved_by_the_clock_too(images, tmp_path, monkeypatch, fresh_accelerate):
+    """Each of the twelve steps takes 25 seconds: more than a minute has passed after every third."""
+    update, steps = loop.update, []
+    monkeypatch.setattr(loop, "update", lambda *given: (steps.append(given), update(*given)))
+    clock = SimpleNamespace(monotonic=lambda: 1000.0 + 25.0 * len(steps))
+    for module in (loop, training_job):
+        monkeypatch.setattr(module, "time", clock)
+    own = ["checkpoint.every_steps=1000", "checkpoint.every_minutes=1", "checkpoint.keep=20"]
+    assert main(arguments("train", images, tmp_path / "run", *batches(4, 1), *own)) == 0
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == [f"step-{number:08d}" for number in (3, 6, 9, 12)]
 
 
 def test_chosen_places_depend_on_no_batch(images, tmp_path, fresh_accelerate):
@@ -275,13 +310,24 @@ def test_anomaly_detection_names_the_operation(images, tmp_path, monkeypatch, fr
         torch.autograd.set_detect_anomaly(False)
 
 
-def test_one_backbone_serves_statistics_and_both_phases(tmp_path, monkeypatch):
-    built = []
+def test_both_phases_share_the_backbone_and_nothing_else(tmp_path, monkeypatch):
+    """Phase 2 has the memory that the model and the optimizer of Phase 1 took."""
+    built, of_phase1, update = [], [], loop.update
 
     def build(*args):
         built.append(args)
         return build_backbone(*args)
 
+    def looking(job, step, num_used):
+        if step.index == 0 and job.phase == 1:
+            of_phase1.extend(map(weakref.ref, (job.task.model, job.optimizer)))
+        elif step.index == 0:
+            gc.collect()
+            assert [reference() for reference in of_phase1] == [None, None]
+        update(job, step, num_used)
+
     monkeypatch.setattr(bundle, "build_backbone", build)
+    monkeypatch.setattr(loop, "update", looking)
     assert main(["run", "debug", f"run_dir={tmp_path / 'run'}", "runtime.mixed_precision=no"]) == 0
     assert len(built) == 1
+    assert of_phase1
