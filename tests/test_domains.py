@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from trajdist.cli import main
 from trajdist.errors import DataError
 from trajdist.extraction.trajectory import TrajectoryExtractor
+from trajdist.saved.checkpoint import newest_checkpoint, read_state
 from trajdist.scoring import scorer
 from trajdist.tools.audit import audit
 from trajdist.training import adaptation, adoption, feed, job, loop
@@ -172,6 +173,12 @@ def test_stop_and_go_on(how, number, folders, base, together, tmp_path, monkeypa
         assert main(several(folders, run_dir, base)) == 75
     state = [json.loads((path / "status.json").read_text())["status"] for path in (run_dir, *run_dir.glob("domains/*"))]
     assert state == ["stopped"] * 3
+    for name in folders:
+        own = run_dir / "domains" / name
+        newest, problems = newest_checkpoint(own / "checkpoints")
+        assert not problems
+        assert newest is not None
+        assert read_state(newest).step == json.loads((own / "status.json").read_text())["step"], "nothing is repeated"
     assert main(several(folders, run_dir, base)) == 0
     for name in folders:
         assert_same(run_dir / "domains" / name, together / "domains" / name)

@@ -54,11 +54,12 @@ def fill_disk(monkeypatch, module, name: str, number: int, limit: int) -> None:
     ("module", "name", "number", "limit", "named"),
     [
         (checkpoint.CheckpointWriter, "_write", 2, 20_000, "checkpoints/step-00000004' could not be written"),
+        (checkpoint.CheckpointWriter, "_write", 6, 5_000, "checkpoints/step-00000012' could not be written"),
         (loop, "write_line", 5, 100, "metrics.jsonl' cannot be written"),
         (bundle, "save_model", 1, 20_000, "model.safetensors' cannot be written"),
         (lora, "save_adapter", 1, 5_000, "phase2/adapter' cannot be written"),
     ],
-    ids=["checkpoint", "metrics", "model", "adapter"],
+    ids=["checkpoint", "last checkpoint", "metrics", "model", "adapter"],
 )
 def test_a_full_disk(module, name, number, limit, named, uninterrupted, tmp_path, monkeypatch, capsys):
     """One sentence; what was good stays; with space again the run ends as if nothing had happened."""
