@@ -11,11 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import arguments, assert_identical, begin, status
+import torch
+from harness import arguments, assert_identical, begin, metrics, status, weights
 
 from trajdist import launcher
 from trajdist.cli import main
 from trajdist.training import loop, passes, phases
+from trajdist.training.validation import Examiner
 
 NOISY_STEPS = "gradient_accumulation_steps=2"
 
@@ -59,6 +61,23 @@ def test_stop_and_go_on(how, module, name, number, uninterrupted, tmp_path, monk
     if how == "STOP":
         assert main(arguments(run_dir)) == 0
         assert_identical(run_dir, uninterrupted)
+
+
+def test_a_validation_that_was_stopped_is_repeated(uninterrupted, tmp_path, monkeypatch):
+    """The first one, its repetition, and the one at the end of the phase; nothing else of the run is different."""
+    run_dir, validated = tmp_path / "run", ("validation.every_epochs=1", "validation.keep=last")
+    for number in (1, 1, 2):
+        with monkeypatch.context() as patch:
+            at_call(patch, Examiner, "validate", number, send(signal.SIGTERM))
+            assert main(arguments(run_dir, *validated)) == 75
+        assert status(run_dir) == "stopped"
+    assert main(arguments(run_dir, *validated)) == 0
+    lines = metrics(run_dir)
+    found = [(line["phase"], line["epoch"], line["step"]) for line in lines if line["event"] == "validation"]
+    assert found == [(1, 1, 4), (1, 2, 8), (2, 1, 2), (2, 2, 4)]
+    assert [line for line in lines if line["event"] != "validation"] == metrics(uninterrupted)
+    ours, theirs = weights(run_dir), weights(uninterrupted)
+    assert [name for name, value in theirs.items() if not torch.equal(value, ours[name])] == []
 
 
 def test_noise_is_the_same_after_a_restart(tmp_path, monkeypatch):
