@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import aupro, best_f1, laid_on, shares_of_regions
+from scipy.stats import binom
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
 
 from trajdist.data.regions import BAND, region_shares
@@ -200,6 +201,14 @@ def test_the_bootstrap_covers_and_repeats():
         chosen = np.concatenate([generator.integers(0, 100, 100), generator.integers(100, 300, 200)])
         drawn.append(roc_auc_score(labels[chosen], scores[chosen]))
     assert np.quantile(drawn, [0.025, 0.975]) == pytest.approx([low, high], abs=0.015)
+
+
+def test_the_interval_of_a_coin_is_that_of_the_binomial():
+    """Half of the defects score above all that is clean, half below: the AUROC is the share drawn of the former."""
+    ours = curve_of([1, 3] * 200 + [2], [1, 1] * 200 + [0])
+    expected = binom.ppf([0.025, 0.975], 400, 0.5) / 400
+    # At 90 % either end would be 0.008 nearer.
+    assert bootstrap_interval(ours, Curve.area, num_samples=4000) == pytest.approx(expected, abs=0.004)
 
 
 def test_a_perfect_score_has_an_interval_of_no_width():

@@ -182,6 +182,22 @@ def test_clean_cells_have_mean_0_and_spread_1():
     assert cells_BP.std().item() == pytest.approx(1.0, abs=0.15)
 
 
+def test_cells_are_those_of_the_formula():
+    """Half of what is usual at a place and half of the image's median are taken away; places do not vary alike."""
+    random = np.random.default_rng(0)
+    clean_BP = random.gamma(3.0, np.linspace(0.2, 2.0, PLACES), (200, PLACES))
+    usual = BlockMoments(PLACES, CPU)
+    usual.update(torch.from_numpy(clean_BP).float(), torch.ones(200))
+    model = ResidualModel(WIDTHS, SIDE)
+    model.fit_places(usual)
+    energies_BPL = random.gamma(2.0, size=(5, PLACES, len(WIDTHS)))
+    mean_P = clean_BP.mean(0)
+    raw_BP = np.sqrt(energies_BPL).mean(-1) - 0.5 * (mean_P - mean_P.mean())
+    median_B1 = np.sort(raw_BP, 1)[:, PLACES // 2 - 1, None]
+    expected_BP = (raw_BP - 0.5 * median_B1 - 0.5 * mean_P.mean()) / np.sqrt(clean_BP.var(0).mean())
+    np.testing.assert_allclose(model.cells(torch.from_numpy(energies_BPL).float()), expected_BP, rtol=1e-4, atol=1e-5)
+
+
 def test_a_foreign_place_is_the_hottest():
     model = fitted(gaussian(12, 300))
     rows_BPF = gaussian(13, 16)
