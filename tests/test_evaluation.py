@@ -250,12 +250,16 @@ def assert_same_metrics(one: dict[str, Any], other: dict[str, Any]) -> None:
             assert value == pytest.approx(other[key], abs=1e-3), key
 
 
-def test_two_processes_measure_what_one_does(debug_run, dataset, measured, tmp_path):
-    """24 images in steps of 10: the last step leaves slots empty on both."""
+def test_two_processes_measure_what_one_does(debug_run, copied, measured, tmp_path):
+    """24 images in steps of 10: the last step leaves slots empty on both. In each one's share a mask marks nothing."""
+    for name in ("foreign/000", "scratch/001"):
+        Image.new("L", (SIZE, SIZE)).save(copied / "ground_truth" / f"{name}_mask.png")
     options = [*OPTIONS, "--batch-size", "5"]
-    done = launch(["evaluate", debug_run, dataset, "--out", tmp_path / "out", *options], num_processes=2)
+    done = launch(["evaluate", debug_run, copied, "--out", tmp_path / "out", *options], num_processes=2)
     assert done.returncode == 0, done.stderr
-    assert_same_metrics(read_metrics(tmp_path / "out"), read_metrics(measured))
+    assert evaluate(debug_run, copied, tmp_path / "alone") == 0
+    assert_same_metrics(read_metrics(tmp_path / "out"), read_metrics(tmp_path / "alone"))
+    assert read_metrics(tmp_path / "out")["num_unmarked"] == 2
     assert [row["image"] for row in read_rows(tmp_path / "out")] == [row["image"] for row in read_rows(measured)]
     np.testing.assert_allclose(image_scores(tmp_path / "out"), image_scores(measured), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "out" / "report.html").is_file()

@@ -31,6 +31,11 @@ def train(run_dir: Path, *overrides: str) -> list[dict]:
     return validations(run_dir)
 
 
+def told_of_choosing(capsys) -> bool:
+    """Whether it was said that the held-out images are no longer as good as new ones."""
+    return "the held-out images also chose the weights" in " ".join(capsys.readouterr().out.split())
+
+
 def validations(run_dir: Path) -> list[dict]:
     lines = read_lines(run_dir, "metrics.jsonl")
     return [line for line in lines if line["event"] == "validation"]
@@ -78,10 +83,11 @@ def test_held_out_loss_is_that_of_the_saved_model(tmp_path, fresh_accelerate):
     assert same(model_of(plain), model_of(tmp_path / "run")), "looking changes nothing"
 
 
-def test_patience_stops_and_the_best_is_kept(tmp_path, fresh_accelerate, scripted):
+def test_patience_stops_and_the_best_is_kept(tmp_path, fresh_accelerate, scripted, capsys):
     seen = scripted([3.0, 2.0, 1.0, 4.0, 1.5, 0.1])
     found = train(tmp_path, EVERY, "data.imagenet.num_epochs=6", "early_stopping.patience=2")
     assert [line["epoch"] for line in found] == [1, 2, 3, 4, 5]
+    assert told_of_choosing(capsys)
     assert same(model_of(tmp_path), seen[2])
     assert not same(model_of(tmp_path), seen[4])
     summary = json.loads((tmp_path / "summary.json").read_text())["phase1"]
@@ -93,9 +99,10 @@ def test_patience_stops_and_the_best_is_kept(tmp_path, fresh_accelerate, scripte
     assert len(seen) == 5, "what stopped early is done"
 
 
-def test_the_last_is_kept_if_asked_for(tmp_path, fresh_accelerate, scripted):
+def test_the_last_is_kept_if_asked_for(tmp_path, fresh_accelerate, scripted, capsys):
     seen = scripted([1.0, 2.0, 3.0])
     train(tmp_path, EVERY, "data.imagenet.num_epochs=3", "validation.keep=last")
+    assert not told_of_choosing(capsys)
     assert same(model_of(tmp_path), seen[2])
 
 
@@ -176,12 +183,13 @@ def test_labelled_images_are_judged_as_evaluate_judges_them(tmp_path, fresh_acce
     assert found["pixel_auroc"] == pytest.approx(metrics["pixel_auroc"], abs=1e-3)
 
 
-def test_without_masks_images_choose_the_weights(tmp_path, fresh_accelerate):
+def test_without_masks_images_choose_the_weights(tmp_path, fresh_accelerate, capsys):
     labelled, run_dir = tmp_path / "labelled", tmp_path / "run"
     write_labelled(open_source("skimage:gravel/heldout", "source"), labelled)
     shutil.rmtree(labelled / "ground_truth")
     command = ["train", "debug", f"run_dir={run_dir}", "runtime.mixed_precision=no", EVERY]
     assert main([*command, f"validation.path={labelled}"]) == 0
+    assert not told_of_choosing(capsys), "the labelled ones did"
     for found in validations(run_dir):
         assert found["pixel_auroc"] is None
         assert 0 < found["image_auroc"] < 1
