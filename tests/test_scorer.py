@@ -24,10 +24,13 @@ import trajdist
 from trajdist.artifacts import METADATA_KEY, read_document, read_tensors, write_tensors
 from trajdist.cli import main
 from trajdist.config_files import load_config
+from trajdist.data.decode import to_square
 from trajdist.data.sources import open_source
 from trajdist.errors import ArtifactError, ConfigError, DataError, UserError
 from trajdist.extraction import backbones
 from trajdist.saved.rundir import RunDir
+from trajdist.scoring.calibration import QuantileSketch
+from trajdist.scoring.detector import CellScores
 from trajdist.scoring.scorer import Scorer, Scores, _names
 from trajdist.training.selection import draw_selection
 
@@ -575,21 +578,42 @@ def test_a_calibration_goes_to_where_its_detector_is(debug_run):
 
 
 def test_held_out_images_were_scored_as_new_ones_are(tmp_path, fresh_accelerate):
-    """Wide photographs: training crops them, scoring does not, and neither does what it is compared with."""
+    """Wide photographs: training crops them, scoring does not, and neither does what it is compared with.
+
+    Neither of the batches fills its last step, and of the images held out, as of the others, one cannot be read.
+    """
     folder, run_dir = tmp_path / "wide", tmp_path / "run"
     folder.mkdir()
     for number in range(20):
         noise(number).resize((96, 48)).save(folder / f"{number:02}.png")
     keys = [f"data.imagenet.path={folder}", "data.imagenet.num_samples=-1", "calibration.holdout_fraction=0.4"]
-    assert main(["train", "debug", f"run_dir={run_dir}", "data.imagenet.fit=crop", *keys]) == 0
-    config, source = load_config(str(run_dir / "config.yaml"), []), open_source(str(folder), "source")
-    selection = draw_selection(config, 1, source, max_holdout=None)
+    keys += ["data.imagenet.fit=crop", "data.imagenet.batch_size=5", "data.max_bad_fraction=0.2"]
+    source = open_source(str(folder), "source")
+    selection = draw_selection(load_config("debug", keys), 1, source, max_holdout=None)
     held_out = selection.holdout(0, np.arange(selection.num_holdout)).tolist()
+    trained = sorted(set(range(20)) - set(held_out))
+    for unreadable in (held_out.pop(), trained.pop()):
+        (folder / f"{unreadable:02}.png").write_bytes(b"no picture")
+    assert main(["train", "debug", f"run_dir={run_dir}", *keys]) == 0
     scorer = trajdist.load(run_dir, device="cpu")
+    (detector,) = scorer.detectors
+
+    def scored(indices: list[int], fit: str) -> CellScores:
+        squares = np.stack([to_square(source.load(index, SIZE), SIZE, fit) for index in indices])
+        return scorer.score_batch(torch.from_numpy(squares).permute(0, 3, 1, 2))[0]
+
+    def calibrated(sketch: QuantileSketch) -> np.ndarray:
+        edges, counts = sketch.histogram.occupied()
+        return edges.repeat_interleave(counts.long()).numpy()
+
     scores = scorer([source.load(index, None) for index in held_out]).scores
-    calibrated = scorer.detectors[0].images.histogram.occupied()
-    expected = calibrated[0].repeat_interleave(calibrated[1].long())
-    np.testing.assert_allclose(np.sort(scores), expected, rtol=2e-3)
+    np.testing.assert_allclose(np.sort(scores), calibrated(detector.images), rtol=2e-3)
+    cells = scored(held_out, "squash").cells_BHW.flatten().numpy()
+    np.testing.assert_allclose(np.sort(cells), calibrated(detector.cells), rtol=2e-3, atol=1e-3)
+    roots_BP = scored(trained, "crop").energies_BHWL.sqrt().mean(-1).flatten(1).double().numpy()
+    mean_P = roots_BP.mean(0)
+    np.testing.assert_allclose(detector.residual.usual_P, mean_P - mean_P.mean(), atol=1e-3)
+    assert detector.residual.spread.item() == pytest.approx(np.sqrt(roots_BP.var(0).mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize("options", [{"phase": 3}, {"device": "gpu"}, {"device": "cuda:99"}])
