@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from images import write_images
 from jobs import launch, start, stop_after_lines
 from outcome import read_lines
 
@@ -160,14 +161,23 @@ def test_a_restart_changes_nothing(tmp_path, world):
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
-    runs = {}
+    """Batches that are not full, of ten labelled images of which one is damaged."""
+    crops, labelled, runs = write_images(tmp_path / "crops", 5), tmp_path / "labelled", {}
+    write_labelled(open_source(str(crops), "source"), labelled)
+    (labelled / "test" / "good" / "001.png").write_bytes(b"no picture")
+    options = [*SMALL, *RESUMED, f"validation.path={labelled}", "data.max_bad_fraction=0.2"]
     for world, batch in ((1, 8), (2, 4)):
         run_dir = tmp_path / str(world)
-        command = ["train", "debug", *SMALL, *RESUMED, f"run_dir={run_dir}", f"data.imagenet.batch_size={batch}"]
-        finished = launch(command, world)
+        sizes = [f"data.{name}.batch_size={batch}" for name in ("imagenet", "domain")]
+        finished = launch(["train", "debug", *options, f"run_dir={run_dir}", *sizes], world)
         assert finished.returncode == 0, finished.stderr
-        runs[world] = [line["loss"] for line in validations(run_dir)]
-    assert runs[1] == pytest.approx(runs[2], rel=1e-4)
+        runs[world] = validations(run_dir)
+    assert len(runs[1]) == len(runs[2]) == 2
+    for one, two in zip(runs[1], runs[2], strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["labelled_images"] == two["labelled_images"] == 9
+        for key in ("image_auroc", "pixel_auroc"):
+            assert one[key] == pytest.approx(two[key], abs=1e-3)
 
 
 def test_labelled_images_are_judged_as_evaluate_judges_them(tmp_path, fresh_accelerate):
