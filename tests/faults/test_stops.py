@@ -16,7 +16,7 @@ from harness import arguments, assert_identical, begin, metrics, status, weights
 
 from trajdist import launcher
 from trajdist.cli import main
-from trajdist.training import loop, passes, phases
+from trajdist.training import extractors, loop, phases
 from trajdist.training.validation import Examiner
 
 NOISY_STEPS = "gradient_accumulation_steps=2"
@@ -43,16 +43,15 @@ def send(number: signal.Signals):
 
 @pytest.mark.parametrize(
     ("module", "name", "number"),
-    [(passes, "update_moments", 1), (loop, "update", 3), (passes, "calibrate", 1)],
+    [(extractors, "update_moments", 1), (loop, "update", 3), (phases, "calibrate", 1)],
     ids=["statistics", "step", "calibration"],
 )
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, "STOP"])
 def test_stop_and_go_on(how, module, name, number, uninterrupted, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     accident = (run_dir / "STOP").touch if how == "STOP" else send(how)
-    where = phases if name == "calibrate" else module
     with monkeypatch.context() as patch:
-        at_call(patch, where, name, number, accident)
+        at_call(patch, module, name, number, accident)
         assert main(arguments(run_dir)) == 75
     assert status(run_dir) == "stopped"
     why = json.loads((run_dir / "status.json").read_text())["why"]
