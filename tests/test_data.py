@@ -539,7 +539,11 @@ def test_labelled_sets_in_other_layouts_are_not_trained_on(folders, path, told, 
     assert len(open_sets({"domain": str(tmp_path / "sets" / folders[0])}, Access())["domain"]) == 1
 
 
-def test_classes_that_are_named_good_and_bad_are_no_labelled_set(tmp_path):
-    for folder in ("train/good", "train/bad"):
+def test_folders_of_such_names_without_defects_are_no_labelled_set(tmp_path):
+    for folder in ("train/good", "train/bad", "val/good", "test/good", "Images"):
         write_images(tmp_path / folder, 1)
-    assert len(open_sets({"imagenet": str(tmp_path)}, Access())["imagenet"]) == 2
+    for folder in ("ground_truth", "Masks"):  # Annotations of another kind.
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.json").write_text("{}")
+    assert len(open_sets({"imagenet": str(tmp_path)}, Access())["imagenet"]) == 5
+    assert len(open_sets({"domain": str(tmp_path / "test")}, Access())["domain"]) == 1

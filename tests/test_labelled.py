@@ -107,6 +107,12 @@ def test_masks_of_other_formats(root, name):
     assert LabelledFolder(root, "DATASET").mask(0, 64, "squash").mean() == pytest.approx(1 / 8, abs=0.01)
 
 
+def test_clean_images_are_in_one_folder(root):
+    shutil.copytree(root / "test/good", root / "test/ok")
+    with pytest.raises(DataError, match=r"has images in test/good and in test/ok: put all clean images into one"):
+        LabelledFolder(root, "DATASET")
+
+
 def test_a_mask_in_a_format_that_loses_is_none(root):
     (root / "ground_truth/crack/000_mask.png").rename(root / "ground_truth/crack/000_mask.jpg")
     with pytest.raises(DataError, match=r"crack/000\.png' has no mask: add '.*crack/000_mask\.png'"):
@@ -132,6 +138,10 @@ def test_a_folder_of_masks_that_do_not_fit(root):
     folder = LabelledFolder(root, "DATASET")
     with pytest.raises(DataError, match=r"crack/000' cannot be read \(ValueError: a folder without masks\)"):
         folder.mask(0, 64, "squash")
+    save(root / "ground_truth/crack/000/0.webp", picture(60, 80)[1])
+    with pytest.raises(DataError, match=r"crack/000' cannot be read \(ValueError: '0\.webp' in it is no mask: \.png"):
+        folder.mask(0, 64, "squash")
+    (root / "ground_truth/crack/000/0.webp").unlink()
     for number, (height, width) in enumerate([(60, 80), (30, 40)]):
         save(root / f"ground_truth/crack/000/{number}.png", picture(height, width)[1])
     with pytest.raises(DataError, match=r"crack/000' cannot be read \(ValueError: 2 masks of different sizes\)"):

@@ -142,6 +142,8 @@ ELASTIC = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8"}
     ],
 )
 def test_launchers_that_did_not_find_each_other(variables, world, alone, monkeypatch):
+    for name in (*STEP, *ELASTIC, "GROUP_WORLD_SIZE", "ACCELERATE_DYNAMO_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert bool(launcher.slurm_problem(world)) == alone

@@ -22,7 +22,7 @@ def one_line(error: BaseException | str, most: int = 200) -> str:
 def first_problem(error: ValidationError) -> tuple[str, str]:
     """The dotted field of the first problem that pydantic found, empty for the whole document, and what it says."""
     problem = error.errors(include_url=False)[0]
-    return ".".join(map(str, problem["loc"])), problem["msg"]
+    return ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
 
 
 class UserError(ValueError):

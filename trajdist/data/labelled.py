@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageChops
 
-from trajdist.data.base import EncodedSource
+from trajdist.data.base import EXTENSIONS, OTHER_PICTURES, EncodedSource
 from trajdist.data.decode import Fit, cut_out, open_image, reason, upright
 from trajdist.data.regions import Doubles, Mask, region_shares
 from trajdist.data.sources import ImageFolder
@@ -28,6 +28,8 @@ from trajdist.errors import DataError, os_errors
 from trajdist.files import user_path
 
 GOOD = "good"
+# What the folder of good images may be called.
+CLEAN = {GOOD, "ok"}
 # Formats without loss: in a JPEG pixels that are clean differ from zero.
 MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")
 # EXIF orientations that exchange width and height.
@@ -76,13 +78,12 @@ class LabelledFolder(EncodedSource):
         for index in range(len(self)):
             if len(PurePath(self.name(index)).parts) != 3:
                 raise DataError(f"{self._shown(index)} is not directly in a class folder: the layout is {LAYOUT}.")
-        self._good = next((name for name in (GOOD, "ok") if os.path.isdir(root / "test" / name)), GOOD)
-        present = {self.kind(index) for index in range(len(self))}
-        if GOOD not in present:
-            raise DataError(
-                f"{key}={str(root)!r} has no images in test/{GOOD}: scores need clean ones to compare with."
-            )
-        self.kinds = [GOOD, *sorted(present - {GOOD})]
+        folders = {PurePath(self.name(index)).parts[1] for index in range(len(self))}
+        clean = folders & CLEAN
+        if len(clean) != 1:
+            found = "images in test/good and in test/ok" if clean else "no images in test/good or test/ok"
+            raise DataError(f"{key}={str(root)!r} has {found}: put all clean images into one of them.")
+        self.kinds = [GOOD, *sorted(folders - clean)]
         self.has_masks = os.path.isdir(root / "ground_truth")
         if not self.has_masks:
             # Where some processes see masks and others do not, defects would count as clean pixels.
@@ -109,7 +110,7 @@ class LabelledFolder(EncodedSource):
     def kind(self, index: int) -> str:
         """ "good" or the name of the defect."""
         folder = PurePath(self.name(index)).parts[1]
-        return GOOD if folder == self._good else folder
+        return GOOD if folder in CLEAN else folder
 
     def has_mask(self, index: int) -> bool:
         """Whether there is a mask: not for good images, and for none without a folder ground_truth."""
@@ -154,9 +155,11 @@ class LabelledFolder(EncodedSource):
         """The file or folder of masks of a defective image."""
         kind, stem = self.kind(index), PurePath(self.name(index)).stem
         folder = self._root / "ground_truth" / kind
-        for name in (*(f"{stem}{end}{extension}" for end in ("_mask", "") for extension in MASK_EXTENSIONS), stem):
+        for name in (f"{stem}{end}{extension}" for end in ("_mask", "") for extension in MASK_EXTENSIONS):
             if name in self._masks[kind]:
                 return folder / self._masks[kind][name]
+        if stem in self._masks[kind] and os.path.isdir(folder / stem):
+            return folder / stem
         wanted = str(folder / f"{stem}_mask.png")
         raise DataError(
             f"{self._shown(index)} has no mask: add {wanted!r}, or move ground_truth away to measure images only."
@@ -204,9 +207,20 @@ def _files_in(folder: Path) -> dict[str, str]:
 
 
 def _mask_files(path: Path) -> list[Path]:
+    """The file itself, or the masks in the folder.
+
+    Raises:
+        ValueError: the folder holds pictures in a format that is none of a mask, or folders.
+    """
     if not path.is_dir():
         return [path]
-    return [each for each in sorted(path.iterdir()) if each.suffix.lower() in MASK_EXTENSIONS and each.name[0] != "."]
+    inside = sorted(each for each in path.iterdir() if each.name[0] != ".")
+    masks = [each for each in inside if each.suffix.lower() in MASK_EXTENSIONS]
+    pictures = {*EXTENSIONS, *OTHER_PICTURES}
+    for each in inside:
+        if each not in masks and (each.suffix.lower() in pictures or each.is_dir()):
+            raise ValueError(f"{each.name!r} in it is no mask: {', '.join(MASK_EXTENSIONS)} count")
+    return masks
 
 
 def _united(masks: list[Image.Image]) -> Image.Image:

@@ -6,9 +6,9 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -166,15 +166,29 @@ def _single(file: Path) -> Listing:
     return Listing([file.name] if is_picture else [], Counter(), "", "")
 
 
-def _holds_masks(subfolders: list[str]) -> bool:
-    """As a category of MVTec AD or BTAD does, or of VisA."""
-    return "ground_truth" in subfolders or {"Images", "Masks"} <= set(subfolders)
+def _find_labelled(root: Path, folders: set[str]) -> tuple[str, str]:
+    """Where there are masks, and where there are defects, beside clean images, as in MVTec AD, BTAD and VisA.
 
+    Args:
+        folders: those that hold images, relative to ``root``.
+    """
+    name = os.path.basename(os.path.realpath(root))
+    below = [PurePath(name, folder).parts for folder in folders]
+    paths = {parts[:length] for parts in below for length in range(1, len(parts) + 1)}
 
-def _holds_defects(folder: str, subfolders: list[str]) -> bool:
-    """Clean and defective images, in the same sets."""
-    is_test = os.path.basename(os.path.abspath(folder)) == "test" and not {"good", "ok"}.isdisjoint(subfolders)
-    return is_test or {"Normal", "Anomaly"} <= set(subfolders)
+    def has_masks(*above: str) -> bool:
+        return (*above, "ground_truth") in paths or {(*above, "Images"), (*above, "Masks")} <= paths
+
+    def has_defects(*above: str) -> bool:
+        if {(*above, "Normal"), (*above, "Anomaly")} <= paths:
+            return True
+        inside = {path[-1] for path in paths if path[:-1] == above} if above[-1] == "test" else set()
+        return bool(inside & {"good", "ok"} and inside - {"good", "ok"})
+
+    def first(holds: Callable[..., bool]) -> str:
+        return next((os.path.join(root, *path[1:]) for path in sorted(paths) if holds(*path)), "")
+
+    return first(has_masks), first(has_defects)
 
 
 def _list_images(root: Path) -> Listing:
@@ -184,7 +198,7 @@ def _list_images(root: Path) -> Listing:
     """
     names: list[str] = []
     others: Counter[str] = Counter()
-    masks, defects = "", ""
+    folders: set[str] = set()
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise_unreadable):
         stat = os.stat(folder)
@@ -194,16 +208,15 @@ def _list_images(root: Path) -> Listing:
         seen.add((stat.st_dev, stat.st_ino))
         drawn = PICTURES if SCORED in files else None
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != drawn)
-        masks = masks or (folder if _holds_masks(subfolders) else "")
-        defects = defects or (folder if _holds_defects(folder, subfolders) else "")
         relative = os.path.relpath(folder, root)
         prefix = "" if relative == "." else relative + os.sep
         for name in (name for name in files if not name.startswith(".")):
             if name.lower().endswith(EXTENSIONS):
                 names.append(prefix + name)
+                folders.add(relative)
             else:
                 others[os.path.splitext(name)[1].lower()] += 1
-    return Listing(sorted(names), others, masks, defects)
+    return Listing(sorted(names), others, *_find_labelled(root, folders))
 
 
 def _tell_left_out(folder: str, others: Counter[str]) -> None:
@@ -239,11 +252,15 @@ def _refuse_labelled(source: ImageSource, given: str) -> None:
         return
     what = "is" if os.path.samefile(labelled, source.root) else f"contains {labelled!r},"
     around = (labelled, os.path.dirname(labelled))
-    clean = [path for folder in around for part in CLEAN if os.path.isdir(path := os.path.join(folder, part))]
+    clean = [path for folder in around for part in CLEAN if _has_images(path := os.path.join(folder, part))]
     raise DataError(
         f"{given} {what} a labelled set, and its defects or masks would be trained on: name a folder of clean images"
         f"{f', as in {clean[0]!r}' if clean else ''}."
     )
+
+
+def _has_images(folder: str) -> bool:
+    return os.path.isdir(folder) and any(name.lower().endswith(EXTENSIONS) for name in os.listdir(folder))
 
 
 def refuse_masks(source: ImageSource, given: str, use: str) -> None:

@@ -28,7 +28,7 @@ import torch
 
 from trajdist.artifacts import fingerprint
 from trajdist.errors import ArtifactError, ConfigError, one_line
-from trajdist.files import GIB, read_object, sync_contents, write_at, write_json
+from trajdist.files import GIB, sync_contents, write_at, write_json
 from trajdist.sharding import Int64s
 
 PAGE, VERSION_BYTES = 4096, 8
@@ -95,16 +95,6 @@ class TrajectoryCache:
             raise ConfigError(
                 f"cache.dir={str(self.folder.parent)!r} cannot be written ({one_line(error)}): name another folder."
             ) from None
-
-    def others(self, name: str) -> list[Path]:
-        """The folders beside this one whose key differs in ``name`` alone."""
-        found: list[Path] = []
-        for path in sorted(self.folder.parent.glob("*/key.json")):
-            with suppress(ArtifactError):
-                key = read_object(path)
-                if key != self._key and {**key, name: self._key[name]} == self._key:
-                    found.append(path.parent)
-        return found
 
     def identity(self) -> str:
         """Equal on all processes that share the folder, and on no others; valid once all of them have created it."""

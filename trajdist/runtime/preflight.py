@@ -242,8 +242,8 @@ def _differing(values: dict[str, Any], expected: dict[str, Any]) -> Iterator[tup
         mine, theirs = values.get(key), expected.get(key)
         if key in ("host", "crowd") or mine == theirs:
             continue
-        if key == "config":
-            yield from ((f"config {name}", *pair) for name, *pair in _differing(values[key], expected[key]))
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            yield from ((f"{key} {name}", *pair) for name, *pair in _differing(mine, theirs))
         else:
             yield key, mine, theirs
 

@@ -237,6 +237,10 @@ def _failed_row(job: Scoring, position: int, reason: str) -> Row:
     }
 
 
+# The transform of output folders that do not name theirs.
+FIRST_RECORDED = 4
+
+
 def _identity(job: Scoring) -> dict[str, Any]:
     """What must be unchanged for an interrupted scoring to resume."""
     return {
@@ -291,8 +295,9 @@ def _claim_out(job: Scoring) -> None:
         raise ArtifactError(
             f"--out {str(job.out)!r} is being written by another command: wait for it, or name another."
         )
-    # Folders without it are from before it was recorded.
-    if exists(marker) and (found := {"transform": TRANSFORM, **read_object(marker)}) != identity:
+    for left in job.out.glob(".scores.jsonl.*.tmp"):  # Of commands that were killed.
+        left.unlink()
+    if exists(marker) and (found := {"transform": FIRST_RECORDED, **read_object(marker)}) != identity:
         raise ConfigError(f"--out {str(job.out)!r} {_difference(found, identity)}: name another folder.")
     write_json(marker, identity)
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from trajdist.data.decode import TRANSFORM
 from trajdist.data.trajectory_cache import CacheWriter, TrajectoryCache
+from trajdist.errors import ArtifactError
 from trajdist.extraction.trajectory import TrajectoryExtractor
-from trajdist.files import GIB, user_path
+from trajdist.files import GIB, read_object, user_path
 from trajdist.saved.bundle import trajectory_fingerprint
 from trajdist.training.session import Session
 
@@ -35,9 +40,20 @@ def open_cache(session: Session, set_name: str, extractor: TrajectoryExtractor) 
     shape = (extractor.resolution**2, length, width)
     cache = TrajectoryCache(user_path(str(config.cache.dir)), key, len(session.sources[set_name]), shape)
     processes.all_do(cache.create)
-    for left in cache.others("transform"):
-        session.say(f"cache: {left} is from another version of trajdist and not read any more: remove it to free space")
+    if processes.is_main:
+        for folder in _of_other_versions(cache.folder.parent, key):
+            session.say(f"cache: {folder} is of another version of trajdist: remove it if no run with that needs it")
     return cache
+
+
+def _of_other_versions(caches: Path, key: dict[str, Any]) -> Iterator[Path]:
+    """The caches of the same images that were transformed in another way; this version reads none of them."""
+    for path in sorted(caches.glob("*/key.json")):
+        with suppress(ArtifactError):
+            other = read_object(path)
+            same_images = all(other.get(name) == key[name] for name in ("path", "images"))
+            if same_images and other.get("transform") != key["transform"]:
+                yield path.parent
 
 
 def _absolute(path: str) -> str:

@@ -278,7 +278,7 @@ def _restore(job: Job, checkpoint: Checkpoint) -> None:
     if scaler is not None and checkpoint.state.scaler:
         scaler.load_state_dict(checkpoint.state.scaler)
     job.keeper.restore(checkpoint.state.validated, checkpoint.kept, weights)
-    if checkpoint.state.drawn != DRAWN and job.task.defects and job.examiner.labelled is None and job.keeper.best:
+    if checkpoint.state.drawn != DRAWN and _compares_defects(job):
         job.keeper.forget()
         job.session.say(
             "this version of trajdist draws other defects than the one that the run began with: validations from now "
@@ -286,6 +286,12 @@ def _restore(job: Job, checkpoint: Checkpoint) -> None:
         )
     job.journal.restore(checkpoint.state.journal)
     job.seconds_before = checkpoint.state.seconds
+
+
+def _compares_defects(job: Job) -> bool:
+    """Whether validations to come are compared with earlier ones, by what the model finds of drawn defects."""
+    to_come = job.keeper.epoch < job.plan.num_epochs and not job.keeper.exhausted
+    return job.task.defects is not None and job.examiner.labelled is None and job.keeper.best is not None and to_come
 
 
 def _announcement(phase: int, plan: Plan, cursor: int, model: nn.Module, world: int) -> str:
