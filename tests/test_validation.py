@@ -12,6 +12,7 @@ import torch
 from images import write_images
 from jobs import launch, start, stop_after_lines
 from outcome import read_lines
+from PIL import Image
 
 from trajdist.artifacts import read_tensors
 from trajdist.cli import main
@@ -72,16 +73,34 @@ def test_off_by_default(debug_run):
 
 
 def test_held_out_loss_is_that_of_the_saved_model(tmp_path, fresh_accelerate):
-    found = train(tmp_path / "run", EVERY, "data.imagenet.num_epochs=3", "validation.keep=last")
+    options = ("data.imagenet.num_epochs=3", "model.type=vae", "train.kl_weight=0.5", "train.learning_rate=0.01")
+    found = train(tmp_path / "run", *options, EVERY, "validation.keep=last")
     assert [line["epoch"] for line in found] == [1, 2, 3]
     assert found[0]["images"] == 48
     assert found[2]["loss"] < found[0]["loss"], "it learns"
+    for line in found:
+        assert line["kl"] > 0.01
+        assert line["loss"] == pytest.approx(line["recon"] + 0.5 * line["kl"]), "the whole loss from the first epoch on"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())["phase1"]
     assert summary["validation"]["last"] == found[2]
     assert summary["validation"]["kept"] == "last"
     plain = tmp_path / "plain"
-    assert not train(plain, "data.imagenet.num_epochs=3")
+    assert not train(plain, *options)
     assert same(model_of(plain), model_of(tmp_path / "run")), "looking changes nothing"
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_run(tmp_path, fresh_accelerate, monkeypatch, capsys):
+    """It is not compared with others: which weights are the best nobody could tell."""
+    validate = Examiner.validate
+
+    def spoilt(self: Examiner, weights: dict[str, torch.Tensor]) -> dict:
+        return validate(self, {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()})
+
+    monkeypatch.setattr(Examiner, "validate", spoilt)
+    command = ["train", "debug", f"run_dir={tmp_path}", *SMALL, EVERY, "data.imagenet.num_epochs=1"]
+    assert main(command) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the loss of 48 held-out images of data.imagenet.path is not finite" in told
 
 
 def test_patience_stops_and_the_best_is_kept(tmp_path, fresh_accelerate, scripted, capsys):
@@ -181,16 +200,26 @@ def test_two_processes_find_what_one_finds(tmp_path):
 
 
 def test_labelled_images_are_judged_as_evaluate_judges_them(tmp_path, fresh_accelerate):
-    labelled = tmp_path / "labelled"
-    write_labelled(open_source("skimage:gravel/heldout", "source"), labelled)
-    run_dir, out = tmp_path / "run", tmp_path / "out"
+    """In both phases, of which the second whitens as the first left it; wide images, of which the middle is used."""
+    crops, labelled, run_dir = write_images(tmp_path / "crops", 9), tmp_path / "labelled", tmp_path / "run"
+    write_labelled(open_source(str(crops), "source"), labelled)
+    for file in labelled.rglob("*.png"):
+        with Image.open(file) as image:
+            wide = image.resize((96, 64), Image.Resampling.NEAREST)
+        wide.save(file)
     command = ["run", "debug", f"run_dir={run_dir}", "runtime.mixed_precision=no", EVERY, "validation.keep=last"]
-    assert main([*command, f"validation.path={labelled}"]) == 0
-    assert main(["evaluate", str(run_dir), str(labelled), "--out", str(out), "--overlays", "none"]) == 0
-    found, metrics = validations(run_dir)[-1], json.loads((out / "metrics.json").read_text())
-    assert (found["phase"], found["labelled_images"]) == (2, 72)
-    assert found["image_auroc"] == pytest.approx(metrics["image_auroc"], abs=1e-3)
-    assert found["pixel_auroc"] == pytest.approx(metrics["pixel_auroc"], abs=1e-3)
+    # Fast enough that the adapted model would be whitened otherwise.
+    contrast = ["domain_adaptation.objective=contrast", "domain_adaptation.lora.learning_rate=0.05"]
+    assert main([*command, *contrast, "data.domain.fit=crop", f"validation.path={labelled}"]) == 0
+    for phase in (1, 2):
+        out = tmp_path / str(phase)
+        evaluate = ["evaluate", str(run_dir), str(labelled), "--phase", str(phase), "--out", str(out)]
+        assert main([*evaluate, "--overlays", "none"]) == 0
+        found = [line for line in validations(run_dir) if line["phase"] == phase][-1]
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert found["labelled_images"] == 18
+        assert found["image_auroc"] == pytest.approx(metrics["image_auroc"], abs=1e-3)
+        assert found["pixel_auroc"] == pytest.approx(metrics["pixel_auroc"], abs=1e-3)
 
 
 def test_without_masks_images_choose_the_weights(tmp_path, fresh_accelerate, capsys):
