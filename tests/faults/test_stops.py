@@ -16,7 +16,7 @@ from harness import arguments, assert_identical, begin, metrics, status, weights
 
 from trajdist import launcher
 from trajdist.cli import main
-from trajdist.training import extractors, loop, phases
+from trajdist.training import adaptation, extractors, loop, phases
 from trajdist.training.validation import Examiner
 
 NOISY_STEPS = "gradient_accumulation_steps=2"
@@ -62,12 +62,13 @@ def test_stop_and_go_on(how, module, name, number, uninterrupted, tmp_path, monk
         assert_identical(run_dir, uninterrupted)
 
 
-def test_a_validation_that_was_stopped_is_repeated(uninterrupted, tmp_path, monkeypatch):
+def test_a_validation_that_was_stopped_is_repeated_and_no_other(uninterrupted, tmp_path, monkeypatch):
     """The first one, its repetition, and the one at the end of the phase; nothing else of the run is different."""
+    validate, calibrate = (Examiner, "validate"), (adaptation, "calibrate")
     run_dir, validated = tmp_path / "run", ("validation.every_epochs=1", "validation.keep=last")
-    for number in (1, 1, 2):
+    for (where, name), number in ((validate, 1), (validate, 1), (validate, 2), (calibrate, 1)):
         with monkeypatch.context() as patch:
-            at_call(patch, Examiner, "validate", number, send(signal.SIGTERM))
+            at_call(patch, where, name, number, send(signal.SIGTERM))
             assert main(arguments(run_dir, *validated)) == 75
         assert status(run_dir) == "stopped"
     assert main(arguments(run_dir, *validated)) == 0
