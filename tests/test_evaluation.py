@@ -163,9 +163,9 @@ def test_pixel_metrics_are_those_of_sklearn(measured, dataset, kind):
     masks, shares = masks_of(measured, dataset)[which], shares_of(measured, dataset)[which]
     maps, values = pixel_maps(measured)[which], found(measured, kind)
     assert_like_sklearn(values, "pixel", masks.ravel(), maps.ravel())
-    assert values["aupro"] == pytest.approx(
-        aupro(masks, maps, shares_BSS=shares), abs=values["binning_error"] * 2 / 0.3 + 1e-6
-    )
+    for key, limit in (("aupro", 0.3), ("aupro_05", 0.05)):
+        expected = aupro(masks, maps, limit, shares)
+        assert values[key] == pytest.approx(expected, abs=values["binning_error"] * 2 / limit + 1e-6), key
 
 
 def test_intervals_hold_the_estimate(measured):

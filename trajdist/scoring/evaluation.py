@@ -25,7 +25,7 @@ from trajdist.files import write_json
 from trajdist.runtime.progress import Progress
 from trajdist.scoring.histogram import ScoreHistogram, histograms_of
 from trajdist.scoring.job import Scoring
-from trajdist.scoring.metrics import TITLES, Curve, PixelScores, bootstrap_interval, curve
+from trajdist.scoring.metrics import STRICT_LIMIT, TITLES, Curve, PixelScores, bootstrap_interval, curve
 from trajdist.scoring.output import read_rows, scored_rows
 from trajdist.scoring.report import Labels, defect_scores, report
 from trajdist.scoring.score import SHOWN, map_of, score
@@ -191,6 +191,7 @@ def _measure_kind(images: Curve, pixels: PixelScores) -> dict[str, Any]:
         "pixel_ap": pixel_curve.average_precision(),
         "pixel_f1_max": pixel_curve.best_f1(),
         "aupro": pixels.aupro(),
+        "aupro_05": pixels.aupro(STRICT_LIMIT),
         "binning_error": max(images.tied_share, pixel_curve.tied_share) / 2,
     }
 

@@ -23,6 +23,8 @@ from trajdist.scoring.histogram import Doubles, ScoreHistogram
 Points = list[tuple[float, float]]
 
 AUPRO_LIMIT = 0.3
+# A stricter limit, of MVTec AD 2.
+STRICT_LIMIT = 0.05
 # Of a plotted curve, at most.
 POINTS = 200
 # By its key in metrics.json, what the report calls a metric, in the order in which they are shown.
@@ -168,14 +170,14 @@ class PixelScores:
         """The curve with equal weight for every pixel."""
         return curve(self.anomalous, self.clean)
 
-    def aupro(self) -> float | None:
-        """Area under the per-region overlap (PRO) curve up to a false positive rate of :data:`AUPRO_LIMIT`, over that.
+    def aupro(self, limit: float = AUPRO_LIMIT) -> float | None:
+        """Area under the per-region overlap (PRO) curve up to a false positive rate of ``limit``, over that.
 
         As defined by Bergmann et al. (2019, 2021). The per-region overlap at a threshold is the fraction of a region
         above it, averaged over regions: the recall of pixels weighted by their part of a region. So this is a partial
         area under a ROC curve. None without anomalous regions or without clean pixels.
         """
-        return curve(self.regions, self.clean).area(AUPRO_LIMIT)
+        return curve(self.regions, self.clean).area(limit)
 
 
 def bootstrap_interval(
