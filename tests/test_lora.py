@@ -209,7 +209,7 @@ def test_adapter_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="not a valid safetensors file"):
         lora.load_adapter(base_model(), tmp_path, "base")
     write_json(tmp_path / "adapter_config.json", ["nothing"])
-    with pytest.raises(ArtifactError, match="another base"):
+    with pytest.raises(ArtifactError, match="is not a JSON object"):
         lora.load_adapter(base_model(), tmp_path, "base")
 
 
