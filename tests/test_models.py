@@ -121,6 +121,20 @@ def test_vae_samples_with_its_own_variance():
         assert torch.equal(captured[1], model(x).latent_NZ)
 
 
+@pytest.mark.parametrize(("said", "kept"), [(1e4, 10.0), (-1e4, -20.0), (-3.0, -3.0)])
+def test_a_vae_bounds_its_variance_and_samples_in_float32(said, kept):
+    """The exponential of what an untrained encoder says may be infinite, and the KL divergence with it."""
+    model, x = build("vae"), trajectories()
+    *_, last = (module for module in model.encoder.modules() if isinstance(module, nn.Linear))
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, said)
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = model.train()(x)
+    assert answer.latent_NZ.dtype == answer.log_variance_NZ.dtype == torch.float32
+    torch.testing.assert_close(answer.log_variance_NZ, torch.full((8, 12), kept))
+    assert answer.output_NLD.isfinite().all()
+
+
 def test_losses_are_per_image_and_ignore_padding():
     target = torch.zeros(6, 2, 3)
     output = target.clone()
