@@ -164,6 +164,33 @@ def test_a_record_of_another_version_is_none(cache):
     assert found_in(cache, np.array([1, 2]), version=5).hits.tolist() == [1]
 
 
+def test_a_record_of_an_image_without_a_version_is_kept(cache):
+    """As of one whose time and size could not be asked for."""
+    trajectories, _ = fill(cache, [4], version=0)
+    assert len(cache) == 1
+    assert torch.equal(found_in(cache, np.array([4]), version=0).trajectories, trajectories)
+
+
+def test_records_beyond_the_first_mebibyte_of_versions_are_counted(tmp_path):
+    cache = TrajectoryCache(tmp_path, {}, 300_000, (1, 1, 1))
+    cache.create()
+    cache.commit([(number, 1) for number in (0, 2**17 - 1, 2**17, 299_999)])
+    assert len(cache) == 4
+
+
+def test_while_batches_are_queued_records_are_committed_now_and_then(cache, monkeypatch):
+    """What a kill costs is bounded."""
+    commits: list[list[tuple[int, int]]] = []
+    monkeypatch.setattr(TrajectoryCache, "commit", lambda self, written: commits.append(list(written)))
+    monkeypatch.setattr("trajdist.data.trajectory_cache.SYNC_BYTES", cache.stride)
+    writer = CacheWriter(cache, 100)
+    monkeypatch.setattr(writer._waiting, "empty", lambda: False)
+    for number in range(5):
+        writer.add(torch.tensor([number]), torch.tensor([1]), some(1))
+    assert writer.close() == ""
+    assert commits == [[(0, 1), (1, 1)], [(2, 1), (3, 1)], [(4, 1)]]
+
+
 def test_while_a_record_is_replaced_there_is_none(cache, monkeypatch):
     fill(cache, [1], version=5)
     monkeypatch.setattr(TrajectoryCache, "write", lambda *_: 1 / 0)
@@ -275,8 +302,10 @@ def test_what_another_version_left_is_told_of(images, tmp_path, monkeypatch, cap
 
 
 def test_it_travels_to_workers(cache):
+    unopened = pickle.dumps(cache)
     fill(cache, [3])
-    assert len(pickle.loads(pickle.dumps(cache))) == 1
+    assert pickle.dumps(cache) == unopened, "the numbers of open files are those of this process"
+    assert len(pickle.loads(unopened)) == 1
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
