@@ -430,6 +430,14 @@ def test_a_subset_has_its_share_of_each_class(classes, share, seed):
     assert count < 8 or count > len(classes) - 8 or set(other.train(0, np.arange(count))) != set(chosen)
 
 
+@pytest.mark.parametrize("sizes", [[], [20] * 3])
+def test_a_subset_by_class_has_no_image_that_is_held_out(sizes):
+    selection = Selection.draw(60, 42, 0.25, 5, 1, Order(sizes, 1, np.arange(60) % 3))
+    trained, held_out = selection.train(0, np.arange(42)), selection.holdout(0, np.arange(15))
+    assert len({*trained.tolist(), *held_out.tolist()}) == 42 + 15
+    assert np.bincount(trained % 3).min() >= 12
+
+
 def test_a_subset_smaller_than_the_number_of_classes_is_not_always_of_the_first():
     """Each image is equally likely: of 10 classes alike, and of a large one beside 20 small ones."""
     alike, tail = np.repeat(np.arange(10), 5), np.repeat(np.arange(21), [30] + [2] * 20)
@@ -441,6 +449,9 @@ def test_a_subset_smaller_than_the_number_of_classes_is_not_always_of_the_first(
     # Of 400 draws, each with a chance of 8 / 50, 64 are expected, with a standard deviation of 7.3.
     assert 30 < drawn.min() <= drawn.max() < 100
     assert np.mean(rare) == pytest.approx(40 / 70, abs=0.02)
+    alone = [tail[Selection.draw(70, 1, 0.0, seed, 1, Order(classes=tail)).members[0]] for seed in range(100)]
+    # With a standard deviation of 0.05. The first of the line would be rare 20 times of 21.
+    assert np.mean(np.array(alone) > 0) == pytest.approx(40 / 70, abs=0.15)
 
 
 def losses(run_dir) -> list[float]:
