@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from trajdist.config_files import load_config
 from trajdist.sharding import PlaceDraw, Plan, Selection, Slots, digest, key64, permute
+from trajdist.training.selection import SetFacts, training_plan
 
 PLANS = st.builds(
     lambda images, epochs, batch, accumulation, world: Plan(images, epochs, world * batch * accumulation, world, batch),
@@ -42,6 +45,8 @@ def positions(plan: Plan, cursor: int = 0) -> list[tuple[int, int]]:
 def test_every_position_once_per_epoch(plan):
     everything = [(epoch, position) for epoch in range(plan.num_epochs) for position in range(plan.num_images)]
     assert Counter(positions(plan)) == Counter(everything)
+    ends = [plan.cursor_after(step) for step in plan.steps() if step.ends_epoch]
+    assert ends == [plan.num_images * (epoch + 1) for epoch in range(plan.num_epochs)]
 
 
 @given(PLANS)
@@ -66,6 +71,19 @@ def test_another_number_of_processes_goes_on_exactly(plan, world, batch_size, da
     assert list(resumed.steps(cursor)) == list(plan.steps())[stopped_after + 1 :]
     assert Counter(positions(resumed, cursor)) == Counter(positions(plan)[cursor:])
     assert len(positions(resumed, cursor)) == plan.total_images - cursor
+
+
+def test_the_global_batch_is_that_of_the_processes_that_a_run_began_with():
+    config = load_config("debug", ["data.imagenet.batch_size=4", "data.imagenet.gradient_accumulation_steps=3"])
+    selection = Selection.draw(100, -1, 0.1, seed=0, phase=1)
+    plans = [training_plan(config, selection, 2, world) for world in (1, 2, 4)]
+    assert [(plan.world, plan.global_batch, plan.num_images) for plan in plans] == [(n, 24, 90) for n in (1, 2, 4)]
+
+
+def test_shards_of_another_number_of_images_than_a_run_has_are_no_facts():
+    assert SetFacts(num_images=5, shard_sizes=[2, 3]).num_images == 5
+    with pytest.raises(ValidationError, match="its shard_sizes do not add up to 5"):
+        SetFacts(num_images=5, shard_sizes=[2, 2])
 
 
 @given(PLANS)
