@@ -8,6 +8,7 @@ import io
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from trajdist.cli import main
 from trajdist.data.decode import decode, open_image, to_square
 from trajdist.data.drawing import DefectDraw
-from trajdist.data.loader import ImageBatch, SlotDataset, build_loader, resolve_threads
+from trajdist.data.loader import ImageBatch, SlotDataset, build_loader, resolve_threads, resolve_workers
 from trajdist.data.samples import SamplePhotos
 from trajdist.data.sources import ImageFolder, open_sets, open_source
 from trajdist.data.storage import Access, read_bytes
@@ -436,7 +437,10 @@ def test_no_source(path, words):
 def batches(folder: ImageFolder, workers: int, plan: Plan, cursor: int = 0, **more) -> list[ImageBatch]:
     selection = Selection.draw(len(folder), -1, 0.0, 0, 1)
     dataset = SlotDataset(folder, selection.train, 32, "squash", **more)
-    return list(build_loader(dataset, plan, cursor=cursor, num_workers=workers, pin_memory=False))
+    loader = build_loader(dataset, plan, cursor=cursor, num_workers=workers, pin_memory=False)
+    made = list(loader)
+    assert len(made) == len(loader)
+    return made
 
 
 def assert_same(left: list[ImageBatch], right: list[ImageBatch]) -> None:
@@ -467,6 +471,20 @@ def test_workers_are_forked_whatever_python_does_by_default(spoilt):
         multiprocessing.set_start_method(default, force=True)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_workers_leave_signals_to_the_training_process(spoilt, number):
+    """A scheduler may send them to all processes of a job; the batch under way is still needed."""
+
+    def signalled(epoch: int, positions: np.ndarray) -> np.ndarray:
+        signal.raise_signal(number)
+        return positions
+
+    plan = Plan(num_images=2, num_epochs=1, global_batch=2, world=1, batch_size=2)
+    dataset = SlotDataset(spoilt, signalled, 32, "squash")
+    (batch,) = build_loader(dataset, plan, num_workers=1, pin_memory=False)
+    assert batch.weights.tolist() == [1, 1]
+
+
 def test_threads_give_the_same_batches(spoilt):
     plan = Plan(num_images=6, num_epochs=2, global_batch=4, world=1, batch_size=4)
     defects = DefectDraw(4, seed=0, phase=2)
@@ -482,6 +500,16 @@ def test_threads_give_the_same_batches(spoilt):
 def test_threads_read_where_auto_leaves_no_room_for_workers(monkeypatch, setting, workers, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert resolve_threads(setting, workers) == threads
+
+
+@pytest.mark.parametrize(
+    ("setting", "local_world", "device", "workers"),
+    [("auto", 1, "cuda", 16), ("auto", 8, "cuda", 7), ("auto", 8, "cpu", 6), ("auto", 64, "cpu", 0), (3, 64, "cpu", 3)],
+)
+def test_workers_take_the_processors_that_nobody_computes_on(monkeypatch, setting, local_world, device, workers):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr("trajdist.data.loader.processors", lambda: 64)
+    assert resolve_workers(setting, local_world, device) == workers
 
 
 def test_held_out_crops_do_not_touch_the_others():
