@@ -28,9 +28,10 @@ from trajdist.data.decode import to_square
 from trajdist.data.sources import open_source
 from trajdist.errors import ArtifactError, ConfigError, DataError, UserError
 from trajdist.extraction import backbones
+from trajdist.models.registry import build_model
 from trajdist.saved.rundir import RunDir
 from trajdist.scoring.calibration import QuantileSketch
-from trajdist.scoring.detector import CellScores
+from trajdist.scoring.detector import CellScores, Detector
 from trajdist.scoring.scorer import Scorer, Scores, _names
 from trajdist.training.selection import draw_selection
 
@@ -575,6 +576,20 @@ def test_a_calibration_goes_to_where_its_detector_is(debug_run):
     detector = trajdist.load(debug_run, phase=1, device="cpu").detectors[0].to(torch.device("meta"))
     detector.load(rundir.calibration(1), read_document(rundir.calibration(1))["base"])
     assert {tensor.device.type for tensor in detector.residual.buffers()} == {"meta"}
+
+
+def test_a_detector_drops_no_unit_out_and_leaves_padding_out():
+    """Training calibrates with the model that it has just trained."""
+    model = build_model(
+        "autoencoder", length=2, width=3, hidden_dim=8, latent_dim=4, num_layers=1, num_heads=1, dropout=0.5
+    )
+    valid, trajectories = torch.tensor([[True, True, False], [True, True, True]]), torch.ones(4, 1, 1, 2, 3)
+    detector = Detector("phase1", model.train(), valid, 1)
+    with torch.no_grad():
+        first, second = (detector.residuals(trajectories) for _ in range(2))
+        errors = trajectories[:, 0, 0] - model(trajectories[:, 0, 0]).output_NLD
+    assert torch.equal(first, second)
+    assert torch.equal(first, errors.flatten(1)[:, [0, 1, 3, 4, 5]])
 
 
 def test_held_out_images_were_scored_as_new_ones_are(tmp_path, fresh_accelerate):
