@@ -15,8 +15,12 @@ from images import write_images
 from scipy.stats import betabinom
 
 from trajdist.cli import main
+from trajdist.config_files import load_config
+from trajdist.data.sources import open_source
+from trajdist.saved.rundir import RunDir
 from trajdist.scoring.calibration import QuantileSketch
 from trajdist.scoring.histogram import ScoreHistogram
+from trajdist.training.selection import Phase1Images
 
 SCORES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=0, max_size=40)
 
@@ -69,6 +73,15 @@ def test_too_few_images_declare_nothing():
     assert 98 < sketch(clean).threshold(0.01) <= 98.1
     assert math.isinf(sketch([]).threshold(0.5))
     assert sketch([]).p_values(torch.tensor([1e9])) == 1
+
+
+@pytest.mark.parametrize("count", [0, 2, 6, 99])
+def test_the_rate_that_users_are_told_flags_something(count):
+    """The reciprocal of the number of clean scores would be too small a rate by one score, and so may a rounded one."""
+    ours = sketch(np.arange(count))
+    assert ours.p_values(torch.tensor([1e9])) == ours.least_p_value
+    assert ours.threshold(ours.least_p_value) < math.inf == ours.threshold(0.999 * ours.least_p_value)
+    assert ours.least_p_value <= float(ours.least_rate) < 1.1 * ours.least_p_value
 
 
 def test_a_clean_score_that_is_not_finite_leaves_the_largest_scores_undeclared():
@@ -124,6 +137,23 @@ def test_two_processes_ask_one_sketch():
     first.histogram.all_reduce(lambda tensor: tensor + second.histogram.counts_K)
     assert first.count == 3
     assert first.p_values(torch.tensor([2.0])) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ("data.domain.num_epochs=7", True),
+        ("seed=1", False),
+        ("calibration.holdout_fraction=0.31", False),
+        ("trajectory.statistics_images=3", False),
+        ("data.imagenet.path=skimage:gravel/heldout", False),
+    ],
+)
+def test_what_decides_which_images_are_held_out(debug_run, changed, same):
+    """Phase 2 takes the split of Phase 1 over only if it would hold out the same images."""
+    config = load_config("debug", [changed])
+    source = open_source(config.data.imagenet.path, "data.imagenet.path")
+    assert Phase1Images.below(RunDir(debug_run), config).are(source, config) == same
 
 
 SAYS = "phase 1 may have been trained on images that are held out here"
