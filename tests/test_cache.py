@@ -96,8 +96,9 @@ def test_a_gpus_copies_are_awaited_on_that_gpu(cache, monkeypatch):
 
 def test_chosen_places_of_each_image(cache):
     trajectories, _ = fill(cache, [0, 1])
-    places = torch.tensor([[0, 3], [1, 2]])
-    found = found_in(cache, np.array([0, 1]), places)
+    places = torch.tensor([[0, 3], [0, 1], [1, 2]])
+    found = look_up(cache, np.array([0, 8, 1]), np.array([1, 5, 1]), places)
+    assert (found.numbers.tolist(), found.versions.tolist()) == ([8], [5])
     assert torch.equal(found.trajectories, torch.stack([trajectories[0, [0, 3]], trajectories[1, [1, 2]]]))
 
 
