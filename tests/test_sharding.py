@@ -151,6 +151,14 @@ def test_the_first_of_the_held_out_images_stay_if_fewer_are_held_out():
     assert Selection.draw(100, -1, 0.1, 5, 1, max_holdout=10) == all_of_them
 
 
+def test_a_split_that_is_taken_over_holds_out_the_same_images_in_another_order():
+    first, second = Selection.draw(100, -1, 0.1, 5, 1), Selection.draw(100, -1, 0.1, 5, 2, split_of=1)
+    assert np.array_equal(second.holdout(0, np.arange(10)), first.holdout(0, np.arange(10)))
+    trained = [each.train(0, np.arange(90)) for each in (first, second)]
+    assert set(trained[0].tolist()) == set(trained[1].tolist())
+    assert not np.array_equal(*trained)
+
+
 def test_epochs_differ_in_order_and_seeds_in_what_is_held_out():
     draws = [Selection.draw(200, -1, 0.2, seed, 1) for seed in (0, 1)]
     first, second = (draws[0].train(epoch, np.arange(160)) for epoch in (0, 1))
