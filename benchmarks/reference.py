@@ -157,7 +157,7 @@ def reference(config: Config, extractor: TrajectoryExtractor, folder: Path) -> R
         config,
         plain_network(settings.name, settings.weights, config.seed, config.data.image_size).to(device),
         extractor.backbone.blocks,
-        bundle.new_model(bundle.model_document(config, extractor)).to(device).train(),
+        bundle.new_model(config.model, *extractor.projection.valid_LD.shape).to(device).train(),
         loader,
         device,
     )
