@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -35,12 +35,21 @@ SMALL = ("backbone.name=resnet18", "data.image_size=64", "data.imagenet.batch_si
 SAMPLE_EVERY_S = 0.02
 
 
+class Reading(NamedTuple):
+    """Bytes on the host and the device at a time, in a stage of the run."""
+
+    at: float
+    part: str
+    host: int
+    device: int
+
+
 @dataclass
 class Sampler:
     """Samples this process's memory from a background thread, along with the current stage of the run."""
 
     part: Callable[[], str]
-    readings: list[tuple[float, str, int, int]] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._over = threading.Event()
@@ -54,7 +63,7 @@ class Sampler:
         process = psutil.Process()
         while not self._over.wait(SAMPLE_EVERY_S):
             on_device = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
-            self.readings.append((time.monotonic(), self.part(), process.memory_info().rss, on_device))
+            self.readings.append(Reading(time.monotonic(), self.part(), process.memory_info().rss, on_device))
 
     def result(self, training: str) -> dict[str, Any]:
         """Steady and peak bytes on the host and, if used, the device, and the peak in each stage.
@@ -64,19 +73,19 @@ class Sampler:
         """
         self._over.set()
         self._thread.join()
-        times = [at for at, part, _, _ in self.readings if part == training]
+        times = [one.at for one in self.readings if one.part == training]
         middle = (times[0] + times[-1]) / 2
         return {
-            name: self._figures(column, training, middle)
-            for name, column in (("host", 2), ("device", 3))
-            if any(reading[column] for reading in self.readings)
+            name: self._figures(bytes_of, training, middle)
+            for name, bytes_of in {"host": lambda one: one.host, "device": lambda one: one.device}.items()
+            if any(map(bytes_of, self.readings))
         }
 
-    def _figures(self, column: int, training: str, middle: float) -> dict[str, Any]:
-        steady = [one[column] for one in self.readings if one[1] == training and one[0] >= middle]
+    def _figures(self, bytes_of: Callable[[Reading], int], training: str, middle: float) -> dict[str, Any]:
+        steady = [bytes_of(one) for one in self.readings if one.part == training and one.at >= middle]
         parts: dict[str, int] = {}
         for one in self.readings:
-            parts[one[1]] = max(parts.get(one[1], 0), one[column])
+            parts[one.part] = max(parts.get(one.part, 0), bytes_of(one))
         return {"steady": sum(steady) / len(steady), "peak": max(parts.values()), "parts": parts}
 
 
@@ -198,7 +207,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(*arguments.measure, arguments.overrides)))
+        way, folder = arguments.measure
+        print(json.dumps(measure(way, folder, arguments.overrides)))
         return
     from reference import repeated
 

@@ -65,13 +65,13 @@ class Pixels(Dataset[torch.Tensor]):
     """The images of a folder, normalised float32 ``[3, S, S]``."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        self._source, self._size, self._fit = open_source(str(folder), "IMAGES"), config.data.image_size, "crop"
+        self._source, self._size = open_source(str(folder), "IMAGES"), config.data.image_size
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        square = np.array(to_square(self._source.load(index, self._size), self._size, self._fit))
+        square = np.array(to_square(self._source.load(index, self._size), self._size, "crop"))
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return (torch.from_numpy(square).permute(2, 0, 1).contiguous() / 255.0 - mean) / std
 

@@ -8,7 +8,7 @@ make_environment dev
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 "$venv"/bin/ruff check .
 "$venv"/bin/ruff format --check .
-"$venv"/bin/mypy trajdist
+"$venv"/bin/mypy trajdist benchmarks
 # Many tests wait for jobs that they start: two at a time keep two cores busy. The tests of a file stay together, so that
 # they share one object store and one finished run.
 two=(-n 2 --dist loadfile --no-loadscope-reorder)
