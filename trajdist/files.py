@@ -84,7 +84,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the file cannot be written.
     """
     # A random name: process ids may coincide on machines that share a network folder.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(_unfinished(path, uuid.uuid4().hex))
     try:
         yield temporary
         sync_file(temporary)
@@ -94,6 +94,16 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes left of :func:`replacing`; called where no other replaces the file."""
+    for left in path.parent.glob(_unfinished(path, "*")):
+        left.unlink()
+
+
+def _unfinished(path: Path, mark: str) -> str:
+    return f".{path.name}.{mark}.tmp"
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -22,14 +22,12 @@ from PIL import ExifTags, Image, ImageChops
 from trajdist.data.base import EXTENSIONS, OTHER_PICTURES, EncodedSource
 from trajdist.data.decode import Fit, cut_out, open_image, reason, upright
 from trajdist.data.regions import Doubles, Mask, region_shares
-from trajdist.data.sources import ImageFolder
+from trajdist.data.sources import GOOD_FOLDERS, ImageFolder
 from trajdist.data.storage import read_bytes
 from trajdist.errors import DataError, os_errors
 from trajdist.files import user_path
 
 GOOD = "good"
-# What the folder of good images may be called.
-CLEAN = {GOOD, "ok"}
 # Formats without loss: in a JPEG pixels that are clean differ from zero.
 MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")
 # EXIF orientations that exchange width and height.
@@ -75,11 +73,13 @@ class LabelledFolder(EncodedSource):
         self._root, self._retries = root, read_retries
         self._images = ImageFolder(root / "test", key, read_retries)
         self.fingerprint = self._images.fingerprint
+        folders: set[str] = set()
         for index in range(len(self)):
-            if len(PurePath(self.name(index)).parts) != 3:
+            parts = PurePath(self.name(index)).parts
+            if len(parts) != 3:
                 raise DataError(f"{self._shown(index)} is not directly in a class folder: the layout is {LAYOUT}.")
-        folders = {PurePath(self.name(index)).parts[1] for index in range(len(self))}
-        clean = folders & CLEAN
+            folders.add(parts[1])
+        clean = folders & GOOD_FOLDERS
         if len(clean) != 1:
             found = "images in test/good and in test/ok" if clean else "no images in test/good or test/ok"
             raise DataError(f"{key}={str(root)!r} has {found}: put all clean images into one of them.")
@@ -110,7 +110,7 @@ class LabelledFolder(EncodedSource):
     def kind(self, index: int) -> str:
         """ "good" or the name of the defect."""
         folder = PurePath(self.name(index)).parts[1]
-        return GOOD if folder in CLEAN else folder
+        return GOOD if folder in GOOD_FOLDERS else folder
 
     def has_mask(self, index: int) -> bool:
         """Whether there is a mask: not for good images, and for none without a folder ground_truth."""
@@ -215,10 +215,11 @@ def _mask_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     inside = sorted(each for each in path.iterdir() if each.name[0] != ".")
-    masks = [each for each in inside if each.suffix.lower() in MASK_EXTENSIONS]
-    pictures = {*EXTENSIONS, *OTHER_PICTURES}
+    masks: list[Path] = []
     for each in inside:
-        if each not in masks and (each.suffix.lower() in pictures or each.is_dir()):
+        if each.suffix.lower() in MASK_EXTENSIONS:
+            masks.append(each)
+        elif each.suffix.lower() in {*EXTENSIONS, *OTHER_PICTURES} or each.is_dir():
             raise ValueError(f"{each.name!r} in it is no mask: {', '.join(MASK_EXTENSIONS)} count")
     return masks
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -22,6 +22,8 @@ from trajdist.files import user_path
 
 # Files whose sizes and times a thread asks for in a row.
 PART = 1000
+# What the folder of good images is called in a labelled set's folder test.
+GOOD_FOLDERS = {"good", "ok"}
 # Folders of clean images in labelled sets.
 CLEAN = ("train/good", "train/ok", "Normal", "Images/Normal", "Data/Images/Normal")
 # In a scoring's output folder: the file that identifies it, and the folder of its pictures.
@@ -173,22 +175,29 @@ def _find_labelled(root: Path, folders: set[str]) -> tuple[str, str]:
         folders: those that hold images, relative to ``root``.
     """
     name = os.path.basename(os.path.realpath(root))
-    below = [PurePath(name, folder).parts for folder in folders]
-    paths = {parts[:length] for parts in below for length in range(1, len(parts) + 1)}
+    inside: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for folder in folders:
+        parts = PurePath(name, folder).parts
+        for depth in range(1, len(parts)):
+            inside[parts[:depth]].add(parts[depth])
+    from_the_top = sorted(inside)
+    masks = (path for path in from_the_top if _are_masked(inside[path]))
+    defects = (path for path in from_the_top if _are_sorted(path[-1], inside[path]))
+    first_masks, first_defects = next(masks, None), next(defects, None)
+    return (
+        os.path.join(root, *first_masks[1:]) if first_masks else "",
+        os.path.join(root, *first_defects[1:]) if first_defects else "",
+    )
 
-    def has_masks(*above: str) -> bool:
-        return (*above, "ground_truth") in paths or {(*above, "Images"), (*above, "Masks")} <= paths
 
-    def has_defects(*above: str) -> bool:
-        if {(*above, "Normal"), (*above, "Anomaly")} <= paths:
-            return True
-        inside = {path[-1] for path in paths if path[:-1] == above} if above[-1] == "test" else set()
-        return bool(inside & {"good", "ok"} and inside - {"good", "ok"})
+def _are_masked(subfolders: set[str]) -> bool:
+    return "ground_truth" in subfolders or {"Images", "Masks"} <= subfolders
 
-    def first(holds: Callable[..., bool]) -> str:
-        return next((os.path.join(root, *path[1:]) for path in sorted(paths) if holds(*path)), "")
 
-    return first(has_masks), first(has_defects)
+def _are_sorted(folder: str, subfolders: set[str]) -> bool:
+    """Whether clean and defective images are in subfolders of their own."""
+    is_test = folder == "test" and not GOOD_FOLDERS.isdisjoint(subfolders) and not subfolders <= GOOD_FOLDERS
+    return is_test or {"Normal", "Anomaly"} <= subfolders
 
 
 def _list_images(root: Path) -> Listing:
@@ -250,13 +259,17 @@ def open_sets(wanted: Mapping[str, str | None], access: Access) -> dict[str, Ima
 def _refuse_labelled(source: ImageSource, given: str) -> None:
     if not isinstance(source, ImageFolder) or not (labelled := source.masks or source.defects):
         return
-    what = "is" if os.path.samefile(labelled, source.root) else f"contains {labelled!r},"
     around = (labelled, os.path.dirname(labelled))
     clean = [path for folder in around for part in CLEAN if _has_images(path := os.path.join(folder, part))]
     raise DataError(
-        f"{given} {what} a labelled set, and its defects or masks would be trained on: name a folder of clean images"
+        f"{given} {_is_or_contains(source, labelled)} a labelled set, and its defects or masks would be trained on: "
+        "name a folder of clean images"
         f"{f', as in {clean[0]!r}' if clean else ''}."
     )
+
+
+def _is_or_contains(source: ImageFolder, labelled: str) -> str:
+    return "is" if os.path.samefile(labelled, source.root) else f"contains {labelled!r},"
 
 
 def _has_images(folder: str) -> bool:
@@ -271,9 +284,9 @@ def refuse_masks(source: ImageSource, given: str, use: str) -> None:
     """
     if not isinstance(source, ImageFolder) or not (labelled := source.masks):
         return
-    where = "is" if os.path.samefile(labelled, source.root) else f"contains {labelled!r},"
     test = os.path.join(labelled, "test")
     raise DataError(
-        f"{given} {where} a labelled set, and its masks would be {use} as images: name a folder of images in it"
+        f"{given} {_is_or_contains(source, labelled)} a labelled set, and its masks would be {use} as images: "
+        "name a folder of images in it"
         f"{f', such as {test!r} (trajdist evaluate takes the set as it is)' if os.path.isdir(test) else ''}."
     )

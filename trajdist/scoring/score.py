@@ -26,7 +26,7 @@ from trajdist.data.loader import (
 )
 from trajdist.data.sources import PICTURES, SCORED
 from trajdist.errors import ArtifactError, ConfigError, DataError, os_errors
-from trajdist.files import exists, hold, read_object, write_json
+from trajdist.files import exists, hold, read_object, remove_unfinished, write_json
 from trajdist.runtime.processes import to_device
 from trajdist.runtime.progress import Progress
 from trajdist.scoring import pictures, residuals
@@ -50,6 +50,8 @@ from trajdist.tables import counted
 
 # Number of unreadable images named on the screen; scores.jsonl has all.
 SHOWN = 5
+# The transform of output folders that do not name theirs.
+FIRST_RECORDED = 4
 # Position in the input order, row, and raw map unless the image failed.
 Numbered = tuple[int, Row, pictures.Floats | None]
 Store = Callable[[list[Numbered]], None]
@@ -237,10 +239,6 @@ def _failed_row(job: Scoring, position: int, reason: str) -> Row:
     }
 
 
-# The transform of output folders that do not name theirs.
-FIRST_RECORDED = 4
-
-
 def _identity(job: Scoring) -> dict[str, Any]:
     """What must be unchanged for an interrupted scoring to resume."""
     return {
@@ -295,8 +293,7 @@ def _claim_out(job: Scoring) -> None:
         raise ArtifactError(
             f"--out {str(job.out)!r} is being written by another command: wait for it, or name another."
         )
-    for left in job.out.glob(".scores.jsonl.*.tmp"):  # Of commands that were killed.
-        left.unlink()
+    remove_unfinished(job.out / "scores.jsonl")
     if exists(marker) and (found := {"transform": FIRST_RECORDED, **read_object(marker)}) != identity:
         raise ConfigError(f"--out {str(job.out)!r} {_difference(found, identity)}: name another folder.")
     write_json(marker, identity)
@@ -339,7 +336,7 @@ def tell_unreadable(job: Scoring) -> None:
 
 def score_table(job: Scoring) -> Table:
     """What the main process prints at the end."""
-    verdicts = Counter(row["is_anomalous"] for row in read_rows(job.out))  # None if an image could not be read.
+    verdicts = Counter(None if row["score"] is None else bool(row["is_anomalous"]) for row in read_rows(job.out))
     title = f"{counted(len(job.source), 'image')}, {verdicts[True]} anomalous, {verdicts[None]} unreadable"
     table = Table(title=title, title_justify="left")
     table.add_column("most anomalous", overflow="fold")
